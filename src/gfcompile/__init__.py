@@ -1,0 +1,18 @@
+"""gfcompile: spectral and token-pruned vision models, compiled for the edge."""
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+__all__ = ["CompileConfig", "__version__", "compile_model"]
+
+if TYPE_CHECKING:
+    from gfcompile.compile.pipeline import CompileConfig, compile_model
+
+
+def __getattr__(name: str) -> object:
+    # The compiler imports torch and TVM; `gfcompile.runtime` must not pay for them.
+    if name in ("CompileConfig", "compile_model"):
+        from gfcompile.compile import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module 'gfcompile' has no attribute {name!r}")

@@ -1,0 +1,135 @@
+"""What the compiler knows of a device, and the registry of devices by name."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gfcompile.runtime.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cpu:
+    """One CPU: what LLVM generates for, and what its kernels may use.
+
+    Attributes:
+        arch: "x86_64" or "aarch64", as `uname -m` says it.
+        mcpu: LLVM's name of the CPU.
+        features: further LLVM features, each "+name" or "-name".
+        vector_bytes: width of a SIMD register.
+        vector_registers: how many of them.
+        int8_dot: the instruction that multiplies 4 int8 pairs into an int32, if there is one.
+        in_order: whether instructions issue in program order (Cortex-A53).
+        glibc: the oldest glibc that the library must load on.
+        cores, clock_ghz: of the (big) cluster.
+        fp32_gflops, int8_gops: peak of one core, multiply and add counted as two.
+        qemu_cpu: what `qemu-aarch64 -cpu` calls it, where it can stand in.
+    """
+
+    arch: Literal["x86_64", "aarch64"]
+    mcpu: str
+    features: tuple[str, ...] = ()
+    vector_bytes: int
+    vector_registers: int
+    int8_dot: Literal["vnni", "sdot"] | None
+    in_order: bool = False
+    glibc: str = "2.27"
+    cores: int
+    clock_ghz: float
+    fp32_gflops: float
+    int8_gops: float
+    qemu_cpu: str | None = None
+
+    @property
+    def float_lanes(self) -> int:
+        return self.vector_bytes // 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One CUDA GPU.
+
+    Attributes:
+        arch: "sm_62" and the like.
+        ptx_isa: the newest PTX ISA version that the board's driver accepts.
+        int8_dot: whether dp4a is one instruction there.
+        sms, clock_ghz: streaming multiprocessors and their clock.
+        fp32_tflops, fp16_tflops, int8_tops: peaks, multiply and add counted as two.
+        shared_bytes_per_sm, registers_per_sm, threads_per_sm, blocks_per_sm: for occupancy.
+    """
+
+    arch: str
+    ptx_isa: str
+    int8_dot: bool
+    sms: int
+    clock_ghz: float
+    fp32_tflops: float
+    fp16_tflops: float
+    int8_tops: float
+    shared_bytes_per_sm: int
+    registers_per_sm: int
+    threads_per_sm: int
+    blocks_per_sm: int
+
+    @property
+    def compute_capability(self) -> tuple[int, int]:
+        digits = self.arch.removeprefix("sm_")
+        return int(digits[:-1]), int(digits[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A device that gfcompile compiles for.
+
+    Attributes:
+        name: as given to --target.
+        description: the device in words.
+        cpu: the CPU that the library runs on.
+        gpu: the GPU that the kernels run on; None where they run on the CPU.
+        bandwidth_gb_s: peak memory bandwidth.
+        int8_compute: what int8 products are computed in there, for the manifest.
+        int8_note: what --int8 buys there, in one sentence, for `gfcompile targets`.
+    """
+
+    name: str
+    description: str
+    cpu: Cpu
+    gpu: Gpu | None = None
+    bandwidth_gb_s: float
+    int8_compute: str
+    int8_note: str
+
+
+_TARGETS: dict[str, Target] = {}
+
+
+def register_target(target: Target) -> Target:
+    """Adds `target` to the registry; a name can be taken once."""
+    assert target.name not in _TARGETS, f"target {target.name} is registered twice"
+    _TARGETS[target.name] = target
+    return target
+
+
+def find_target(name: str) -> Target:
+    """The registered target called `name`.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    import difflib
+
+    _import_all()
+    if name in _TARGETS:
+        return _TARGETS[name]
+    known = ", ".join(sorted(_TARGETS))
+    near = difflib.get_close_matches(name, _TARGETS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"unknown target {name!r}{hint} (known: {known})")
+
+
+def all_targets() -> tuple[Target, ...]:
+    """Every registered target, in the order of registration."""
+    _import_all()
+    return tuple(_TARGETS.values())
+
+
+def _import_all() -> None:
+    from gfcompile.targets import jetson, raspberry_pi, x86  # noqa: F401 - they register

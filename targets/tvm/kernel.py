@@ -1,0 +1,201 @@
+"""What a kernel computes: the contract between the partitioner and the schedules.
+
+A kernel is named by what it computes and its sizes, never by the layer it serves: constants,
+scales included, are arguments, so that equal layers share one compiled kernel.
+
+Layouts are row-major. int8 activations are logical int8 here; a schedule may store them with an
+offset (`ActStorage`), the same one for every kernel of a target.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Act = Literal["float32", "int8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """y = epilogue(x @ w): (m, k) x (k, n) -> (m, n).
+
+    The epilogue, in this order: times `scale` (int8 only), plus `bias`, GELU (exact, erf form),
+    plus `residual` (row r % residual_rows of it), quantized when `out` is int8.
+
+    Arguments: x (m, k); w, raw layout (k, n) float32 or int8; with int8 x: scale (n,) float32,
+    and bias (n,) int32, which already holds minus zero point times column sums; with float x:
+    bias (n,) float32; with residual_rows: residual (residual_rows, n) float32; with int8 out:
+    quant (4,) float32, see `quant_args`; y (m, n).
+    """
+
+    m: int
+    n: int
+    k: int
+    x: Act = "float32"
+    gelu: bool = False
+    residual_rows: int = 0
+    out: Act = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNorm:
+    """Layer normalization over the last axis of (rows, n).
+
+    Arguments: x (rows, n) float32, gamma (n,), beta (n,), quant (4,) if `out` is int8, y.
+    """
+
+    rows: int
+    n: int
+    eps: float
+    out: Act = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DftFilter:
+    """irfft2(rfft2(x) * K), both orthonormal, per channel: (batch, h, w, c) float32.
+
+    Arguments: x; k_re, k_im (h, w // 2 + 1, c), `k_dtype` float32 or float16 (the bits of a
+    float16 travel as uint16); y as x. The half spectrum stands for its Hermitian completion;
+    k's first and, for even w, last column are already Hermitian along h.
+    """
+
+    batch: int
+    h: int
+    w: int
+    c: int
+    k_dtype: Literal["float32", "float16"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircularFilter:
+    """Depthwise circular convolution over the grid: (batch, h, w, c) float32.
+
+    y[i, j] = sum over p, q of kernel[p, q] * x[(i - p) % h, (j - q) % w].
+    Arguments: x; kernel (h, w, c), `k_dtype` as for DftFilter; y as x.
+    """
+
+    batch: int
+    h: int
+    w: int
+    c: int
+    k_dtype: Literal["float32", "float16"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patchify:
+    """Non-overlapping patches as rows: (batch * grid_h * grid_w, channels * patch_h * patch_w).
+
+    A column is (channel, dy, dx), the order of a convolution's weight. The input is
+    (batch, channels, H, W) or, with layout "nhwc", (batch, H, W, channels).
+    Arguments: x float32, quant (4,) if `out` is int8, y.
+    """
+
+    batch: int
+    channels: int
+    grid_h: int
+    grid_w: int
+    patch_h: int
+    patch_w: int
+    layout: Literal["nchw", "nhwc"] = "nchw"
+    out: Act = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenMean:
+    """Mean over tokens: (batch, tokens, n) -> (batch, n).
+
+    Arguments: x float32, quant (4,) if `out` is int8, y.
+    """
+
+    batch: int
+    tokens: int
+    n: int
+    out: Act = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """float32 -> int8, element by element. Arguments: x (size,), quant (4,), y (size,)."""
+
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dequantize:
+    """int8 -> float32. Arguments: x (size,), dequant (2,): scale, zero_point; y (size,)."""
+
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generic:
+    """Whatever has no schedule class of its own: a TIR function that Relax lowered.
+
+    `key` is the structural hash that makes equal functions one kernel; `func` is a
+    tvm.tirx.PrimFunc whose arguments are those of the call, in order.
+    """
+
+    key: str
+    func: Any = field(compare=False)
+
+
+Kernel = (
+    Dense
+    | LayerNorm
+    | DftFilter
+    | CircularFilter
+    | Patchify
+    | TokenMean
+    | Quantize
+    | Dequantize
+    | Generic
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActStorage:
+    """How a target stores int8 activations: stored = logical + offset."""
+
+    dtype: Literal["int8", "uint8"] = "int8"
+    offset: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One function of a scheduled kernel: its name within the kernel and its arguments."""
+
+    func: Any  # tvm.tirx.PrimFunc; for a GPU its loops are bound to blocks and threads
+    args: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduled:
+    """A kernel, scheduled for a device.
+
+    Attributes:
+        steps: the functions to call in order; an argument is one of the kernel's, a key of
+            `temps`, or a key of `consts`.
+        pack: for each constant argument that wants another layout or dtype than the raw one, how
+            to get there from the kernel's raw constants, all of them by name (an int8 bias, say,
+            absorbs the storage offset times the weight's column sums).
+        temps: scratch tensors that live for this kernel alone: dtype and shape.
+        consts: tensors that the schedule itself brings along, such as DFT matrices.
+    """
+
+    steps: tuple[Step, ...]
+    pack: Mapping[str, Callable[[Mapping[str, Array]], Array]] = field(default_factory=dict)
+    temps: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    consts: Mapping[str, Array] = field(default_factory=dict)
+
+
+def quant_args(scale: float, zero_point: int) -> Array:
+    """The `quant` argument: (1 / scale, lowest, highest, zero_point) as float32.
+
+    q = rint(clip(v * (1 / scale), lowest, highest)) + zero_point, rounding half to even, which is
+    ONNX QuantizeLinear for int8; lowest = -128 - zero_point, highest = 127 - zero_point.
+    """
+    inverse = np.float32(1) / np.float32(scale)
+    return np.array([inverse, -128 - zero_point, 127 - zero_point, zero_point], np.float32)
