@@ -1,0 +1,122 @@
+"""Scalar TIR expressions that the schedules of every device share.
+
+Each function builds an expression and may be called from the body of a TVMScript function, inside
+`T.vectorized` loops and GPU threads alike: nothing here becomes a library call, a branch or a
+table, so LLVM keeps the vectors and CUDA the registers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm import tirx
+
+from gfcompile.targets.tvm.kernel import ActStorage
+
+Expr = Any  # tvm.tirx.Expr, or a number where TVM accepts one
+
+_SQRT_HALF = 0.7071067811865476
+
+# erf(x) = x * P(t), t = 2 x^2 / L^2 - 1, for |x| <= L; beyond L it is 1 to within the error of P,
+# 4e-7. A weighted minimax fit, as monomials of the centred t: in powers of x^2 the same
+# polynomial would cancel catastrophically in float32.
+_ERF_LIMIT = 3.8
+_ERF_COEFFICIENTS = (
+    0.37210768461227417,
+    -0.18564051389694214,
+    0.1377314329147339,
+    -0.11120755970478058,
+    0.09097310900688171,
+    -0.07231751084327698,
+    0.054147880524396896,
+    -0.03969425708055496,
+    0.029478585347533226,
+    -0.01694926619529724,
+    0.005586299113929272,
+    -0.00450774235650897,
+    0.005742543842643499,
+    -0.002292884513735771,
+)
+
+# 1.5 * 2**23: adding it leaves the nearest integer, ties to even, in the low bits of the sum.
+_ROUND_MAGIC = 12582912.0
+_ROUND_MAGIC_BITS = 0x4B400000
+
+
+def float32(value: float) -> Expr:
+    """`value` as a float32 constant."""
+    return tirx.const(value, "float32")
+
+
+def let(value: Expr, body: Callable[[Expr], Expr]) -> Expr:
+    """`body(value)` with `value` computed once, however often `body` mentions it."""
+    var = tirx.Var("shared", value.ty.dtype)
+    return tirx.Let(var, value, body(var))
+
+
+def erf(v: Expr) -> Expr:
+    """The error function of a float32, to 5e-7; `T.erf` would be a scalar call of libm."""
+
+    def polynomial(x: Expr) -> Expr:
+        return let(x * x * float32(2 / _ERF_LIMIT**2) - float32(1), lambda t: x * horner(t))
+
+    def horner(t: Expr) -> Expr:
+        acc = float32(_ERF_COEFFICIENTS[-1])
+        for coefficient in reversed(_ERF_COEFFICIENTS[:-1]):
+            acc = acc * t + float32(coefficient)
+        return acc
+
+    return let(clip(v, float32(-_ERF_LIMIT), float32(_ERF_LIMIT)), polynomial)
+
+
+def gelu(v: Expr) -> Expr:
+    """GELU in its exact form, 0.5 v (1 + erf(v / sqrt 2)), to 3e-7 |v|."""
+    return let(v, lambda x: x * float32(0.5) * (float32(1) + erf(x * float32(_SQRT_HALF))))
+
+
+def clip(v: Expr, lowest: Expr, highest: Expr) -> Expr:
+    """`v` held within [lowest, highest]."""
+    return tirx.max(tirx.min(v, highest), lowest)
+
+
+def quantize(v: Expr, quant: Any, storage: ActStorage) -> Expr:
+    """A float32 as a stored int8 activation: ONNX QuantizeLinear, half to even.
+
+    Args:
+        v: the value.
+        quant: buffer of `kernel.quant_args`: 1 / scale, lowest, highest, zero_point.
+        storage: how the device stores int8 activations.
+    """
+    rounded = clip(v * quant[0], quant[1], quant[2]) + float32(_ROUND_MAGIC)
+    shift = tirx.Cast("int32", quant[3]) + tirx.const(storage.offset - _ROUND_MAGIC_BITS, "int32")
+    return tirx.Cast(storage.dtype, tirx.reinterpret("int32", rounded) + shift)
+
+
+def dequantize(q: Expr, dequant: Any, storage: ActStorage) -> Expr:
+    """A stored int8 activation as float32: (logical - zero_point) * scale, as ONNX has it.
+
+    Args:
+        q: the stored value.
+        dequant: buffer of (scale, zero_point).
+        storage: how the device stores int8 activations.
+    """
+    logical = tirx.Cast("int32", q) - tirx.const(storage.offset, "int32")
+    return (tirx.Cast("float32", logical) - dequant[1]) * dequant[0]
+
+
+def half_to_float(bits: Expr) -> Expr:
+    """The float32 of a finite float16 given by its bits (uint16), subnormals included.
+
+    The exponent and mantissa shifted into a float32's place read 2**112 times too small, and one
+    exact multiplication puts that right, for a subnormal half (a subnormal float32 here) too.
+    """
+
+    def assemble(word: Expr) -> Expr:
+        magnitude = (word & _uint32(0x7FFF)) << _uint32(13)
+        sign = (word & _uint32(0x8000)) << _uint32(16)
+        return tirx.reinterpret("float32", magnitude | sign) * float32(2.0**112)
+
+    return let(tirx.Cast("uint32", bits), assemble)
+
+
+def _uint32(value: int) -> Expr:
+    return tirx.const(value, "uint32")
