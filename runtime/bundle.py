@@ -1,0 +1,146 @@
+"""What a bundle says about itself: manifest.json, read and checked before anything is run."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from gfcompile.runtime.device import gfrt
+from gfcompile.runtime.errors import BundleError
+
+FORMAT_VERSION = gfrt.MANIFEST_FORMAT
+MANIFEST_NAME = gfrt.MANIFEST_NAME
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """One file of a bundle."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """What was asked for, what is stored, and what the products are computed in."""
+
+    requested: str
+    storage: str
+    compute: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """An input or output: real value = (stored - zero_point) * scale where scale is not 0."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    scale: float = 0.0
+    zero_point: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """manifest.json: a typed core, and `extra` for whatever else a stage has to say.
+
+    Attributes:
+        kind: which runtime runs it: "gfrt" is the C runtime of this project.
+        device: where the kernels run.
+        arch: of the library, as `uname -m` says it; "any" where there is none.
+        library: file name of the library, for kind "gfrt".
+        cpu_features: what the kernels need of the CPU, as /proc/cpuinfo spells it.
+        compute_capability: of the GPU that the kernels were assembled for.
+        transform: how an image becomes the input (`Transform.to_dict`).
+        weights: where they come from: "random (seed 0)", "checkpoint NAME sha256:...".
+        notes: each thing that is not as the user might think: random weights, stand-in
+            calibration data, a layer left in float.
+        ledger, filters, kernels: one record each per stage, filter layer and kernel.
+        versions: of the packages that took part.
+        files: every file of the bundle but manifest.json itself, by its path in it.
+    """
+
+    created_by: str
+    model: str
+    target: str
+    precision: Precision
+    arch: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weights: str
+    kind: str = "gfrt"
+    device: Literal["cpu", "cuda"] = "cpu"
+    library: str = ""
+    cpu_features: tuple[str, ...] = ()
+    compute_capability: tuple[int, int] | None = None
+    transform: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+    ledger: tuple[Mapping[str, Any], ...] = ()
+    filters: tuple[Mapping[str, Any], ...] = ()
+    kernels: tuple[Mapping[str, Any], ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """What json.dump takes; the format version comes first, for people."""
+        values = asdict(self)
+        return {"format_version": values.pop("format_version"), **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; keys that this version does not know go to `extra`.
+
+        Raises:
+            BundleError: a key is missing or holds something else than it should.
+        """
+        known = {f.name for f in fields(cls)}
+        core = {key: value for key, value in values.items() if key in known}
+        unknown = {key: value for key, value in values.items() if key not in known}
+        try:
+            core["precision"] = Precision(**core["precision"])
+            for key in ("inputs", "outputs"):
+                core[key] = tuple(
+                    TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in core[key]
+                )
+            core["files"] = {n: FileEntry(**entry) for n, entry in core.get("files", {}).items()}
+            for key in ("cpu_features", "notes", "ledger", "filters", "kernels"):
+                core[key] = tuple(core.get(key, ()))
+            if core.get("compute_capability") is not None:
+                major, minor = core["compute_capability"]
+                core["compute_capability"] = (int(major), int(minor))
+            core["extra"] = {**core.get("extra", {}), **unknown}
+            return cls(**core)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleError(
+                f"{MANIFEST_NAME} is damaged or was not written by gfcompile: {error!r}"
+            ) from error
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """The manifest of the bundle in folder `bundle`; the other files are not looked at.
+
+    Raises:
+        BundleError: no bundle, a damaged manifest, or one of a newer format.
+    """
+    try:
+        return Manifest.from_dict(gfrt.read_manifest(str(bundle)))
+    except gfrt.GfrtError as error:
+        raise BundleError(str(error)) from None
+
+
+def check_bundle(bundle: Path, *, local: bool = True) -> Manifest:
+    """The manifest of `bundle`, after every file was found whole.
+
+    Args:
+        local: whether it is to run on this machine, so that its architecture must be this one.
+
+    Raises:
+        BundleError: no bundle; a file missing, truncated or changed; another architecture.
+    """
+    try:
+        values = gfrt.check_bundle(str(bundle), local=local)
+    except gfrt.GfrtError as error:
+        raise BundleError(str(error)) from None
+    return Manifest.from_dict(values)
