@@ -109,24 +109,29 @@ def register_target(target: Target) -> Target:
 
 
 def find_target(name: str) -> Target:
-    """The registered target called `name`.
+    """The target called `name`; "host" is looked up on this machine.
 
     Raises:
         UserError: there is none of that name.
     """
     import difflib
 
+    if name == "host":
+        from gfcompile.targets.host import host_target
+
+        return host_target()
     _import_all()
     if name in _TARGETS:
         return _TARGETS[name]
-    known = ", ".join(sorted(_TARGETS))
-    near = difflib.get_close_matches(name, _TARGETS, n=1)
+    names = ["host", *sorted(_TARGETS)]
+    known = ", ".join(names)
+    near = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"unknown target {name!r}{hint} (known: {known})")
 
 
 def all_targets() -> tuple[Target, ...]:
-    """Every registered target, in the order of registration."""
+    """Every registered target in the order of registration; `host` is a name for one of its own."""
     _import_all()
     return tuple(_TARGETS.values())
 
