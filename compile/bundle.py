@@ -1,0 +1,172 @@
+"""Writes a bundle: whole and hashed, or not at all."""
+
+import ctypes
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from gfcompile.compile.cache import sync_files
+from gfcompile.runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, read_manifest
+from gfcompile.runtime.errors import BundleError, UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A bundle on the disk."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of all files, the manifest included."""
+        listed = sum(entry.size_bytes for entry in self.manifest.files.values())
+        return listed + (self.path / MANIFEST_NAME).stat().st_size
+
+
+def default_output(model: str, target: str, precision: str) -> Path:
+    """The folder for a bundle where none was named."""
+    return Path(f"{model}-{target}-{precision}")
+
+
+def check_output(output: Path) -> None:
+    """Says early what would stop `write_bundle` at the end.
+
+    A bundle of ours is replaced, and an empty folder is used. Anything else is left alone: to
+    delete a folder that someone mistyped would be worse than to ask for another name.
+
+    Raises:
+        UserError: something else lies there, or its place cannot be written to.
+    """
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise UserError(f"{output} exists and is no folder; choose another --output")
+    if output.is_dir():
+        foreign = _foreign_file(output)
+        if foreign is not None:
+            raise UserError(
+                f"{output} holds {foreign}, which is not of a gfcompile bundle; "
+                "choose another --output or move it away"
+            )
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {output}: {parent} is no folder that can be written to")
+
+
+def write_bundle(build: Callable[[Path], Manifest], output: Path) -> Bundle:
+    """The bundle at `output`, which appears there in one step or not at all.
+
+    An older bundle stays in its place until the new one is complete, and programs that have it
+    loaded keep it.
+
+    Args:
+        build: puts every file into the empty folder that it is given and returns the manifest;
+            its `files` are filled in here.
+        output: see `check_output`.
+    """
+    check_output(output)
+    with _sibling(output) as made:
+        manifest = dataclasses.replace(build(made), files=_entries(made))
+        text = json.dumps(manifest.to_dict(), indent=2, allow_nan=False)
+        (made / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+        _put_in_place(made, output)
+    return Bundle(path=output, manifest=manifest)
+
+
+def copy_bundle(source: Path, output: Path) -> Bundle:
+    """A copy of the bundle `source`, as safely written as by `write_bundle`.
+
+    Raises:
+        BundleError: `source` is not whole.
+    """
+    check_output(output)
+    manifest = read_manifest(source)
+    with _sibling(output) as made:
+        shutil.copytree(source, made, dirs_exist_ok=True)
+        if _entries(made) != manifest.files:
+            raise BundleError(f"{source} is not what its {MANIFEST_NAME} says; compile it again")
+        _put_in_place(made, output)
+    return Bundle(path=output, manifest=manifest)
+
+
+@contextmanager
+def _sibling(output: Path) -> Iterator[Path]:
+    """An empty folder beside `output`, on the same file system, that is gone in the end."""
+    parent = output.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=parent, prefix=f".{output.name}-", suffix=".tmp"))
+    try:
+        inner = made / output.name
+        inner.mkdir()  # with the permissions that the user's umask gives, unlike mkdtemp's
+        yield inner
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _entries(folder: Path) -> dict[str, FileEntry]:
+    """Hash and size of every file of a bundle but its manifest, by path in the folder."""
+    entries = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != MANIFEST_NAME:
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            entries[name] = FileEntry(sha256=sha256, size_bytes=path.stat().st_size)
+    return entries
+
+
+def _put_in_place(made: Path, output: Path) -> None:
+    sync_files([path for path in made.rglob("*") if path.is_file()])
+    if not output.exists():
+        made.rename(output)
+    elif not _exchange(made, output):
+        # Two steps where the kernel has no exchange. If the second one fails the first is undone.
+        aside = made.with_name("replaced")
+        output.rename(aside)
+        try:
+            made.rename(output)
+        except BaseException:
+            aside.rename(output)
+            raise
+    sync_files([output])
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two paths in one step; False where system or file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    at_fdcwd, rename_exchange = -100, 2
+    code = renameat2(
+        at_fdcwd, os.fsencode(one.absolute()), at_fdcwd, os.fsencode(other.absolute()),
+        ctypes.c_uint(rename_exchange),
+    )  # fmt: skip
+    return int(code) == 0
+
+
+def _foreign_file(folder: Path) -> str | None:
+    """A file that is not of a bundle in this folder, or None if there is none."""
+    present = {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        # What Python leaves where gfrt.py was imported from the bundle.
+        if not path.is_dir() and "__pycache__" not in path.parts
+    }
+    if not present:
+        return None
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        if not str(manifest["created_by"]).startswith("gfcompile"):
+            return MANIFEST_NAME
+        foreign = present - set(manifest["files"]) - {MANIFEST_NAME}
+    except (OSError, ValueError, KeyError, TypeError):
+        foreign = present
+    return min(foreign, default=None)
