@@ -135,9 +135,10 @@ class Generic:
     """Whatever has no schedule class of its own: a TIR function that Relax lowered.
 
     `key` is the structural hash that makes equal functions one kernel; `func` is a
-    tvm.tirx.PrimFunc whose arguments are those of the call, in order.
+    tvm.tirx.PrimFunc whose buffers are named as the call's arguments.
     """
 
+    name: str
     key: str
     func: Any = field(compare=False)
 

@@ -1,0 +1,91 @@
+"""What an emitter asks of the values of an ONNX graph: constants, shapes, quantization."""
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from gfcompile.runtime.errors import CompileError
+
+Array = npt.NDArray[np.generic]
+
+VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
+
+
+def is_standard(node: ir.Node, *op_types: str) -> bool:
+    """Whether `node` is one of these operators of the ONNX standard."""
+    return node.domain in ("", "ai.onnx") and node.op_type in op_types
+
+
+def shape_of(value: ir.Value) -> tuple[int, ...]:
+    """The static shape of `value`.
+
+    Raises:
+        CompileError: it is unknown or has a symbolic axis.
+    """
+    if value.shape is None or not value.shape.is_static():
+        raise CompileError(f"{value.name}: a static shape is needed, got {value.shape}")
+    return tuple(int(dim) for dim in value.shape.numpy())
+
+
+def dtype_of(value: ir.Value) -> str:
+    """NumPy's name of the value's dtype."""
+    if value.dtype is None:
+        raise CompileError(f"{value.name}: its dtype is unknown")
+    return value.dtype.numpy().name
+
+
+def constant(value: ir.Value | None) -> Array | None:
+    """The value as an array if it is known at compile time, dequantized or cast if need be."""
+    if value is None:
+        return None
+    if value.const_value is not None:
+        return value.const_value.numpy()
+    node = value.producer()
+    if node is None:
+        return None
+    if is_standard(node, "Constant"):
+        return node.attributes["value"].as_tensor().numpy()
+    if is_standard(node, "Cast", "Identity"):
+        array = constant(node.inputs[0])
+        return array if array is None else array.astype(dtype_of(value))
+    if is_standard(node, "DequantizeLinear"):
+        data = constant(node.inputs[0])
+        if data is None:
+            return None
+        scale, zero_point, axis = quantization(node)
+        shape = [1] * data.ndim
+        if scale.size > 1:
+            shape[axis] = -1
+        shifted = data.astype(np.int32) - zero_point.reshape(shape)
+        return shifted.astype(np.float32) * scale.reshape(shape)
+    return None
+
+
+def quantization(node: ir.Node) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], int]:
+    """Scale, zero point and axis of a QuantizeLinear or DequantizeLinear.
+
+    Raises:
+        CompileError: they are not constants.
+    """
+    scale = constant(node.inputs[1])
+    zero = constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
+    if scale is None:
+        raise CompileError(f"{node.name}: the scale is not a constant")
+    axis = node.attributes.get_int("axis", 1)
+    return (
+        scale.astype(np.float32),
+        np.zeros(scale.shape, np.int32) if zero is None else zero.astype(np.int32),
+        axis,
+    )
+
+
+def scalar_quantization(node: ir.Node) -> tuple[float, int]:
+    """Scale and zero point of a per-tensor QuantizeLinear or DequantizeLinear.
+
+    Raises:
+        CompileError: it is per channel.
+    """
+    scale, zero_point, _ = quantization(node)
+    if scale.size != 1:
+        raise CompileError(f"{node.name}: activations are quantized per tensor, not per channel")
+    return float(scale.reshape(-1)[0]), int(zero_point.reshape(-1)[0])

@@ -1,0 +1,422 @@
+"""A kernel-call program as the files that the device runtime runs: library, plan, weights."""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import tvm
+
+from gfcompile.runtime.errors import CompileError
+from gfcompile.targets.target import Cpu, Target
+from gfcompile.targets.tvm import cuda, link
+from gfcompile.targets.tvm.kernel import (
+    ActStorage,
+    Array,
+    CircularFilter,
+    Dense,
+    Dequantize,
+    DftFilter,
+    Generic,
+    Kernel,
+    LayerNorm,
+    Patchify,
+    Quantize,
+    Scheduled,
+    TokenMean,
+)
+from gfcompile.targets.tvm.memory import Arena, Lifetime, align, plan_arena
+from gfcompile.targets.tvm.partition import Call, Program
+from gfcompile.targets.tvm.plan import DType, Plan, PlanIO, PlanStep, PlanTensor, serialize
+from gfcompile.targets.tvm.schedules import act_storage, schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """What was written into the bundle's folder.
+
+    Attributes:
+        plan: as serialized in plan.bin.
+        arena: how activations share memory.
+        kernels: one record per compiled function, for the manifest.
+        cuda_source: what NVRTC compiled, for a stand-in driver; "" on a CPU.
+    """
+
+    plan: Plan
+    arena: Arena
+    kernels: tuple[Mapping[str, Any], ...]
+    cuda_source: str = ""
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A compiled function: its TIR, and the names of its parameters in TIR order."""
+
+    name: str
+    func: Any
+    args: tuple[str, ...]
+
+
+@dataclass
+class _Weights:
+    """weights.bin as it grows: aligned, equal arrays once."""
+
+    data: bytearray = field(default_factory=bytearray)
+    offsets: dict[tuple[str, bytes], int] = field(default_factory=dict)
+
+    def add(self, array: Array) -> int:
+        raw = np.ascontiguousarray(array).tobytes()
+        key = (str(array.dtype), hashlib.sha256(raw).digest())
+        if key not in self.offsets:
+            self.data.extend(bytes(align(len(self.data)) - len(self.data)))
+            self.offsets[key] = len(self.data)
+            self.data.extend(raw)
+        return self.offsets[key]
+
+
+def emit(
+    program: Program,
+    target: Target,
+    folder: Path,
+    *,
+    library: str,
+    mean: tuple[float, float, float] | None,
+    std: tuple[float, float, float] | None,
+) -> Artifact:
+    """Writes `library`, plan.bin, weights.bin and, for a GPU, kernels.ptx and kernels.cubin.
+
+    Args:
+        folder: exists; the files are written into it.
+        library: file name of the shared library.
+        mean, std: the normalization of the image input, if it is one.
+
+    Raises:
+        CompileError: a kernel that cannot be compiled for the target.
+    """
+    storage = act_storage(target)
+    scheduled = {call.kernel: schedule(call.kernel, target, storage) for call in program.calls}
+    functions = _functions(scheduled)
+    module = None
+    if target.gpu is None:
+        objects = [_compile_cpu(functions, target.cpu, folder / "kernels.o")]
+    else:
+        module = cuda.compile_cuda(
+            {f.name: f.func for steps in functions.values() for f in steps}, target.gpu
+        )
+        objects = []
+        (folder / "kernels.ptx").write_bytes(module.ptx)
+        (folder / "kernels.cubin").write_bytes(module.cubin)
+    builder = _PlanBuilder(program, scheduled, functions, storage, module)
+    steps, tensors, arena = builder.build()
+    weights = bytes(builder.weights.data)
+    (folder / "weights.bin").write_bytes(weights)
+    used = list(dict.fromkeys(step.kernel for step in steps))
+    library_id = _library_id(objects, used)
+    link.link_library(
+        objects,
+        used if target.gpu is None else [],
+        target.cpu,
+        folder / library,
+        library_id=library_id,
+        cuda=target.gpu is not None,
+    )
+    for built in objects:
+        built.unlink()
+    plan = Plan(
+        device="cpu" if target.gpu is None else "cuda",
+        arch=target.cpu.arch,
+        library=library,
+        library_id=library_id,
+        cpu_features=link.cpu_features(target.cpu) if target.gpu is None else (),
+        compute_capability=target.gpu.compute_capability if target.gpu else (0, 0),
+        tensors=tensors,
+        steps=steps,
+        inputs=tuple(
+            PlanIO(name=name, tensor=builder.index_of[name], mean=mean, std=std)
+            for name in program.inputs
+        ),
+        outputs=tuple(PlanIO(name=name, tensor=builder.index_of[name]) for name in program.outputs),
+        arena_bytes=arena.size_bytes,
+        workspace_bytes=_workspace_bytes(functions),
+        weights_bytes=len(weights),
+        weights_sha256=hashlib.sha256(weights).hexdigest(),
+    )
+    (folder / "plan.bin").write_bytes(serialize(plan))
+    return Artifact(
+        plan=plan,
+        arena=arena,
+        kernels=_kernel_records(program, functions, module),
+        cuda_source="" if module is None else module.source,
+    )
+
+
+def kernel_name(kernel: Kernel) -> str:
+    """A C identifier that says what the kernel computes; equal kernels have equal names."""
+    suffix = "_i8" if getattr(kernel, "out", "float32") == "int8" else ""
+    match kernel:
+        case Dense():
+            parts = [f"dense_{kernel.m}x{kernel.n}x{kernel.k}", _short(kernel.x)]
+            parts += ["gelu"] * kernel.gelu
+            parts += [f"add{kernel.residual_rows}"] * bool(kernel.residual_rows)
+            return "_".join(parts) + suffix
+        case LayerNorm():
+            # Layers that differ in eps alone are rare, but must not share a name.
+            eps = re.sub(r"\W", "_", f"{kernel.eps:.6g}")
+            return f"layer_norm_{kernel.rows}x{kernel.n}_eps{eps}{suffix}"
+        case DftFilter() | CircularFilter():
+            form = "dft" if isinstance(kernel, DftFilter) else "circular"
+            shape = f"{kernel.batch}x{kernel.h}x{kernel.w}x{kernel.c}"
+            return f"{form}_filter_{shape}_{_short(kernel.k_dtype)}"
+        case Patchify():
+            grid = f"{kernel.batch}x{kernel.grid_h}x{kernel.grid_w}"
+            patch = f"{kernel.channels}x{kernel.patch_h}x{kernel.patch_w}"
+            return f"patchify_{grid}_{patch}_{kernel.layout}{suffix}"
+        case TokenMean():
+            return f"token_mean_{kernel.batch}x{kernel.tokens}x{kernel.n}{suffix}"
+        case Quantize():
+            return f"quantize_{kernel.size}"
+        case Dequantize():
+            return f"dequantize_{kernel.size}"
+        case Generic():
+            return f"{re.sub(r'[^0-9A-Za-z_]', '_', kernel.name)}_{kernel.key}"
+
+
+def _short(dtype: str) -> str:
+    return {"float32": "f32", "float16": "f16", "int8": "i8"}[dtype]
+
+
+def _functions(scheduled: Mapping[Kernel, Scheduled]) -> dict[Kernel, tuple[_Function, ...]]:
+    functions = {}
+    for kernel, plan in scheduled.items():
+        name = kernel_name(kernel)
+        names = [name] if len(plan.steps) == 1 else [f"{name}_{i}" for i in range(len(plan.steps))]
+        functions[kernel] = tuple(
+            _Function(n, step.func.with_attr("global_symbol", n), step.args)
+            for n, step in zip(names, plan.steps, strict=True)
+        )
+    return functions
+
+
+def llvm_target(cpu: Cpu) -> tvm.target.Target:
+    """TVM's description of `cpu`."""
+    options: dict[str, Any] = {
+        "kind": "llvm",
+        "mtriple": f"{cpu.arch}-linux-gnu",
+        "mcpu": cpu.mcpu,
+        "num-cores": cpu.cores,
+    }
+    if cpu.features:
+        options["mattr"] = list(cpu.features)
+    return tvm.target.Target(options)
+
+
+def _compile_cpu(functions: Mapping[Kernel, Sequence[_Function]], cpu: Cpu, output: Path) -> Path:
+    module = tvm.IRModule({f.name: f.func for steps in functions.values() for f in steps})
+    try:
+        tvm.compile(module, llvm_target(cpu)).mod.write_to_file(str(output))
+    except (tvm.error.TVMError, RuntimeError, ValueError) as error:
+        raise CompileError(f"TVM cannot compile the kernels for {cpu.mcpu}: {error}") from error
+    return output
+
+
+def _library_id(objects: Sequence[Path], kernels: Sequence[str]) -> str:
+    digest = hashlib.sha256("\n".join(kernels).encode())
+    for built in objects:
+        digest.update(built.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _workspace_bytes(functions: Mapping[Kernel, Sequence[_Function]]) -> int:
+    """Scratch that TVM takes at run time; only what Relax lowered may need any."""
+    most = 0
+    for kernel, steps in functions.items():
+        if isinstance(kernel, Generic):
+            for function in steps:
+                buffers = function.func.body.block.alloc_buffers
+                sizes = (
+                    align(int(np.prod([int(dim) for dim in buffer.shape])) * 8)
+                    for buffer in buffers
+                )
+                most = max(most, sum(sizes))
+    return most
+
+
+def _kernel_records(
+    program: Program,
+    functions: Mapping[Kernel, Sequence[_Function]],
+    module: cuda.CudaModule | None,
+) -> tuple[Mapping[str, Any], ...]:
+    uses: dict[Kernel, int] = {}
+    for call in program.calls:
+        uses[call.kernel] = uses.get(call.kernel, 0) + 1
+    records = []
+    for kernel, steps in functions.items():
+        for function in steps:
+            record: dict[str, Any] = {"name": function.name, "calls": uses[kernel]}
+            if module is not None:
+                record |= dataclasses.asdict(module.kernels[function.name])
+            records.append(record)
+    return tuple(records)
+
+
+class _PlanBuilder:
+    """Gives every operand of every step a place, and an index in the plan."""
+
+    def __init__(
+        self,
+        program: Program,
+        scheduled: Mapping[Kernel, Scheduled],
+        functions: Mapping[Kernel, Sequence[_Function]],
+        storage: ActStorage,
+        module: cuda.CudaModule | None,
+    ) -> None:
+        self.program = program
+        self.scheduled = scheduled
+        self.functions = functions
+        self.storage = storage
+        self.module = module
+        self.weights = _Weights()
+        self.index_of: dict[str, int] = {}
+        self._tensors: list[PlanTensor] = []
+        self._offsets: Mapping[str, int] = {}
+
+    def build(self) -> tuple[tuple[PlanStep, ...], tuple[PlanTensor, ...], Arena]:
+        arena = plan_arena(self._lifetimes())
+        self._offsets = arena.offsets
+        for name in self.program.inputs:
+            self._activation(name, self.program.tensors[name].shape)
+        steps = [step for i, call in enumerate(self.program.calls) for step in self._steps(i, call)]
+        for name in self.program.outputs:
+            assert name in self.index_of, f"nothing writes the output {name}"
+        return tuple(steps), tuple(self._tensors), arena
+
+    def _lifetimes(self) -> list[Lifetime]:
+        first = dict.fromkeys(self.program.inputs, 0)
+        last: dict[str, int] = {}
+        sizes = {name: self._size(name) for name in self.program.tensors}
+        temporaries = []
+        for i, call in enumerate(self.program.calls):
+            for name in call.writes.values():
+                first.setdefault(name, i)
+                last[name] = i
+            for name in call.reads.values():
+                last[name] = i
+            for temp, (dtype, shape) in self.scheduled[call.kernel].temps.items():
+                size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+                name = _temp_name(i, temp)
+                temporaries.append(Lifetime(name=name, size_bytes=size, first=i, last=i))
+        for name in self.program.outputs:
+            last[name] = len(self.program.calls)
+        return temporaries + [
+            Lifetime(name=name, size_bytes=sizes[name], first=first[name], last=last.get(name, 0))
+            for name in first
+        ]
+
+    def _size(self, name: str) -> int:
+        tensor = self.program.tensors[name]
+        return int(np.prod(tensor.shape, dtype=np.int64)) * np.dtype(tensor.dtype).itemsize
+
+    def _steps(self, position: int, call: Call) -> list[PlanStep]:
+        plan = self.scheduled[call.kernel]
+        constants = {
+            **plan.consts,
+            **call.constants,
+            **{name: pack(call.constants) for name, pack in plan.pack.items()},
+        }
+        steps = []
+        for function in self.functions[call.kernel]:
+            operands = {}
+            outputs = []
+            params = function.func.params
+            assert len(params) == len(function.args), (function.name, function.args)
+            for param, arg in zip(params, function.args, strict=True):
+                buffer = function.func.buffer_map[param]
+                shape = tuple(int(dim) for dim in buffer.shape)
+                dtype = str(buffer.dtype)
+                if arg in call.writes:
+                    operands[arg] = self._activation(call.writes[arg], shape, dtype)
+                    outputs.append(operands[arg])
+                elif arg in call.reads:
+                    operands[arg] = self._activation(call.reads[arg], shape, dtype)
+                elif arg in plan.temps:
+                    name = _temp_name(position, arg)
+                    operands[arg] = self._place(name, dtype, shape, "arena", self._offsets[name])
+                else:
+                    operands[arg] = self._constant(f"{call.label}.{arg}", constants[arg], shape)
+            if not outputs:  # it fills a scratch tensor; which one does not matter to the plan
+                outputs = [operands[arg] for arg in function.args if arg in plan.temps]
+            steps.append(self._step(function, call.label, operands, outputs))
+        return steps
+
+    def _step(
+        self, function: _Function, label: str, operands: Mapping[str, int], outputs: list[int]
+    ) -> PlanStep:
+        order: Sequence[str] = function.args
+        if self.module is None:
+            return PlanStep(
+                kernel=function.name,
+                label=label,
+                args=tuple(operands[arg] for arg in order),
+                outputs=tuple(outputs),
+            )
+        launch = self.module.kernels[function.name]
+        return PlanStep(
+            kernel=launch.symbol,
+            label=label,
+            args=tuple(operands[order[i]] for i in launch.args),
+            outputs=tuple(outputs),
+            grid=launch.grid,
+            block=launch.block,
+        )
+
+    def _activation(self, name: str, shape: tuple[int, ...], dtype: str | None = None) -> int:
+        tensor = self.program.tensors[name]
+        quantized = tensor.dtype == "int8"
+        stored = self.storage.dtype if quantized else tensor.dtype
+        assert dtype in (None, stored), f"{name} is {stored}, its kernel wants {dtype}"
+        assert np.prod(shape) == np.prod(tensor.shape), (name, shape, tensor.shape)
+        return self._place(
+            name,
+            stored,
+            shape,
+            "arena",
+            self._offsets[name],
+            scale=tensor.scale,
+            zero_point=tensor.zero_point,
+            storage_offset=self.storage.offset if quantized else 0,
+        )
+
+    def _constant(self, name: str, array: Array, shape: tuple[int, ...]) -> int:
+        assert array.size == np.prod(shape), f"{name}: {array.shape} for {shape}"
+        offset = self.weights.add(array)
+        return self._place(f"{array.dtype}@{offset}", str(array.dtype), shape, "weights", offset)
+
+    def _place(
+        self, name: str, dtype: str, shape: tuple[int, ...], space: Any, offset: int, **quant: Any
+    ) -> int:
+        """The index of the tensor, new or known; a second shape is a view under another name."""
+        index = self.index_of.get(name)
+        if index is not None and self._tensors[index].shape != shape:
+            name = f"{name}:{'x'.join(map(str, shape))}"
+            index = self.index_of.get(name)
+        if index is None:
+            index = self.index_of[name] = len(self._tensors)
+            self._tensors.append(
+                PlanTensor(
+                    name=name,
+                    dtype=cast(DType, dtype),
+                    shape=shape,
+                    space=space,
+                    offset=offset,
+                    **quant,
+                )
+            )
+        return index
+
+
+def _temp_name(position: int, name: str) -> str:
+    return f"step{position}.{name}"

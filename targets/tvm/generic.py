@@ -1,0 +1,152 @@
+"""Nodes that no schedule class takes, lowered by TVM's Relax to TIR functions."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import tvm
+from tvm import relax
+from tvm.relax.frontend.onnx import from_onnx
+
+from gfcompile.runtime.errors import CompileError
+from gfcompile.targets.onnx_values import constant, shape_of
+from gfcompile.targets.tvm.kernel import Array, Generic
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenericCall:
+    """One TIR function and its operands.
+
+    Attributes:
+        kernel, label: as in a Call of the partitioner.
+        reads, writes: argument -> a value of the graph, or the name of one of `temporaries`.
+        constants: argument -> array.
+        temporaries: name -> dtype and shape of what is neither a value of the graph nor constant.
+    """
+
+    kernel: Generic
+    label: str
+    reads: Mapping[str, ir.Value | str]
+    writes: Mapping[str, ir.Value | str]
+    constants: Mapping[str, Array]
+    temporaries: Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+def lower(nodes: Sequence[ir.Node]) -> Iterator[GenericCall]:
+    """The TIR functions that compute `nodes`, fused by Relax, in order.
+
+    Args:
+        nodes: in topological order; what they read from elsewhere, views included, is an input.
+
+    Raises:
+        CompileError: TVM cannot take one of the operators.
+    """
+    produced = {output for node in nodes for output in node.outputs}
+    inputs: dict[str, ir.Value] = {}
+    constants: dict[str, ir.Value] = {}
+    for node in nodes:
+        for value in node.inputs:
+            if value is not None and value not in produced:
+                known = constant(value) is not None
+                (constants if known else inputs)[str(value.name)] = value
+    inside = set(nodes)
+    outputs = {
+        str(value.name): value
+        for value in produced
+        if value.is_graph_output() or any(use not in inside for use in value.consumers())
+    }
+    module = _relax_module(nodes, inputs, constants, outputs)
+
+    main = module["main"]
+    known_values: dict[relax.Var, ir.Value | str] = dict(
+        zip(main.params, inputs.values(), strict=True)
+    )
+    result = main.body.body
+    fields = list(result.fields) if isinstance(result, relax.Tuple) else [result]
+    for var, value in zip(fields, outputs.values(), strict=True):
+        known_values[var] = value
+    stem = nodes[0].name or str(nodes[0].outputs[0].name)
+    for block in main.body.blocks:
+        for binding in block.bindings:
+            yield _call(module, binding, known_values, stem)
+
+
+def _relax_module(
+    nodes: Sequence[ir.Node],
+    inputs: Mapping[str, ir.Value],
+    constants: Mapping[str, ir.Value],
+    outputs: Mapping[str, ir.Value],
+) -> tvm.IRModule:
+    ops = ", ".join(sorted({node.op_type for node in nodes}))
+    graph = onnx.helper.make_graph(
+        [ir.to_proto(node) for node in nodes],
+        "leftover",
+        [_value_info(value) for value in inputs.values()],
+        [_value_info(value) for value in outputs.values()],
+        [
+            onnx.numpy_helper.from_array(np.asarray(constant(value)), name)
+            for name, value in constants.items()
+        ],
+    )
+    graph_version = nodes[0].graph.opset_imports[""] if nodes[0].graph is not None else 20
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", graph_version)]
+    )
+    try:
+        return relax.get_pipeline("zero")(from_onnx(model))
+    except Exception as error:
+        # TVM raises whatever its front end meets: KeyError, InternalError, OpNotImplemented.
+        reason = str(error).strip().splitlines()
+        raise CompileError(
+            f"TVM cannot lower one of these operators: {ops} ({reason[-1] if reason else error!r})"
+        ) from error
+
+
+def _value_info(value: ir.Value) -> onnx.ValueInfoProto:
+    assert value.dtype is not None
+    return onnx.helper.make_tensor_value_info(
+        str(value.name), int(value.dtype), list(shape_of(value))
+    )
+
+
+def _call(
+    module: tvm.IRModule,
+    binding: relax.Binding,
+    values: dict[relax.Var, ir.Value | str],
+    stem: str,
+) -> GenericCall:
+    call = binding.value
+    if not (isinstance(call, relax.Call) and getattr(call.op, "name", "") == "relax.call_tir"):
+        raise CompileError(f"{stem}: Relax left {call} unlowered")
+    global_var, operands = call.args[0], call.args[1]
+    func = module[global_var]
+    params = [str(func.buffer_map[param].name) for param in func.params]
+    reads: dict[str, ir.Value | str] = {}
+    constants: dict[str, Array] = {}
+    for name, operand in zip(params, operands, strict=False):
+        if isinstance(operand, relax.Constant):
+            constants[name] = operand.data.numpy()
+        else:
+            reads[name] = values[operand]
+    temporaries = {}
+    if binding.var not in values:
+        buffer = func.buffer_map[func.params[-1]]
+        name = (
+            f"{stem}/{binding.var.name_hint if hasattr(binding.var, 'name_hint') else len(values)}"
+        )
+        values[binding.var] = name
+        temporaries[name] = (str(buffer.dtype), tuple(int(dim) for dim in buffer.shape))
+    return GenericCall(
+        kernel=Generic(
+            name=str(global_var.name_hint),
+            key=f"{tvm.ir.structural_hash(func) & (2**64 - 1):016x}",
+            func=func,
+        ),
+        label=f"{stem}/{global_var.name_hint}",
+        reads=reads,
+        writes={params[-1]: values[binding.var]},
+        constants=constants,
+        temporaries=temporaries,
+    )

@@ -1,0 +1,625 @@
+"""The lowered ONNX graph as a list of kernel calls.
+
+Each product, convolution, normalization, filter or mean takes along the cheap nodes that follow it
+(bias, GELU, residual, quantization), so that element-wise work rides on a kernel that is there
+anyway. What no schedule class covers goes through Relax, a run of neighbouring nodes at a time
+(`generic.py`).
+
+Views (Reshape and its kin) cost nothing: their output is another name for the same memory.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from gfcompile.runtime.errors import CompileError
+from gfcompile.targets.onnx_values import (
+    VIEWS,
+    constant,
+    dtype_of,
+    is_standard,
+    quantization,
+    scalar_quantization,
+    shape_of,
+)
+from gfcompile.targets.tvm import generic
+from gfcompile.targets.tvm.kernel import (
+    Act,
+    Array,
+    CircularFilter,
+    Dense,
+    Dequantize,
+    DftFilter,
+    Kernel,
+    LayerNorm,
+    Patchify,
+    Quantize,
+    TokenMean,
+    quant_args,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """A tensor that a call reads or writes; int8 ones carry their scale and zero point."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    scale: float = 0.0
+    zero_point: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One kernel and what it is applied to.
+
+    Attributes:
+        kernel: what is computed.
+        label: the node that it stands for, for profiles.
+        reads, writes: argument name -> tensor name.
+        constants: argument name -> raw constant.
+    """
+
+    kernel: Kernel
+    label: str
+    reads: Mapping[str, str]
+    writes: Mapping[str, str]
+    constants: Mapping[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A straight line of kernel calls over named tensors."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    tensors: Mapping[str, Tensor]
+    calls: tuple[Call, ...]
+
+
+def partition(model: ir.Model) -> Program:
+    """The kernel calls that compute `model`, in an order that respects their data flow.
+
+    Args:
+        model: a canonical lowered graph: static shapes, `MatMul` + `Add` for linear layers, filters
+            as `gfcompile` functions, QDQ pairs around quantized products.
+
+    Raises:
+        CompileError: a node that neither a schedule class nor Relax can take.
+    """
+    return _Partitioner(model).run()
+
+
+@dataclass
+class _Product:
+    """x @ w on the way to a Dense call: the nodes that it covers so far, and its operands."""
+
+    covered: list[ir.Node]
+    m: int
+    n: int
+    k: int
+    act: Act
+    constants: dict[str, Array]
+
+    @property
+    def result(self) -> ir.Value:
+        return self.covered[-1].outputs[0]
+
+
+class _Partitioner:
+    def __init__(self, model: ir.Model) -> None:
+        self.graph = model.graph
+        self.nodes = [
+            node for node in model.graph if any(constant(output) is None for output in node.outputs)
+        ]
+        self.claimed: set[ir.Node] = set()
+        self.calls: dict[ir.Node, list[Call]] = {}  # at the last node that a call covers
+        self.tensors: dict[str, Tensor] = {}
+
+    def run(self) -> Program:
+        anchors: tuple[Callable[[ir.Node], None], ...] = (
+            self.linear,
+            self.patch_conv,
+            self.layer_norm,
+            self.token_mean,
+            self.global_filter,
+        )
+        for anchor in (*anchors, self.quantize, self.dequantize):
+            for node in self.nodes:
+                if node not in self.claimed:
+                    anchor(node)
+        inputs = tuple(self.tensor(value) for value in self.graph.inputs)
+        outputs = tuple(self.tensor(value) for value in self.graph.outputs)
+        calls: list[Call] = []
+        run: list[ir.Node] = []  # neighbours that no schedule class takes
+        for node in self.nodes:
+            if node not in self.claimed and not is_standard(node, *VIEWS):
+                if any(self.is_view_into(run, value) for value in node.inputs):
+                    calls += self.leftover(run)
+                    run = []
+                run.append(node)
+            elif node in self.calls:
+                calls += self.leftover(run)
+                calls += self.calls[node]
+                run = []
+        calls += self.leftover(run)
+        return Program(
+            inputs=inputs, outputs=outputs, tensors=self.tensors, calls=_live(calls, outputs)
+        )
+
+    # Values
+
+    def root(self, value: ir.Value) -> ir.Value:
+        """The value whose memory `value` is a view of."""
+        node = value.producer()
+        while node is not None and is_standard(node, *VIEWS) and node not in self.claimed:
+            source = node.inputs[0]
+            assert source is not None
+            value, node = source, source.producer()
+        return value
+
+    def tensor(self, value: ir.Value) -> str:
+        """The name of the tensor that holds `value`, from now on part of the program."""
+        value = self.root(value)
+        assert value.name is not None
+        if value.name not in self.tensors:
+            producer = value.producer()
+            scale, zero_point = 0.0, 0
+            if producer is not None and is_standard(producer, "QuantizeLinear"):
+                scale, zero_point = scalar_quantization(producer)
+            self.tensors[value.name] = Tensor(
+                name=value.name,
+                dtype=dtype_of(value),
+                shape=shape_of(value),
+                scale=scale,
+                zero_point=zero_point,
+            )
+        return value.name
+
+    def follower(self, value: ir.Value, *op_types: str) -> ir.Node | None:
+        """The node that alone reads `value`, through views, if it is one of `op_types`."""
+        while True:
+            readers = value.consumers()
+            if len(readers) != 1 or value.is_graph_output() or readers[0] in self.claimed:
+                return None
+            if is_standard(readers[0], *op_types):
+                return readers[0]
+            if not is_standard(readers[0], *VIEWS):
+                return None
+            value = readers[0].outputs[0]
+
+    def other_input(self, node: ir.Node, value: ir.Value) -> ir.Value | None:
+        """The operand of a binary node that is not (a view of) `value`."""
+        others = [x for x in node.inputs if x is not None and self.root(x) is not self.root(value)]
+        return others[0] if len(others) == 1 else None
+
+    def dequantized(self, value: ir.Value) -> ir.Node | None:
+        """The DequantizeLinear that `value` comes from, if that is an int8 activation."""
+        node = self.root(value).producer()
+        if node is None or not is_standard(node, "DequantizeLinear"):
+            return None
+        return node if dtype_of(_input(node, 0)) == "int8" else None
+
+    def is_view_into(self, run: list[ir.Node], value: ir.Value | None) -> bool:
+        return (
+            value is not None
+            and self.root(value) is not value
+            and self.root(value).producer() in run
+        )
+
+    # Calls
+
+    def add(
+        self,
+        covered: list[ir.Node],
+        kernel_of: Callable[[Act], Kernel],
+        reads: Mapping[str, str],
+        constants: Mapping[str, Array],
+        before: Call | None = None,
+    ) -> None:
+        """Adds a call that covers these nodes, and the QuantizeLinear after them if there is one.
+
+        Args:
+            covered: the nodes that the call stands for, in order.
+            kernel_of: the kernel for a float32 or an int8 result.
+            reads, constants: the call's arguments.
+            before: a call that must come first.
+        """
+        out: Act = "float32"
+        quantize = self.follower(covered[-1].outputs[0], "QuantizeLinear")
+        if quantize is not None:
+            covered, out = [*covered, quantize], "int8"
+            constants = {**constants, "quant": quant_args(*scalar_quantization(quantize))}
+        self.claimed.update(covered)
+        call = Call(
+            kernel=kernel_of(out),
+            label=_label(covered[0]),
+            reads=reads,
+            writes={"y": self.tensor(covered[-1].outputs[0])},
+            constants=constants,
+        )
+        self.calls[covered[-1]] = [call] if before is None else [before, call]
+
+    def linear(self, node: ir.Node) -> None:
+        """MatMul by a constant matrix, with bias, GELU and residual."""
+        if not is_standard(node, "MatMul"):
+            return
+        x, w = _input(node, 0), _input(node, 1)
+        weight = constant(w)
+        if weight is None or weight.ndim != 2:
+            return
+        covered = [node]
+        bias = None
+        add = self.follower(node.outputs[0], "Add")
+        if add is not None:
+            operand = self.other_input(add, node.outputs[0])
+            array = constant(operand)
+            if array is not None and array.size == array.shape[-1] == weight.shape[1]:
+                bias = operand
+                covered.append(add)
+        source = self.dequantized(x)
+        product = self.product(covered, source, w, bias)
+        if product.act == "int8":
+            assert source is not None
+            x = _input(source, 0)
+        self.dense(product, self.tensor(x))
+
+    def patch_conv(self, node: ir.Node) -> None:
+        """A convolution whose patches do not overlap: patches as rows, then a product."""
+        if not is_standard(node, "Conv"):
+            return
+        x, w = _input(node, 0), _input(node, 1)
+        weight = constant(w)
+        # The product's rows are tokens: the graph must go on with channels last.
+        transpose = self.follower(node.outputs[0], "Transpose")
+        if weight is None or transpose is None or not _is_patch_conv(node, weight.shape):
+            return
+        perm = tuple(transpose.attributes.get_ints("perm"))
+        if perm != (0, *range(2, len(perm)), 1):
+            return
+        source = self.dequantized(x)
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        product = self.product([node, transpose], source, w, bias)
+
+        quant: dict[str, Array] = {}
+        name, scale, zero_point = f"{node.outputs[0].name}_patches", 0.0, 0
+        image = x
+        if product.act == "int8":
+            # Patches are cut and quantized in one go. They keep the name of the QuantizeLinear's
+            # output, whose values they are, in another order.
+            assert source is not None
+            quantize = self.root(_input(source, 0)).producer()
+            if quantize is None or not is_standard(quantize, "QuantizeLinear"):
+                return
+            scale, zero_point = scalar_quantization(quantize)
+            quant["quant"] = quant_args(scale, zero_point)
+            image, name = _input(quantize, 0), str(quantize.outputs[0].name)
+            if len(quantize.outputs[0].consumers()) == 1:
+                self.claimed.update((quantize, source))
+        layout = "nchw"
+        to_nchw = image.producer()
+        if (
+            to_nchw is not None
+            and is_standard(to_nchw, "Transpose")
+            and tuple(to_nchw.attributes.get_ints("perm")) == (0, 3, 1, 2)
+            and to_nchw not in self.claimed
+        ):
+            if len(image.consumers()) == 1:
+                self.claimed.add(to_nchw)
+            image, layout = _input(to_nchw, 0), "nhwc"
+        batch, _, grid_h, grid_w = shape_of(node.outputs[0])
+        _, channels, patch_h, patch_w = weight.shape
+        self.tensors[name] = Tensor(
+            name=name,
+            dtype=product.act,
+            shape=(product.m, product.k),
+            scale=scale,
+            zero_point=zero_point,
+        )
+        patches = Call(
+            kernel=Patchify(
+                batch=batch,
+                channels=channels,
+                grid_h=grid_h,
+                grid_w=grid_w,
+                patch_h=patch_h,
+                patch_w=patch_w,
+                layout="nhwc" if layout == "nhwc" else "nchw",
+                out=product.act,
+            ),
+            label=f"{_label(node)}/patches",
+            reads={"x": self.tensor(image)},
+            writes={"y": name},
+            constants=quant,
+        )
+        self.dense(product, name, before=patches)
+
+    def product(
+        self, covered: list[ir.Node], source: ir.Node | None, w: ir.Value, bias: ir.Value | None
+    ) -> _Product:
+        """x @ w + bias, in integers where x, w and bias are quantized, in float otherwise.
+
+        Args:
+            covered: the nodes that compute it.
+            source: the DequantizeLinear behind x, if there is one.
+            w: (k, n) or, of a convolution, (n, ...).
+            bias: (n,) or None.
+        """
+        weight = constant(w)
+        assert weight is not None
+        matrix = weight if weight.ndim == 2 else weight.reshape(weight.shape[0], -1).T
+        k, n = matrix.shape
+        m = math.prod(shape_of(covered[-1].outputs[0])) // n
+        integers = None if source is None else _integer_operands(source, w, bias)
+        if integers is not None:
+            return _Product(covered, m, n, k, "int8", integers)
+        bias_array = constant(bias)
+        constants: dict[str, Array] = {
+            "w": np.ascontiguousarray(matrix, np.float32),
+            "bias": np.zeros(n, np.float32)
+            if bias_array is None
+            else bias_array.reshape(-1).astype(np.float32),
+        }
+        return _Product(covered, m, n, k, "float32", constants)
+
+    def dense(self, product: _Product, x: str, before: Call | None = None) -> None:
+        """Adds the call of `product`, with the GELU and the residual that follow it."""
+        m, n = product.m, product.n
+        reads = {"x": x}
+        gelu = self.follower(product.result, "Gelu")
+        if gelu is not None and gelu.attributes.get_string("approximate", "none") == "none":
+            product.covered.append(gelu)
+        else:
+            gelu = None
+        residual_rows = 0
+        add = self.follower(product.result, "Add")
+        operand = None if add is None else self.other_input(add, product.result)
+        if add is not None and operand is not None:
+            array = constant(operand)
+            size = math.prod(shape_of(operand))
+            whole = math.prod(shape_of(add.outputs[0])) == m * n and dtype_of(operand) == "float32"
+            if whole and array is not None and shape_of(operand)[-1] == n and m % (size // n) == 0:
+                residual_rows = size // n
+                product.constants["residual"] = array.reshape(-1, n).astype(np.float32)
+            elif whole and array is None and size == m * n:
+                residual_rows = m
+                reads["residual"] = self.tensor(operand)
+            if residual_rows:
+                product.covered.append(add)
+        self.add(
+            product.covered,
+            lambda out: Dense(
+                m=m,
+                n=n,
+                k=product.k,
+                x=product.act,
+                gelu=gelu is not None,
+                residual_rows=residual_rows,
+                out=out,
+            ),
+            reads,
+            product.constants,
+            before,
+        )
+
+    def layer_norm(self, node: ir.Node) -> None:
+        if not is_standard(node, "LayerNormalization"):
+            return
+        x = _input(node, 0)
+        shape = shape_of(x)
+        gamma, beta = constant(node.inputs[1]), constant(node.inputs[2])
+        last = node.attributes.get_int("axis", -1) in (-1, len(shape) - 1)
+        if not last or gamma is None or beta is None:
+            return
+        eps = node.attributes.get_float("epsilon", 1e-5)
+        rows, n = math.prod(shape[:-1]), shape[-1]
+        self.add(
+            [node],
+            lambda out: LayerNorm(rows=rows, n=n, eps=eps, out=out),
+            {"x": self.tensor(x)},
+            {"gamma": gamma.reshape(-1), "beta": beta.reshape(-1)},
+        )
+
+    def token_mean(self, node: ir.Node) -> None:
+        if not is_standard(node, "ReduceMean"):
+            return
+        x = _input(node, 0)
+        axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        if (
+            axes is None
+            or axes.size != 1
+            or int(axes.reshape(-1)[0]) not in (1, -2)
+            or len(shape_of(x)) != 3
+        ):
+            return
+        batch, tokens, n = shape_of(x)
+        self.add(
+            [node],
+            lambda out: TokenMean(batch=batch, tokens=tokens, n=n, out=out),
+            {"x": self.tensor(x)},
+            {},
+        )
+
+    def global_filter(self, node: ir.Node) -> None:
+        if node.domain != "gfcompile":
+            return
+        x = _input(node, 0)
+        batch, h, w, c = shape_of(x)
+        kernel: Kernel
+        names: tuple[str, ...]
+        halves = all(_is_half(_input(node, i)) for i in range(1, len(node.inputs)))
+        k_dtype: Literal["float32", "float16"] = "float16" if halves else "float32"
+        if node.op_type.startswith("GlobalFilterDft_"):
+            kernel = DftFilter(batch=batch, h=h, w=w, c=c, k_dtype=k_dtype)
+            names = ("k_re", "k_im")
+        elif node.op_type.startswith("GlobalFilterCircular_"):
+            kernel = CircularFilter(batch=batch, h=h, w=w, c=c, k_dtype=k_dtype)
+            names = ("kernel",)
+        else:
+            raise CompileError(f"{node.name}: no kernel for the function {node.op_type}")
+        constants: dict[str, Array] = {}
+        for name, value in zip(names, node.inputs[1:], strict=True):
+            array = constant(value)
+            if array is None:
+                raise CompileError(f"{node.name}: the filter's weights must be constants")
+            constants[name] = array.astype(np.float16).view(np.uint16) if halves else array
+        self.claimed.add(node)
+        self.calls[node] = [
+            Call(
+                kernel=kernel,
+                label=_label(node),
+                reads={"x": self.tensor(x)},
+                writes={"y": self.tensor(node.outputs[0])},
+                constants=constants,
+            )
+        ]
+
+    def quantize(self, node: ir.Node) -> None:
+        if not is_standard(node, "QuantizeLinear"):
+            return
+        x = _input(node, 0)
+        self.claimed.add(node)
+        self.calls[node] = [
+            Call(
+                kernel=Quantize(size=math.prod(shape_of(x))),
+                label=_label(node),
+                reads={"x": self.tensor(x)},
+                writes={"y": self.tensor(node.outputs[0])},
+                constants={"quant": quant_args(*scalar_quantization(node))},
+            )
+        ]
+
+    def dequantize(self, node: ir.Node) -> None:
+        """A DequantizeLinear of an activation; dropped later if integer products read it alone."""
+        if not is_standard(node, "DequantizeLinear"):
+            return
+        x = _input(node, 0)
+        self.claimed.add(node)
+        self.calls[node] = [
+            Call(
+                kernel=Dequantize(size=math.prod(shape_of(x))),
+                label=_label(node),
+                reads={"x": self.tensor(x)},
+                writes={"y": self.tensor(node.outputs[0])},
+                constants={"dequant": np.array(scalar_quantization(node), np.float32)},
+            )
+        ]
+
+    def leftover(self, run: list[ir.Node]) -> list[Call]:
+        """The calls for nodes that no schedule class takes, lowered by Relax."""
+        calls = []
+        for lowered in generic.lower(run) if run else ():
+            for name, (dtype, shape) in lowered.temporaries.items():
+                self.tensors[name] = Tensor(name=name, dtype=dtype, shape=shape)
+
+            def named(operands: Mapping[str, ir.Value | str]) -> dict[str, str]:
+                return {
+                    argument: value if isinstance(value, str) else self.tensor(value)
+                    for argument, value in operands.items()
+                }
+
+            calls.append(
+                Call(
+                    kernel=lowered.kernel,
+                    label=lowered.label,
+                    reads=named(lowered.reads),
+                    writes=named(lowered.writes),
+                    constants=lowered.constants,
+                )
+            )
+        return calls
+
+
+def _integer_operands(
+    source: ir.Node, w: ir.Value, bias: ir.Value | None
+) -> dict[str, Array] | None:
+    """w, scale and bias of an exact integer product; None where the graph does not allow one.
+
+    The int32 bias of the result already holds minus the activation's zero point times the weight's
+    column sums.
+    """
+    x_scale, x_zero_point = scalar_quantization(source)
+    weight = w.producer()
+    if weight is None or not is_standard(weight, "DequantizeLinear"):
+        return None
+    data = constant(_input(weight, 0))
+    w_scale, w_zero_point, axis = quantization(weight)
+    if data is None or data.dtype != np.int8 or w_zero_point.any():
+        return None
+    channel_axis = 1 if data.ndim == 2 else 0
+    if w_scale.size > 1 and axis % data.ndim != channel_axis:
+        return None
+    matrix = data if data.ndim == 2 else data.reshape(data.shape[0], -1).T
+    n = matrix.shape[1]
+    scale = np.broadcast_to(np.float32(x_scale) * w_scale.reshape(-1), (n,))
+    bias_data: Array | None = np.zeros(n, np.int32)
+    if bias is not None:
+        node = bias.producer()
+        if node is None or not is_standard(node, "DequantizeLinear"):
+            return None
+        bias_data = constant(_input(node, 0))
+        bias_scale = quantization(node)[0]
+        if bias_data is None or bias_data.dtype != np.int32:
+            return None
+        if not np.allclose(bias_scale, scale, rtol=1e-6, atol=0):
+            return None
+    assert bias_data is not None
+    sums = matrix.astype(np.int64).sum(axis=0)
+    folded = bias_data.reshape(-1).astype(np.int64) - x_zero_point * sums
+    return {
+        "w": np.ascontiguousarray(matrix),
+        "scale": np.ascontiguousarray(scale, np.float32),
+        "bias": folded.astype(np.int32),
+    }
+
+
+def _is_patch_conv(node: ir.Node, weight_shape: tuple[int, ...]) -> bool:
+    """Whether the convolution cuts its whole input into patches that do not overlap."""
+    if len(weight_shape) != 4:
+        return False
+    patch = weight_shape[2:]
+    attributes = node.attributes
+    _, _, height, width = shape_of(_input(node, 0))
+    _, _, grid_h, grid_w = shape_of(node.outputs[0])
+    return (
+        tuple(attributes.get_ints("strides", (1, 1))) == patch
+        and (height, width) == (grid_h * patch[0], grid_w * patch[1])
+        and not any(attributes.get_ints("pads", (0, 0, 0, 0)))
+        and tuple(attributes.get_ints("dilations", (1, 1))) == (1, 1)
+        and attributes.get_int("group", 1) == 1
+    )
+
+
+def _is_half(value: ir.Value) -> bool:
+    node = value.producer()
+    return (
+        node is not None
+        and is_standard(node, "Cast")
+        and _input(node, 0).dtype == ir.DataType.FLOAT16
+    )
+
+
+def _input(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    assert value is not None, f"{node.name} lacks input {index}"
+    return value
+
+
+def _label(node: ir.Node) -> str:
+    return node.name or str(node.outputs[0].name)
+
+
+def _live(calls: list[Call], outputs: tuple[str, ...]) -> tuple[Call, ...]:
+    """The calls whose results are used, in order."""
+    needed = set(outputs)
+    live = []
+    for call in reversed(calls):
+        if needed & set(call.writes.values()):
+            needed.update(call.reads.values())
+            live.append(call)
+    return tuple(reversed(live))
