@@ -125,18 +125,25 @@ def _entries(folder: Path) -> dict[str, FileEntry]:
 
 def _put_in_place(made: Path, output: Path) -> None:
     sync_files([path for path in made.rglob("*") if path.is_file()])
-    if not output.exists():
-        made.rename(output)
-    elif not _exchange(made, output):
-        # Two steps where the kernel has no exchange. If the second one fails the first is undone.
-        aside = made.with_name("replaced")
-        output.rename(aside)
-        try:
-            made.rename(output)
-        except BaseException:
-            aside.rename(output)
+    try:
+        made.rename(output)  # where nothing is, or an empty folder
+    except OSError:
+        if not output.is_dir():
             raise
+        if not _exchange(made, output):
+            _replace(made, output)
     sync_files([output])
+
+
+def _replace(made: Path, output: Path) -> None:
+    """Where the kernel has no exchange: two steps, the first undone if the second one fails."""
+    aside = made.with_name("replaced")
+    output.rename(aside)
+    try:
+        made.rename(output)
+    except BaseException:
+        aside.rename(output)
+        raise
 
 
 def _exchange(one: Path, other: Path) -> bool:
