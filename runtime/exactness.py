@@ -39,7 +39,7 @@ def top1_agreement(reference: ArrayLike, actual: ArrayLike) -> float:
 
     Rows with a NaN do not agree.
     """
-    wanted, error = _wanted_and_error(reference, actual)
+    wanted, _ = _wanted_and_error(reference, actual)
     classes = wanted.shape[-1] if wanted.ndim else 1
     expected = wanted.reshape(-1, classes)
     got = np.asarray(actual).reshape(-1, classes)

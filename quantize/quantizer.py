@@ -1,0 +1,185 @@
+"""Our torchao Quantizer: reads an exported graph and marks what the scheme quantizes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from gfcompile.quantize._pt2e import (
+    DerivedQuantizationSpec,
+    QuantizationAnnotation,
+    QuantizationSpec,
+    Quantizer,
+)
+from gfcompile.quantize.observers import ActivationObserver, WeightObserver
+from gfcompile.quantize.scheme import OpKind, QuantScheme
+from gfcompile.runtime.errors import UserError
+
+__all__ = ["KeptFloat", "QuantNode", "SchemeQuantizer", "find_layers"]
+
+_INT32 = torch.iinfo(torch.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantNode:
+    """A layer to quantize: its name in the module, its kind, its node in the exported graph."""
+
+    name: str
+    op: OpKind
+    node: fx.Node
+
+    @property
+    def input(self) -> fx.Node:
+        return _operand(self.node, 0)
+
+    @property
+    def weight(self) -> fx.Node:
+        return _operand(self.node, 1)
+
+    @property
+    def bias(self) -> fx.Node | None:
+        return _operand(self.node, 2) if _has_bias(self.node) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptFloat:
+    """A linear or convolution layer that stays in float, and why."""
+
+    name: str
+    reason: str
+
+
+def find_layers(
+    graph: fx.Graph, scheme: QuantScheme
+) -> tuple[tuple[QuantNode, ...], tuple[KeptFloat, ...]]:
+    """The layers that the scheme quantizes, and the linear and convolution layers that it does not.
+
+    Raises:
+        UserError: a name in `scheme.keep_float` that is no layer's.
+    """
+    chosen: list[QuantNode] = []
+    kept: list[KeptFloat] = []
+    for node in graph.nodes:
+        if node.target == torch.ops.aten.linear.default:
+            op: OpKind | None = "linear"
+        elif node.target == torch.ops.aten.conv2d.default:
+            op = "patch_conv2d" if _tiles_its_input(node) else None
+        else:
+            continue
+        name = _layer_name(node)
+        if scheme.keeps_float(name):
+            kept.append(KeptFloat(name=name, reason="the scheme names it"))
+        elif op is None:
+            kept.append(KeptFloat(name=name, reason="a convolution that is no patch embedding"))
+        elif op not in scheme.ops:
+            kept.append(KeptFloat(name=name, reason=f"the scheme leaves {op} layers in float"))
+        elif not _is_constant(node, 1) or (_has_bias(node) and not _is_constant(node, 2)):
+            kept.append(KeptFloat(name=name, reason="its weight or bias is computed"))
+        else:
+            chosen.append(QuantNode(name=name, op=op, node=node))
+    _check_names(scheme, [layer.name for layer in chosen] + [layer.name for layer in kept])
+    return tuple(chosen), tuple(kept)
+
+
+class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
+    """Puts observers on input, weight and bias of every layer that the scheme quantizes.
+
+    Only edges into these layers are annotated, never an output: a tensor that also feeds a filter
+    or a residual addition reaches those in float.
+    """
+
+    def __init__(self, scheme: QuantScheme) -> None:
+        super().__init__()
+        self.scheme = scheme
+        activation, weight = scheme.activation, scheme.weight
+        self._activation = QuantizationSpec(
+            dtype=torch.int8,
+            quant_min=activation.low,
+            quant_max=activation.high,
+            observer_or_fake_quant_ctr=ActivationObserver.with_args(
+                scheme=activation, rule=scheme.activation_range
+            ),
+        )
+        self._weight = QuantizationSpec(
+            dtype=torch.int8,
+            quant_min=weight.low,
+            quant_max=weight.high,
+            observer_or_fake_quant_ctr=WeightObserver.with_args(scheme=weight),
+        )
+
+    def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
+        layers, _ = find_layers(model.graph, self.scheme)
+        for layer in layers:
+            specs = {layer.input: self._activation, layer.weight: self._weight}
+            if layer.bias is not None:
+                specs[layer.bias] = DerivedQuantizationSpec(
+                    derived_from=[(layer.input, layer.node), (layer.weight, layer.node)],
+                    derive_qparams_fn=_bias_qparams,
+                    dtype=torch.int32,
+                    # Wide enough to saturate nothing: WeightObserver makes the room.
+                    quant_min=_INT32.min,
+                    quant_max=_INT32.max,
+                    qscheme=torch.per_channel_symmetric,
+                    ch_axis=0,
+                )
+            layer.node.meta["quantization_annotation"] = QuantizationAnnotation(
+                input_qspec_map=specs, _annotated=True
+            )
+        return model
+
+    def validate(self, model: fx.GraphModule) -> None:
+        """Nothing to check: `find_layers` annotates only what it has examined."""
+
+
+def _bias_qparams(
+    observers: list[ActivationObserver | WeightObserver],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    (input_scale, _), (weight_scales, zeros) = (o.calculate_qparams() for o in observers)
+    return input_scale * weight_scales, zeros
+
+
+def _tiles_its_input(conv: fx.Node) -> bool:
+    defaults: tuple[object, ...] = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
+    args = (*conv.args, *defaults[len(conv.args) :])
+    stride, padding, dilation, groups = args[3:7]
+    kernel = _operand(conv, 1).meta["val"].shape[2:]
+    return (
+        _pair(stride) == tuple(kernel)
+        and _pair(padding) == (0, 0)
+        and _pair(dilation) == (1, 1)
+        and groups == 1
+    )
+
+
+def _pair(value: object) -> tuple[object, ...]:
+    sizes = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return sizes * 2 if len(sizes) == 1 else sizes
+
+
+def _operand(node: fx.Node, index: int) -> fx.Node:
+    operand = node.args[index]
+    assert isinstance(operand, fx.Node), (node, index)
+    return operand
+
+
+def _has_bias(node: fx.Node) -> bool:
+    return len(node.args) > 2 and node.args[2] is not None
+
+
+def _is_constant(node: fx.Node, index: int) -> bool:
+    return _operand(node, index).op == "get_attr"
+
+
+def _layer_name(node: fx.Node) -> str:
+    weight = _operand(node, 1)
+    if weight.op == "get_attr":
+        return str(weight.target).removesuffix(".weight")
+    return node.name
+
+
+def _check_names(scheme: QuantScheme, names: list[str]) -> None:
+    for pattern in scheme.keep_float:
+        alone = QuantScheme(keep_float=(pattern,))
+        if not any(map(alone.keeps_float, names)):
+            known = ", ".join(names) or "none"
+            raise UserError(f"no layer is called {pattern!r} to keep in float; layers: {known}")

@@ -1,0 +1,79 @@
+"""What is quantized and how: the one place where int8 is decided.
+
+A value v is stored as the integer q = rint(v / scale) + zero_point, saturated to [low, high], and
+stands for (q - zero_point) * scale. Zero is always one of the represented values.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from gfcompile.runtime.errors import UserError
+
+__all__ = ["OpKind", "QuantScheme", "TensorScheme"]
+
+OpKind = Literal["linear", "patch_conv2d"]
+RangeRule = Literal["mse", "minmax"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorScheme:
+    """The integers of one kind of tensor.
+
+    Attributes:
+        low, high: the smallest and largest integer.
+        symmetric: zero_point is 0; otherwise it is chosen within [low, high].
+        per_channel: one scale per output channel; otherwise one for the whole tensor.
+    """
+
+    low: int
+    high: int
+    symmetric: bool
+    per_channel: bool
+
+    def __post_init__(self) -> None:
+        if not self.low <= 0 < self.high:
+            raise UserError(f"integer range [{self.low}, {self.high}] does not span zero")
+        if self.symmetric and self.low != -self.high:
+            raise UserError(f"[{self.low}, {self.high}] is not symmetric")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantScheme:
+    """Which layers are quantized, and how.
+
+    A quantized layer is y = dq(q(x)) @ dq(weight) + dq(bias): its input, weight and bias are
+    integers, its output is not. Everything else (normalization, GELU, spectra, means, residual
+    additions) stays in float.
+
+    Attributes:
+        ops: the kinds of layer to quantize. "linear" is a Linear with a constant weight;
+            "patch_conv2d" a Conv2d whose kernel tiles the image (stride = kernel, no padding),
+            which is a Linear over patches.
+        keep_float: names of layers that stay in float, as the module has them
+            ("blocks.0.mlp.fc1"), with shell wildcards ("blocks.*.fc2").
+        weight: [-127, 127], not -128: two products of int8 pairs then fit int16, which the fast
+            path of ARM cores without a dot product relies on.
+        activation: one scale and zero point per tensor.
+        activation_range: "mse" clips where that minimizes the expected squared error, "minmax"
+            never clips what calibration saw.
+        bias_limit: largest magnitude of an int32 bias, whose scale is that of the input times
+            that of the weight. It leaves half the accumulator to the products; a weight channel
+            that is tiny beside its bias gets a coarser scale instead of a saturated bias.
+    """
+
+    ops: frozenset[OpKind] = frozenset({"linear", "patch_conv2d"})
+    keep_float: tuple[str, ...] = ()
+    weight: TensorScheme = TensorScheme(low=-127, high=127, symmetric=True, per_channel=True)
+    activation: TensorScheme = TensorScheme(low=-128, high=127, symmetric=False, per_channel=False)
+    activation_range: RangeRule = "mse"
+    bias_limit: int = 2**30
+
+    def keeps_float(self, name: str) -> bool:
+        """Whether the layer is named by `keep_float`."""
+        return any(fnmatchcase(name, pattern) for pattern in self.keep_float)
+
+    def to_dict(self) -> Mapping[str, Any]:
+        """The scheme as plain JSON values, in a fixed order."""
+        return asdict(self) | {"ops": sorted(self.ops), "keep_float": list(self.keep_float)}
