@@ -1,0 +1,236 @@
+/* Worker threads that stay: a kernel's parallel loop is cut into one task for each of them. */
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "gfrt_internal.h"
+
+#define CACHE_LINE 64
+
+/* How often a thread looks before it sleeps: about 20 us, more than lies between two kernels and
+ * less than the wake-up that it saves. */
+#define SPINS 2000
+
+typedef struct {
+    gfi_caller caller; /* first: the kernel hands back a pointer to it */
+    gfi_pool *pool;
+    pthread_t thread;
+    int index;
+    int code; /* what its last task returned */
+    char *workspace;
+    size_t used;
+    char message[256];
+} worker;
+
+struct gfi_pool {
+    uint32_t threads;
+    uint32_t started;
+    size_t workspace; /* per thread */
+    char *workspaces;
+    const gfi_table *table;
+    worker *workers; /* number 0 is the calling thread */
+    bool in_task;
+
+    /* The work at hand: written by the caller before it raises `round`. */
+    gfi_task task;
+    void *closure;
+    gfi_parallel group;
+
+    _Alignas(CACHE_LINE) atomic_uint round;
+    atomic_bool stop;
+    _Alignas(CACHE_LINE) atomic_int pending;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake, done;
+};
+
+static void pause_briefly(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    __asm__ volatile("yield");
+#endif
+}
+
+static int run_task(gfi_pool *pool, worker *w) {
+    return pool->table->call_task(&w->caller, pool->task, w->index, &pool->group, pool->closure);
+}
+
+static void *work(void *argument) {
+    worker *w = argument;
+    gfi_pool *pool = w->pool;
+    unsigned seen = 0;
+    for (;;) {
+        for (int i = 0; i < SPINS && atomic_load_explicit(&pool->round, memory_order_acquire) == seen;
+             i++)
+            pause_briefly();
+        if (atomic_load_explicit(&pool->round, memory_order_acquire) == seen) {
+            pthread_mutex_lock(&pool->mutex);
+            while (atomic_load(&pool->round) == seen)
+                pthread_cond_wait(&pool->wake, &pool->mutex);
+            pthread_mutex_unlock(&pool->mutex);
+        }
+        seen++;
+        if (atomic_load(&pool->stop))
+            return NULL;
+        if (w->index < pool->group.tasks)
+            w->code = run_task(pool, w);
+        if (atomic_fetch_sub(&pool->pending, 1) == 1) {
+            pthread_mutex_lock(&pool->mutex);
+            pthread_cond_signal(&pool->done);
+            pthread_mutex_unlock(&pool->mutex);
+        }
+    }
+}
+
+static void start_round(gfi_pool *pool) {
+    pthread_mutex_lock(&pool->mutex);
+    atomic_fetch_add_explicit(&pool->round, 1, memory_order_release);
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->mutex);
+}
+
+static int launch(gfi_caller *caller, gfi_task task, void *closure, int tasks) {
+    worker *w = (worker *)caller;
+    gfi_pool *pool = w->pool;
+    if (pool->threads == 1 || pool->in_task || tasks == 1) {
+        /* A loop within a parallel loop stays on its thread. */
+        gfi_parallel group = {NULL, 1};
+        return pool->table->call_task(caller, task, 0, &group, closure);
+    }
+    if (tasks <= 0 || tasks > (int)pool->threads) /* 0 asks for as many as there are */
+        tasks = (int)pool->threads;
+    pool->task = task;
+    pool->closure = closure;
+    pool->group = (gfi_parallel){NULL, tasks};
+    pool->in_task = true;
+    for (uint32_t i = 0; i < pool->threads; i++)
+        pool->workers[i].code = 0;
+    atomic_store(&pool->pending, (int)pool->threads - 1);
+    start_round(pool);
+    int code = run_task(pool, w);
+    for (int i = 0; i < SPINS && atomic_load_explicit(&pool->pending, memory_order_acquire); i++)
+        pause_briefly();
+    if (atomic_load_explicit(&pool->pending, memory_order_acquire)) {
+        pthread_mutex_lock(&pool->mutex);
+        while (atomic_load(&pool->pending))
+            pthread_cond_wait(&pool->done, &pool->mutex);
+        pthread_mutex_unlock(&pool->mutex);
+    }
+    pool->in_task = false;
+    for (uint32_t i = 1; i < pool->threads && code == 0; i++)
+        code = pool->workers[i].code;
+    return code;
+}
+
+static void *allocate(gfi_caller *caller, uint64_t size) {
+    worker *w = (worker *)caller;
+    size_t room = w->pool->workspace - w->used;
+    if (size > room) {
+        snprintf(w->message, sizeof w->message,
+                 "a kernel asks for %llu bytes of scratch, the plan has %zu of them left",
+                 (unsigned long long)size, room);
+        return NULL;
+    }
+    char *memory = w->workspace + w->used;
+    w->used += ((size_t)size + GFI_ALIGNMENT - 1) / GFI_ALIGNMENT * GFI_ALIGNMENT;
+    return memory;
+}
+
+/* Scratch is a stack: what lies above `memory` was released before, or its kernel failed. */
+static int release(gfi_caller *caller, void *memory) {
+    worker *w = (worker *)caller;
+    if (memory)
+        w->used = (size_t)((char *)memory - w->workspace);
+    return 0;
+}
+
+static void complain(gfi_caller *caller, const char *const *parts, int32_t count) {
+    worker *w = (worker *)caller;
+    size_t used = 0;
+    for (int32_t i = 0; i < count && used < sizeof w->message; i++) {
+        int wrote = snprintf(w->message + used, sizeof w->message - used, "%s",
+                             parts[i] ? parts[i] : "");
+        used += wrote > 0 ? (size_t)wrote : 0;
+    }
+}
+
+gfi_caller *gfi_pool_caller(gfi_pool *pool) { return &pool->workers[0].caller; }
+
+void gfi_pool_reset(gfi_pool *pool) {
+    for (uint32_t i = 0; i < pool->threads; i++) {
+        pool->workers[i].used = 0;
+        pool->workers[i].message[0] = 0;
+    }
+}
+
+const char *gfi_pool_message(const gfi_pool *pool) {
+    for (uint32_t i = 0; i < pool->threads; i++) {
+        if (pool->workers[i].message[0])
+            return pool->workers[i].message;
+    }
+    return "";
+}
+
+gfrt_status gfi_pool_create(uint32_t threads, size_t workspace, const gfi_table *table,
+                            gfi_pool **result) {
+    gfi_pool *pool = aligned_alloc(CACHE_LINE, sizeof *pool);
+    worker *workers = calloc(threads, sizeof *workers);
+    size_t each = (workspace + 4095) / 4096 * 4096;
+    char *workspaces = NULL;
+    if (pool && workers && each > 0) {
+        workspaces = mmap(NULL, each * threads, PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    }
+    if (!pool || !workers || workspaces == MAP_FAILED) {
+        free(pool);
+        free(workers);
+        return gfi_fail(GFRT_NO_MEMORY, "no memory for %u threads with %zu bytes of scratch each",
+                        threads, each);
+    }
+    memset(pool, 0, sizeof *pool);
+    pool->threads = threads;
+    pool->workspace = each;
+    pool->workspaces = workspaces;
+    pool->table = table;
+    pool->workers = workers;
+    atomic_init(&pool->round, 0);
+    atomic_init(&pool->stop, false);
+    atomic_init(&pool->pending, 0);
+    pthread_mutex_init(&pool->mutex, NULL);
+    pthread_cond_init(&pool->wake, NULL);
+    pthread_cond_init(&pool->done, NULL);
+    for (uint32_t i = 0; i < threads; i++) {
+        workers[i].caller = (gfi_caller){launch, allocate, release, complain};
+        workers[i].pool = pool;
+        workers[i].index = (int)i;
+        workers[i].workspace = workspaces ? workspaces + i * each : NULL;
+    }
+    for (pool->started = 1; pool->started < threads; pool->started++) {
+        worker *w = &workers[pool->started];
+        int code = pthread_create(&w->thread, NULL, work, w);
+        if (code != 0) {
+            gfi_fail(GFRT_NO_MEMORY, "thread %u cannot be started: %s", pool->started,
+                     strerror(code));
+            gfi_pool_destroy(pool);
+            return GFRT_NO_MEMORY;
+        }
+    }
+    *result = pool;
+    return GFRT_OK;
+}
+
+void gfi_pool_destroy(gfi_pool *pool) {
+    atomic_store(&pool->stop, true);
+    start_round(pool);
+    for (uint32_t i = 1; i < pool->started; i++)
+        pthread_join(pool->workers[i].thread, NULL);
+    if (pool->workspaces)
+        munmap(pool->workspaces, pool->workspace * pool->threads);
+    pthread_mutex_destroy(&pool->mutex);
+    pthread_cond_destroy(&pool->wake);
+    pthread_cond_destroy(&pool->done);
+    free(pool->workers);
+    free(pool);
+}
