@@ -132,7 +132,7 @@ def compile_cuda(funcs: Mapping[str, Any], gpu: Gpu) -> CudaModule:
 def occupancy(gpu: Gpu, block: Dim3, registers: int, shared_bytes: int) -> float:
     """Resident warps over the most that a multiprocessor of `gpu` holds."""
     warps = -(-block[0] * block[1] * block[2] // WARP)
-    # Registers are handed out to a warp in units of 256, shared memory to a block in units of 256 B.
+    # Registers go to a warp in units of 256, shared memory to a block in units of 256 bytes.
     registers_per_warp = -(-max(registers, 1) * WARP // 256) * 256
     blocks = min(
         gpu.blocks_per_sm,
