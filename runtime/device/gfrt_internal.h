@@ -238,6 +238,8 @@ struct gfi_device {
 
 extern const gfi_device gfi_cpu_device;
 
+extern const gfi_device gfi_cuda_device;
+
 /* Null in a library that was linked without gfrt_cuda.c. */
 extern const gfi_device *const gfi_cuda;
 
