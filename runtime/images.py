@@ -163,7 +163,8 @@ def normalize(pixels: npt.NDArray[np.uint8], transform: Transform) -> npt.NDArra
     assert pixels.shape[-1] == 3, pixels.shape
     if pixels.ndim == 3:
         pixels = pixels[np.newaxis]
-    mean, std = np.float32(transform.mean), np.float32(transform.std)
+    mean = np.asarray(transform.mean, np.float32)
+    std = np.asarray(transform.std, np.float32)
     scaled = (pixels.astype(np.float32) / np.float32(255) - mean) / std
     return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
 

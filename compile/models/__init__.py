@@ -105,7 +105,7 @@ def _trained(
 
     state: Mapping[str, Tensor] = read_state_dict(checkpoint)
     trained = spec.trained_as({key: tuple(value.shape) for key, value in state.items()})
-    check_fits(state, trained, path=checkpoint, others=SPECS)
+    check_fits(state, trained, path=checkpoint, others=_SPECS.values())
     if num_classes not in (None, trained.num_classes):
         raise UserError(
             f"{checkpoint}: has {trained.num_classes} classes, not the {num_classes} asked for"

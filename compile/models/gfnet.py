@@ -146,11 +146,13 @@ def build(spec: GFNetSpec, state: State) -> nn.Module:
     """
     with torch.device("meta"):
         module = GFNetPyramid(spec) if spec.is_pyramid else GFNet(spec)
-    state = {
+    weights = {
         name: hermitian(value, value.shape[0]) if name.endswith(_FILTER) else value
         for name, value in state.items()
     }
-    module.load_state_dict(state, assign=True)
+    # view_as_complex, for one, takes no other layout.
+    contiguous = {name: value.contiguous() for name, value in weights.items()}
+    module.load_state_dict(contiguous, assign=True)
     return module.eval()
 
 
