@@ -334,9 +334,8 @@ class _PlanBuilder:
             params = function.func.params
             assert len(params) == len(function.args), (function.name, function.args)
             for param, arg in zip(params, function.args, strict=True):
-                buffer = function.func.buffer_map[param]
-                shape = tuple(int(dim) for dim in buffer.shape)
-                dtype = str(buffer.dtype)
+                shape = tuple(int(dim) for dim in param.shape)
+                dtype = str(param.dtype)
                 if arg in call.writes:
                     operands[arg] = self._activation(call.writes[arg], shape, dtype)
                     outputs.append(operands[arg])

@@ -1,5 +1,6 @@
 """Nodes that no schedule class takes, lowered by TVM's Relax to TIR functions."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ def lower(nodes: Sequence[ir.Node]) -> Iterator[GenericCall]:
         zip(main.params, inputs.values(), strict=True)
     )
     result = main.body.body
-    fields = list(result.fields) if isinstance(result, relax.Tuple) else [result]
+    fields = list(result.fields) if isinstance(result, tvm.ir.Tuple) else [result]
     for var, value in zip(fields, outputs.values(), strict=True):
         known_values[var] = value
     stem = nodes[0].name or str(nodes[0].outputs[0].name)
@@ -118,21 +119,21 @@ def _call(
     stem: str,
 ) -> GenericCall:
     call = binding.value
-    if not (isinstance(call, relax.Call) and getattr(call.op, "name", "") == "relax.call_tir"):
+    if not (isinstance(call, tvm.ir.Call) and getattr(call.op, "name", "") == "relax.call_tir"):
         raise CompileError(f"{stem}: Relax left {call} unlowered")
     global_var, operands = call.args[0], call.args[1]
     func = module[global_var]
-    params = [str(func.buffer_map[param].name) for param in func.params]
+    params = [str(param.name) for param in func.params]
     reads: dict[str, ir.Value | str] = {}
     constants: dict[str, Array] = {}
     for name, operand in zip(params, operands, strict=False):
-        if isinstance(operand, relax.Constant):
-            constants[name] = operand.data.numpy()
+        if isinstance(operand, tvm.ir.GenericConst):
+            constants[name] = operand.value.numpy()
         else:
             reads[name] = values[operand]
     temporaries = {}
     if binding.var not in values:
-        buffer = func.buffer_map[func.params[-1]]
+        buffer = func.params[-1]
         name = (
             f"{stem}/{binding.var.name_hint if hasattr(binding.var, 'name_hint') else len(values)}"
         )
@@ -141,7 +142,7 @@ def _call(
     return GenericCall(
         kernel=Generic(
             name=str(global_var.name_hint),
-            key=f"{tvm.ir.structural_hash(func) & (2**64 - 1):016x}",
+            key=hashlib.sha256(func.script().encode()).hexdigest()[:12],
             func=func,
         ),
         label=f"{stem}/{global_var.name_hint}",

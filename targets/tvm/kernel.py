@@ -134,7 +134,7 @@ class Dequantize:
 class Generic:
     """Whatever has no schedule class of its own: a TIR function that Relax lowered.
 
-    `key` is the structural hash that makes equal functions one kernel; `func` is a
+    `key` is a hash of the function, so that equal ones are one kernel; `func` is a
     tvm.tirx.PrimFunc whose buffers are named as the call's arguments.
     """
 

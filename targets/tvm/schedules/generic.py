@@ -57,4 +57,4 @@ def _inlined(schedule: s_tir.Schedule) -> list[dlight.SBlockInfo]:
 
 
 def _step(func: tvm.tirx.PrimFunc) -> Step:
-    return Step(func=func, args=tuple(str(func.buffer_map[param].name) for param in func.params))
+    return Step(func=func, args=tuple(str(param.name) for param in func.params))

@@ -1,0 +1,211 @@
+"""From a torch module to the graph that emitters take, with its ledger."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from gfcompile.compile.ledger import compare
+from gfcompile.compile.passes import Lowered, lower
+from gfcompile.compile.progress import Progress
+from gfcompile.compile.trace import INPUT, OUTPUT, rounding_tolerance, save, session, trace
+from gfcompile.runtime.errors import CompileError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Array = npt.NDArray[Any]
+FftForm = Literal["native", "dft", "circular"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """A lowered graph, ready to be emitted, and what is to be told of how it came about.
+
+    Attributes:
+        model: float, or QDQ after calibration; canonical, see `passes.lower`.
+        ledger: one entry per stage, JSON values.
+        filters: the form that each global filter took.
+        layers, kept_float: what calibration decided, JSON values; empty without int8.
+        weight_notes: what is to be told of the graph.
+    """
+
+    model: ir.Model
+    ledger: Sequence[Mapping[str, Any]]
+    filters: Sequence[Mapping[str, Any]]
+    layers: Sequence[Mapping[str, Any]] = ()
+    kept_float: Sequence[Mapping[str, Any]] = ()
+    scheme: Mapping[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Writes the graph into an empty folder, for `read`."""
+        save(self.model, folder / "graph.onnx")
+        records = {
+            "ledger": self.ledger,
+            "filters": self.filters,
+            "layers": self.layers,
+            "kept_float": self.kept_float,
+            "scheme": self.scheme,
+        }
+        (folder / "graph.json").write_text(json.dumps(records), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Graph":
+        """What `write` left in `folder`."""
+        records = json.loads((folder / "graph.json").read_text(encoding="utf-8"))
+        return cls(model=ir.load(folder / "graph.onnx"), **records)
+
+
+def build_graph(
+    module: "nn.Module",
+    images: Sequence[Array],
+    *,
+    calibration: Sequence[Array] | None,
+    fft: FftForm | Literal["auto"],
+    choose_form: Callable[[int, int, int], FftForm],
+    progress: Progress,
+    on_stage: Callable[[str, ir.Model], None],
+) -> Graph:
+    """Traces and lowers `module`; with `calibration` quantizes it to int8 as well.
+
+    Args:
+        module: float, in eval mode.
+        images: golden inputs (1, 3, H, W), for the ledger; the first one is the traced example.
+        calibration: inputs to calibrate int8 with; None for a float graph.
+        fft, choose_form: see `passes.lower`.
+        on_stage: given a name and the graph after each stage.
+
+    Raises:
+        CompileError: a stage computes something else than the one before.
+    """
+    import torch
+
+    example = torch.from_numpy(images[0])
+    with torch.no_grad():
+        expected = [module(torch.from_numpy(image)).numpy() for image in images]
+
+    with progress.stage("trace"):
+        traced = trace(module, example)
+        on_stage("traced", traced)
+        # `lower` may work in place, and the ledger wants both.
+        traced_logits = run(traced, images)
+        ledger = [
+            compare(
+                "traced",
+                "torch",
+                expected,
+                traced_logits,
+                how="ONNX Runtime",
+                tolerance=rounding_tolerance(traced) * _largest(expected),
+            )
+        ]
+    with progress.stage("lower"):
+        lowered = lower(
+            traced,
+            fft=fft,
+            choose_form=choose_form,
+            half_constants=False,
+            on_stage=on_stage,
+        )
+        lowered_logits = run(lowered.model, images)
+        ledger.append(
+            compare(
+                "lowered",
+                "traced",
+                traced_logits,
+                lowered_logits,
+                how="ONNX Runtime",
+                tolerance=rounding_tolerance(traced) * _largest(expected),
+            )
+        )
+    for entry in ledger:
+        if entry.tolerance is not None and not entry.max_abs_error <= entry.tolerance:
+            raise CompileError(
+                f"the {entry.stage} graph differs from the {entry.against} one by "
+                f"{entry.max_abs_error:.3g}, rounding explains {entry.tolerance:.3g}; "
+                "please report this"
+            )
+    if calibration is None:
+        return Graph(
+            model=lowered.model,
+            ledger=[entry.to_dict() for entry in ledger],
+            filters=_filter_records(lowered),
+        )
+
+    from gfcompile.quantize import calibrate
+
+    with progress.stage("calibrate"):
+        calibrated = calibrate(module, [torch.from_numpy(image) for image in calibration])
+    with progress.stage("trace and lower the quantized model"):
+        quantized = lower(
+            trace(calibrated.module, example),
+            fft=fft,
+            choose_form=choose_form,
+            half_constants=True,
+            on_stage=lambda name, model: on_stage(f"quantized-{name}", model),
+        )
+        ledger.append(
+            compare(
+                "quantized",
+                "lowered",
+                lowered_logits,
+                run(quantized.model, images),
+                how="ONNX Runtime",
+            )
+        )
+    return Graph(
+        model=quantized.model,
+        ledger=[entry.to_dict() for entry in ledger],
+        filters=_filter_records(quantized),
+        layers=[_json(layer) for layer in calibrated.layers],
+        kept_float=[_json(layer) for layer in calibrated.kept_float],
+        scheme=dict(calibrated.scheme.to_dict()),
+    )
+
+
+def run(model: ir.Model, images: Sequence[Array]) -> list[Array]:
+    """The logits of each image, node by node in ONNX Runtime."""
+    runner = session(model)
+    return [np.asarray(runner.run([OUTPUT], {INPUT: image})[0]) for image in images]
+
+
+def run_with_activations(
+    model: ir.Model, images: Sequence[Array]
+) -> tuple[list[Array], list[Mapping[str, Array]]]:
+    """The logits of each image, and its int8 activations by name."""
+    watched = model.clone()
+    names = [
+        str(node.outputs[0].name)
+        for node in watched.graph
+        if node.op_type == "QuantizeLinear" and node.outputs[0].dtype == ir.DataType.INT8
+    ]
+    for node in watched.graph:
+        if str(node.outputs[0].name) in names:
+            watched.graph.outputs.append(node.outputs[0])
+    runner = session(watched)
+    logits, activations = [], []
+    for image in images:
+        result, *rest = runner.run([OUTPUT, *names], {INPUT: image})
+        logits.append(np.asarray(result))
+        activations.append({n: np.asarray(value) for n, value in zip(names, rest, strict=True)})
+    return logits, activations
+
+
+def _largest(logits: Sequence[Array]) -> float:
+    return max(float(np.abs(values).max()) for values in logits)
+
+
+def _filter_records(lowered: Lowered) -> list[Mapping[str, Any]]:
+    return [_json(record) for record in lowered.filters]
+
+
+def _json(record: Any) -> Mapping[str, Any]:
+    from dataclasses import asdict
+
+    values: Mapping[str, Any] = json.loads(json.dumps(asdict(record), allow_nan=True))
+    return {k: None if v in (float("inf"), float("-inf")) else v for k, v in values.items()}

@@ -1,0 +1,171 @@
+"""How far each stage's numbers are from the stage before, and whether that is close enough."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gfcompile.runtime.errors import CompileError
+from gfcompile.runtime.exactness import max_abs_error, sqnr_db, top1_agreement
+
+Array = npt.NDArray[Any]
+
+# What an int8 artifact may differ by from its QDQ graph. ONNX Runtime sums float products where
+# the artifact sums integers, so a value that lies on a rounding tie may fall to either side.
+MIN_EQUAL_ACTIVATIONS = 0.99
+MAX_ACTIVATION_STEPS = 1
+MAX_LOGIT_STEPS = 2.0
+MEAN_LOGIT_STEPS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Agreement:
+    """An int8 artifact against its QDQ graph.
+
+    Attributes:
+        tensors, values: how many int8 activations were compared.
+        equal: the fraction of them that are equal.
+        max_steps: the largest difference of two activations, in steps of their scale.
+        logits_max_steps, logits_mean_steps: difference of logits, in steps of the int8 scale that
+            spans their range.
+    """
+
+    tensors: int
+    values: int
+    equal: float
+    max_steps: int
+    logits_max_steps: float
+    logits_mean_steps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerEntry:
+    """One stage against the stage before, over the golden inputs.
+
+    Attributes:
+        stage, against: their names.
+        images: how many were compared.
+        how: where the stage's numbers were computed.
+        tolerance: what `max_abs_error` may be, where a bound applies.
+    """
+
+    stage: str
+    against: str
+    images: int
+    max_abs_error: float
+    sqnr_db: float
+    top1_agreement: float
+    how: str
+    tolerance: float | None = None
+    int8: Int8Agreement | None = None
+
+    def to_dict(self) -> Mapping[str, Any]:
+        """JSON values; equal arrays have an SQNR without bound, written as null."""
+        values = asdict(self)
+        if not math.isfinite(self.sqnr_db):
+            values["sqnr_db"] = None
+        return values
+
+
+def compare(
+    stage: str,
+    against: str,
+    reference: Sequence[Array],
+    actual: Sequence[Array],
+    *,
+    how: str,
+    tolerance: float | None = None,
+    int8: Int8Agreement | None = None,
+) -> LedgerEntry:
+    """The entry for the logits of each image, `reference` being those of the stage before."""
+    wanted, got = np.concatenate(reference), np.concatenate(actual)
+    return LedgerEntry(
+        stage=stage,
+        against=against,
+        images=len(wanted),
+        max_abs_error=max_abs_error(wanted, got),
+        sqnr_db=sqnr_db(wanted, got),
+        top1_agreement=top1_agreement(wanted, got),
+        how=how,
+        tolerance=tolerance,
+        int8=int8,
+    )
+
+
+def compare_int8(
+    reference: Sequence[Mapping[str, Array]],
+    actual: Sequence[Mapping[str, Array]],
+    reference_logits: Sequence[Array],
+    actual_logits: Sequence[Array],
+) -> Int8Agreement:
+    """Agreement of an artifact with its QDQ graph over the images of both sequences.
+
+    Args:
+        reference, actual: per image, int8 activations by name; those that the artifact does not
+            have (fused away) are not compared.
+        reference_logits, actual_logits: per image.
+    """
+    values = unequal = max_steps = 0
+    names: set[str] = set()
+    for wanted, got in zip(reference, actual, strict=True):
+        for name in wanted.keys() & got.keys():
+            difference = np.abs(wanted[name].astype(np.int16) - got[name].astype(np.int16))
+            values += difference.size
+            unequal += int(np.count_nonzero(difference))
+            max_steps = max(max_steps, int(difference.max()))
+            names.add(name)
+    logits, other = np.concatenate(reference_logits), np.concatenate(actual_logits)
+    steps = np.abs(logits - other) / logit_step(logits)
+    return Int8Agreement(
+        tensors=len(names),
+        values=values,
+        equal=1.0 - unequal / values if values else 1.0,
+        max_steps=max_steps,
+        logits_max_steps=float(steps.max()),
+        logits_mean_steps=float(steps.mean()),
+    )
+
+
+def logit_step(logits: Array) -> float:
+    """The scale of an int8 that spans the range of these logits."""
+    return float((logits.max() - logits.min()) / 255) or 1.0
+
+
+def demand(entry: LedgerEntry, reference: Sequence[Array], actual: Sequence[Array]) -> None:
+    """Checks that an artifact computes what its graph says.
+
+    Raises:
+        CompileError: it is further from it than rounding explains.
+    """
+    what = f"the compiled artifact ({entry.how}) differs from its graph"
+    if entry.int8 is None:
+        assert entry.tolerance is not None
+        if not entry.max_abs_error <= entry.tolerance:
+            raise CompileError(
+                f"{what} by {entry.max_abs_error:.3g}, float rounding explains "
+                f"{entry.tolerance:.3g}; please report this"
+            )
+        margin = entry.tolerance
+    else:
+        int8 = entry.int8
+        if int8.equal < MIN_EQUAL_ACTIVATIONS or int8.max_steps > MAX_ACTIVATION_STEPS:
+            raise CompileError(
+                f"{what}: {int8.equal:.2%} of {int8.values} int8 activations are equal and the "
+                f"worst is {int8.max_steps} steps off; please report this"
+            )
+        if not (
+            int8.logits_max_steps <= MAX_LOGIT_STEPS and int8.logits_mean_steps <= MEAN_LOGIT_STEPS
+        ):
+            raise CompileError(
+                f"{what} by {int8.logits_max_steps:.2f} int8 steps at the logits "
+                f"({int8.logits_mean_steps:.2f} on average); please report this"
+            )
+        margin = MAX_LOGIT_STEPS * logit_step(np.concatenate(reference))
+    for wanted, got in zip(np.concatenate(reference), np.concatenate(actual), strict=True):
+        best, second = np.sort(wanted)[-1:-3:-1] if wanted.size > 1 else (wanted[0], -np.inf)
+        # Each of the two may have moved by the margin.
+        if best - second > 2 * margin and wanted.argmax() != got.argmax():
+            raise CompileError(f"{what}: another class wins; please report this")

@@ -1,0 +1,227 @@
+"""Partitions compute what the graph computes (ONNX Runtime), and fuse what they should."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from reference_kernels import run_program
+
+from gfcompile.runtime.errors import CompileError
+from gfcompile.targets.tvm.kernel import (
+    Dense,
+    Dequantize,
+    Generic,
+    LayerNorm,
+    Patchify,
+    Quantize,
+    TokenMean,
+)
+from gfcompile.targets.tvm.partition import Program, partition
+
+Array = npt.NDArray[Any]
+rng = np.random.default_rng(0)
+
+HEADER = '<ir_version: 9, opset_import: ["" : 20]>'
+
+
+def model_of(graph: str, **constants: Array) -> ir.Model:
+    """The graph, with initializers of these values and with all shapes inferred."""
+    model = ir.from_onnx_text(f"{HEADER} {graph}")
+    for name, array in constants.items():
+        tensor = ir.tensor(array, name=name)
+        for node in model.graph:
+            for value in node.inputs:
+                if value is not None and value.name == name:
+                    value.const_value = tensor
+                    value.shape, value.dtype = ir.Shape(array.shape), tensor.dtype
+                    model.graph.initializers[name] = value
+    from onnx import shape_inference
+
+    return ir.from_proto(shape_inference.infer_shapes(ir.to_proto(model), strict_mode=True))
+
+
+def check(model: ir.Model, *, tolerance: float = 1e-5) -> Program:
+    """The partition of `model`, run by the reference and equal to ONNX Runtime."""
+    feeds = {
+        str(value.name): rng.standard_normal(value.shape.numpy()).astype(np.float32)
+        for value in model.graph.inputs
+        if value.shape is not None and value.name not in model.graph.initializers
+    }
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+    names = [str(output.name) for output in model.graph.outputs]
+    expected = dict(zip(names, session.run(names, feeds), strict=True))
+    program = partition(model)
+    actual = run_program(program, feeds)
+    for name in names:
+        holder = [n for n in program.outputs if n == name] or [*program.outputs]
+        got = actual[holder[0]].reshape(expected[name].shape)
+        assert np.abs(got - expected[name]).max() <= tolerance * max(1, np.abs(got).max())
+    return program
+
+
+def classes(program: Program) -> list[type]:
+    return [type(call.kernel) for call in program.calls]
+
+
+def f32(*shape: int) -> Array:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def test_bias_gelu_and_residual_ride_on_a_product() -> None:
+    graph = """g (float[1,6,8] x, float[1,6,4] r) => (float[1,6,4] y) {
+        a = MatMul(x, w)  b = Add(a, c)  d = Gelu(b)  y = Add(d, r) }"""
+    program = check(model_of(graph, w=f32(8, 4), c=f32(4)))
+    assert classes(program) == [Dense]
+    kernel = program.calls[0].kernel
+    assert kernel == Dense(m=6, n=4, k=8, gelu=True, residual_rows=6)
+
+
+def test_a_product_with_two_readers_takes_nothing_along() -> None:
+    graph = """g (float[1,6,8] x) => (float[1,6,4] y, float[1,6,4] b) {
+        b = MatMul(x, w)  y = Add(b, c) }"""
+    program = partition(model_of(graph, w=f32(8, 4), c=f32(4)))
+    assert classes(program) == [Dense, Generic]
+
+
+def test_rows_of_a_position_embedding_are_added_to_each_image_of_a_batch() -> None:
+    graph = """g (float[2,6,8] x) => (float[2,6,4] y) { a = MatMul(x, w)  y = Add(a, c) }"""
+    program = check(model_of(graph, w=f32(8, 4), c=f32(1, 6, 4)))
+    assert program.calls[0].kernel == Dense(m=12, n=4, k=8, residual_rows=6)
+
+
+QDQ = """g (float[1,6,8] x) => (float[1,6,4] y) {
+    n = LayerNormalization <axis=-1, epsilon=1e-6> (x, gamma, beta)
+    q = QuantizeLinear(n, s, z)  d = DequantizeLinear(q, s, z)
+    w = DequantizeLinear <axis=1> (wq, ws)
+    b = DequantizeLinear <axis=0> (bq, bs)
+    m = MatMul(d, w)  a = Add(m, b)  g = Gelu(a)
+    q2 = QuantizeLinear(g, s2, z2)  d2 = DequantizeLinear(q2, s2, z2)
+    w2 = DequantizeLinear <axis=1> (wq2, ws2)
+    m2 = MatMul(d2, w2)  y = Add(m2, x4) }"""
+
+
+def qdq_constants() -> dict[str, Array]:
+    s, ws = np.float32(0.03), rng.uniform(0.001, 0.01, 5).astype(np.float32)
+    return {
+        "gamma": f32(8),
+        "beta": f32(8),
+        "s": np.array(s),
+        "z": np.array(7, np.int8),
+        "wq": rng.integers(-127, 128, (8, 5), dtype=np.int8),
+        "ws": ws,
+        "bq": rng.integers(-9999, 9999, 5, dtype=np.int32),
+        "bs": s * ws,
+        "s2": np.array(0.02, np.float32),
+        "z2": np.array(-100, np.int8),
+        "wq2": rng.integers(-127, 128, (5, 4), dtype=np.int8),
+        "ws2": rng.uniform(0.001, 0.01, 4).astype(np.float32),
+        "x4": f32(1, 6, 4),
+    }
+
+
+def test_a_qdq_chain_is_three_kernels_with_int8_between_them() -> None:
+    program = check(model_of(QDQ, **qdq_constants()), tolerance=1e-4)
+    assert [call.kernel for call in program.calls] == [
+        LayerNorm(rows=6, n=8, eps=pytest.approx(1e-6), out="int8"),
+        Dense(m=6, n=5, k=8, x="int8", gelu=True, out="int8"),
+        Dense(m=6, n=4, k=5, x="int8", residual_rows=6),
+    ]
+    q = program.tensors["q"]
+    assert (q.dtype, q.scale, q.zero_point) == ("int8", pytest.approx(0.03), 7)
+
+
+def test_a_float_bias_on_an_int8_product_is_still_right() -> None:
+    constants = qdq_constants()
+    graph = QDQ.replace("b = DequantizeLinear <axis=0> (bq, bs)", "b = Identity(bf)")
+    constants["bf"] = constants.pop("bq").astype(np.float32) * constants.pop("bs")
+    check(model_of(graph, **constants), tolerance=1e-4)
+
+
+def test_a_quantized_value_that_is_also_read_as_float_is_both() -> None:
+    graph = """g (float[2,8] x) => (float[2,8] y, float[2,4] p) {
+        q = QuantizeLinear(x, s, z)  y = DequantizeLinear(q, s, z)
+        w = DequantizeLinear <axis=1> (wq, ws)  p = MatMul(y, w) }"""
+    constants = qdq_constants()
+    program = check(
+        model_of(
+            graph,
+            s=constants["s"],
+            z=constants["z"],
+            wq=rng.integers(-127, 128, (8, 4), dtype=np.int8),
+            ws=constants["ws2"],
+        )
+    )
+    assert set(classes(program)) == {Quantize, Dequantize, Dense}
+
+
+def test_patch_convolution_is_patches_and_a_product() -> None:
+    graph = """g (float[2,3,8,12] x) => (float[2,6,5] y) {
+        c = Conv <strides=[4,4], kernel_shape=[4,4]> (x, w, b)
+        r = Reshape(c, shape)  t = Transpose <perm=[0,2,1]> (r)  y = Add(t, pos) }"""
+    program = check(
+        model_of(graph, w=f32(5, 3, 4, 4), b=f32(5), pos=f32(1, 6, 5), shape=np.array([2, 5, 6]))
+    )
+    assert classes(program) == [Patchify, Dense]
+    assert program.calls[1].kernel == Dense(m=12, n=5, k=48, residual_rows=6)
+
+
+def test_int8_patch_convolution_on_channels_last_quantizes_while_it_cuts() -> None:
+    graph = """g (float[1,4,6,3] x) => (float[1,2,3,5] y) {
+        t = Transpose <perm=[0,3,1,2]> (x)
+        q = QuantizeLinear(t, s, z)  d = DequantizeLinear(q, s, z)
+        w = DequantizeLinear <axis=0> (wq, ws)  b = DequantizeLinear <axis=0> (bq, bs)
+        c = Conv <strides=[2,2], kernel_shape=[2,2]> (d, w, b)
+        y = Transpose <perm=[0,2,3,1]> (c) }"""
+    constants = qdq_constants()
+    wq = rng.integers(-127, 128, (5, 3, 2, 2), dtype=np.int8)
+    program = check(
+        model_of(graph, **{k: constants[k] for k in ("s", "z", "ws", "bq", "bs")}, wq=wq),
+        tolerance=1e-4,
+    )
+    assert classes(program) == [Patchify, Dense]
+    assert program.tensors["q"].shape == (6, 12)
+
+
+def test_mean_over_tokens_takes_a_quantizer_along() -> None:
+    graph = """g (float[1,6,8] x) => (float[1,8] y) {
+        m = ReduceMean <keepdims=0> (x, axes)  q = QuantizeLinear(m, s, z)
+        y = DequantizeLinear(q, s, z) }"""
+    constants = qdq_constants()
+    program = check(
+        model_of(graph, axes=np.array([1]), s=constants["s"], z=constants["z"]),
+        # Reductions in another order may fall to the other side of a rounding tie.
+        tolerance=0.031,
+    )
+    assert program.calls[0].kernel == TokenMean(batch=1, tokens=6, n=8, out="int8")
+
+
+def test_views_cost_nothing() -> None:
+    graph = """g (float[1,4,6] x) => (float[4,3] y) {
+        a = Reshape(x, s1)  y = MatMul(a, w) }"""
+    program = check(model_of(graph, s1=np.array([4, 6]), w=f32(6, 3)))
+    assert classes(program) == [Dense]
+
+
+def test_other_operators_go_through_relax_in_order() -> None:
+    graph = """g (float[1,4,8] x) => (float[1,8,4] y) {
+        a = MatMul(x, w)  s = Softmax <axis=-1> (a)  m = Mul(s, c)
+        y = Transpose <perm=[0,2,1]> (m) }"""
+    program = partition(model_of(graph, w=f32(8, 8), c=f32(8)))
+    assert classes(program)[0] is Dense
+    assert set(classes(program)[1:]) == {Generic}
+    written = set(program.inputs)
+    for call in program.calls:
+        assert set(call.reads.values()) <= written
+        written.update(call.writes.values())
+    assert set(program.outputs) <= written
+
+
+def test_an_operator_that_nobody_takes_is_named() -> None:
+    graph = "g (float[4,4] x) => (float y) { y = Det(x) }"
+    with pytest.raises(CompileError, match="Det"):
+        partition(model_of(graph))
