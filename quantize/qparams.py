@@ -48,7 +48,7 @@ def quantize(
 
     A `scale` array must broadcast against `values`.
     """
-    steps = np.rint(values.astype(np.float32) / np.float32(scale))
+    steps = np.rint(values.astype(np.float32) / np.asarray(scale, np.float32))
     # Saturated before the cast: a float beyond int32 has no defined integer.
     low, high = scheme.low - zero_point, scheme.high - zero_point
     return np.asarray(np.clip(steps, low, high) + np.float32(zero_point), np.int32)
@@ -56,7 +56,7 @@ def quantize(
 
 def dequantize(integers: IntArray, scale: float | Float32Array, zero_point: int) -> Float32Array:
     """(integers - zero_point) * scale in float32."""
-    return np.asarray((integers - zero_point).astype(np.float32) * np.float32(scale), np.float32)
+    return np.asarray(integers - zero_point, np.float32) * np.asarray(scale, np.float32)
 
 
 def from_range(low: float, high: float, scheme: TensorScheme) -> QParams:
