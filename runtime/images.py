@@ -116,7 +116,7 @@ def open_image(path: Path | str) -> "Image.Image":
     except Image.DecompressionBombError:
         raise UserError(f"{path}: has too many pixels; reduce it first") from None
     except _DECODE_ERRORS as error:
-        raise UserError(f"{path}: damaged image: {_one_line(error)}") from error
+        raise UserError(f"{path}: cannot be read: {_one_line(error)}") from error
 
 
 def to_rgb(image: "Image.Image") -> "Image.Image":

@@ -15,6 +15,7 @@ from gfcompile.compile.models.spec import ModelSpec, Shapes
 from gfcompile.runtime.errors import UserError
 
 _ACCEPTED = 'a state dict, {"model": state dict}, {"state_dict": ...} or .safetensors'
+_UNREADABLE = "truncated, or no PyTorch checkpoint"
 # What training wrappers put before every name: DistributedDataParallel, torch.compile.
 _WRAPPERS = ("module.", "_orig_mod.")
 _SHOWN_MISMATCHES = 3
@@ -31,7 +32,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise UserError(f"{path}: {'is a folder' if path.is_dir() else 'no such checkpoint'}")
-    content = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
+    try:
+        read = _read_safetensors if _is_safetensors(path) else _read_pickle
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    content = read(path)
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -129,9 +134,6 @@ def _read_pickle(path: Path) -> Any:
         raise UserError(f"{path}: {_UNREADABLE}") from error
     except Exception as error:  # damaged bytes raise whatever they make the reader stumble over
         raise UserError(f"{path}: {_UNREADABLE}") from error
-
-
-_UNREADABLE = "truncated, or no PyTorch checkpoint"
 
 
 def _unwrap(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -211,7 +211,7 @@ def test_a_truncated_image_is_refused(suffix: str, tmp_path: Path) -> None:
     _smooth(200, 200).save(buffer, {"jpg": "jpeg"}.get(suffix, suffix))
     path = tmp_path / f"image.{suffix}"
     path.write_bytes(buffer.getvalue()[: buffer.tell() // 2])
-    assert re.search("damaged|not a JPEG", _refused(path))
+    assert re.search("cannot be read|not a JPEG", _refused(path))
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0"])
