@@ -52,7 +52,9 @@ static int launch(int (*task)(int, ParallelGroup *, void *), void *closure, int 
 
 static void *no_workspace(int type, int id, uint64_t size, int code, int bits) {
   (void)type, (void)id, (void)code, (void)bits;
-  fprintf(stderr, "a kernel asks for %llu bytes of workspace\n", (unsigned long long)size);
+  fprintf(stderr,
+          "a kernel asks for %llu bytes of workspace: keep buffers in scope global and within 1 KB\n",
+          (unsigned long long)size);
   exit(4);
 }
 

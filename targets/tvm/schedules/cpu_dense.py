@@ -1,0 +1,293 @@
+"""Dense kernels on CPUs: one recipe for every instruction set, float32 and int8.
+
+    for each panel of columns, packed as it is read     (parallel, with blocks of rows)
+      for each tile of rows
+        accumulators = bias
+        for k: accumulators += x * w                    (registers only, see cpu_dot)
+        y = epilogue(accumulators)                      (vectors only)
+
+Nothing is padded but weights: where rows or columns do not divide by the tile, the last tile
+overlaps the one before it and computes the same numbers again. Two tasks may so write the same
+bytes to the same place; results do not depend on how tasks are split.
+"""
+
+from collections.abc import Callable, Mapping
+from math import ceil
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as I
+
+from gfcompile.targets.target import Cpu
+from gfcompile.targets.tvm.kernel import ActStorage, Array, Dense, Scheduled, Step
+from gfcompile.targets.tvm.schedules.cpu_dot import (
+    Buffer,
+    Product,
+    Tile,
+    WideningNeon,
+    act_storage,
+    product_of,
+)
+from gfcompile.targets.tvm.schedules.math import Expr, gelu, quantize
+
+__all__ = ["act_storage", "schedule_dense"]
+
+# Tasks to split a kernel into: enough for the 8 to 12 cores of the largest boards.
+_TASKS = 16
+# Half of the smallest first-level cache among the targets: what a panel may take of it.
+_L1_SHARE = 16384
+_VECTOR_PORTS = 2
+_LOAD_PORTS = 2
+_LATENCY = 4  # cycles from one addition to an accumulator to the next
+_TILE_START = 30  # cycles to fill and drain the pipeline around a tile
+
+
+def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
+    """The dense kernel for `cpu`."""
+    product = product_of(kernel, cpu)
+    tile = choose_tile(kernel, product, cpu.vector_registers)
+    k = ceil(kernel.k / product.group) * product.group
+    steps, temps = [], {}
+    x = "x"
+    x_dtype = storage.dtype if kernel.x == "int8" else "float32"
+    if k != kernel.k or x_dtype != product.x_dtype:
+        x = "x_groups"
+        temps[x] = (product.x_dtype, (kernel.m, k))
+        group_rows = _group_rows(kernel.m, kernel.k, k, x_dtype, product.x_dtype)
+        steps.append(Step(func=group_rows, args=("x", x)))
+    args = [x, "w"]
+    args += ["scale"] if kernel.x == "int8" else []
+    args += ["bias"]
+    args += ["residual"] if kernel.residual_rows else []
+    args += ["quant"] if kernel.out == "int8" else []
+    args += ["y"]
+    steps.append(Step(func=_dense(kernel, k, product, tile, storage), args=tuple(args)))
+    return Scheduled(steps=tuple(steps), pack=_packing(kernel, product, tile, storage), temps=temps)
+
+
+def choose_tile(kernel: Dense, product: Product, registers: int) -> Tile:
+    """The register tile that takes the fewest cycles, by a model of a core.
+
+    Cycles for a group of k are those of the vector ports, of the load ports, of the second-level
+    cache (half a vector each) when a panel does not fit the first, or of the latency of
+    additions, whichever is most.
+    """
+
+    def cycles(tile: Tile) -> float:
+        columns = tile.vectors * product.columns
+        tiles = ceil(kernel.m / tile.rows) * ceil(kernel.n / columns)
+        per_multiply, per_vector = product.operations
+        multiplies = tile.rows * tile.vectors
+        operations = multiplies * per_multiply + tile.vectors * per_vector
+        w_bytes = product.w_elements * np.dtype(product.w_dtype).itemsize
+        panel = tile.vectors * w_bytes * ceil(kernel.k / product.group)
+        step = max(
+            operations / _VECTOR_PORTS,
+            product.loads(tile) / _LOAD_PORTS,
+            2 * tile.vectors * w_bytes / (4 * product.lanes) if panel > _L1_SHARE else 0,
+            _LATENCY,
+        )
+        epilogue = (28 if kernel.gelu else 6) * multiplies * product.columns / product.lanes
+        return tiles * (
+            ceil(kernel.k / product.group) * step + epilogue / _VECTOR_PORTS + _TILE_START
+        )
+
+    tiles = [
+        Tile(rows=rows, vectors=vectors)
+        for rows in range(min(kernel.m, registers), 0, -1)
+        for vectors in range(product.vector_step, registers, product.vector_step)
+        if vectors * product.columns <= kernel.n or vectors == product.vector_step
+    ]
+    return min((t for t in tiles if product.registers(t) <= registers), key=cycles)
+
+
+def _dense(kernel: Dense, k: int, product: Product, tile: Tile, storage: ActStorage) -> Any:
+    """The kernel as a PrimFunc; k is rounded up to whole groups."""
+    m, n = kernel.m, kernel.n
+    columns = tile.vectors * product.columns
+    panels, row_tiles = ceil(n / columns), ceil(m / tile.rows)
+    blocks = _row_blocks(row_tiles, panels)
+    y_dtype = storage.dtype if kernel.out == "int8" else "float32"
+
+    with IRBuilder() as builder, I.prim_func(s_tir=True):
+        I.func_name("dense")
+        I.func_attr({"tirx.noalias": True})
+        x = I.arg("x", I.buffer((m, k), product.x_dtype))
+        w_shape = (panels, k // product.group, tile.vectors, product.w_elements)
+        w = I.arg("w", I.buffer(w_shape, product.w_dtype))
+        scale = I.arg("scale", I.buffer((n,))) if kernel.x == "int8" else None
+        bias = I.arg("bias", I.buffer((max(n, columns),), product.acc_dtype))
+        rows = kernel.residual_rows
+        residual = I.arg("residual", I.buffer((rows, n))) if rows else None
+        quant = I.arg("quant", I.buffer((4,))) if kernel.out == "int8" else None
+        y = I.arg("y", I.buffer((m, n), y_dtype))
+
+        def finish(acc: Expr, row: Expr, column: Expr) -> Expr:
+            value = acc if scale is None else tirx.Cast("float32", acc) * scale[column]
+            value = gelu(value) if kernel.gelu else value
+            if residual is not None:
+                value = value + residual[row if rows >= m else row % rows, column]
+            return value if quant is None else quantize(value, quant, storage)
+
+        with I.parallel(panels * blocks) as task:
+            panel = task // blocks
+            column = I.bind(_clamped(panel * columns, n - columns, panels * columns > n))
+            with I.serial(row_tiles // blocks) as i:
+                first = (task % blocks * (row_tiles // blocks) + i) * tile.rows
+                row = I.bind(_clamped(first, m - tile.rows, m % tile.rows != 0))
+                sums = _tile_sums(x, w, bias, row, panel, column, k, product, tile)
+                width = min(n, columns)
+                vector = _epilogue_width(width, product.lanes, kernel.out)
+                for r in range(tile.rows):
+                    for start in range(0, width, vector):
+                        # Where a vector does not fit any more, it overlaps the one before it.
+                        at = min(start, width - vector)
+                        with I.vectorized(vector) as lane:
+                            value = finish(sums[r][at + lane], row + r, column + at + lane)
+                            I.buffer_store(y, value, [row + r, column + at + lane])
+    return builder.get()
+
+
+def _tile_sums(
+    x: Buffer,
+    w: Buffer,
+    bias: Buffer,
+    row: Expr,
+    panel: Expr,
+    column: Expr,
+    k: int,
+    product: Product,
+    tile: Tile,
+) -> list[Buffer]:
+    """Builds bias + x @ w for one tile: a buffer of columns for each row, all in registers."""
+    rows, vectors, lanes = tile.rows, tile.vectors, product.lanes
+    dtype = f"{product.acc_dtype}x{lanes}"
+    across = isinstance(product, WideningNeon)  # a vector is the partial sums of one column
+    acc = [_registers(vectors * lanes, product.acc_dtype) for _ in range(rows)]
+
+    def load(r: int, v: int) -> Expr:
+        return acc[r].vload([v * lanes], dtype)
+
+    def store(buffers: list[Buffer], value: Expr, r: int, v: int) -> None:
+        I.buffer_store(buffers[r], value, [T.ramp(v * lanes, 1, lanes)])
+
+    def multiply(first_group: Expr, groups: int) -> None:
+        first_k = first_group * product.group
+        if product.by_lane:  # loaded together, used one after the other
+            loaded = [product.load_x(x, row + r, first_k, groups) for r in range(rows)]
+        for g in range(groups):
+            weights = [product.load_w(w, panel, first_group + g, v) for v in range(vectors)]
+            for r in range(rows):
+                if product.by_lane:
+                    a = loaded[r][g]
+                else:
+                    (a,) = product.load_x(x, row + r, first_k + g * product.group, 1)
+                for v, b in enumerate(weights):
+                    store(acc, product.multiply(load(r, v), a, b), r, v)
+
+    for v in range(vectors):
+        zero = T.broadcast(tirx.const(0, product.acc_dtype), lanes)
+        start = zero if across else I.bind(bias.vload([column + v * lanes], dtype))
+        for r in range(rows):
+            store(acc, start, r, v)
+    per_chunk = product.chunk // product.group
+    chunks, left = divmod(k // product.group, per_chunk)
+    if chunks:
+        with I.serial(chunks) as chunk:
+            multiply(chunk * per_chunk, per_chunk)
+    for g in range(left):
+        multiply(chunks * per_chunk + g, 1)
+    if not isinstance(product, WideningNeon):
+        return acc
+    sums = [_registers(vectors, product.acc_dtype) for _ in range(rows)]
+    for r in range(rows):
+        for v in range(0, vectors, lanes):
+            total = product.sums([load(r, v + i) for i in range(lanes)])
+            store(sums, total + bias.vload([column + v], dtype), r, v // lanes)
+    return sums
+
+
+def _registers(size: int, dtype: str) -> Buffer:
+    """A small array that LLVM keeps in vector registers.
+
+    It has to be one of scope "global" and at most 1 KB: TVM asks the runtime for the memory of any
+    other on every call.
+    """
+    assert size * 4 <= 1024
+    return I.alloc_buffer((size,), dtype, scope="global")
+
+
+def _group_rows(m: int, k: int, k_groups: int, source: str, target: str) -> Any:
+    """x (m, k) as (m, k_groups) of another dtype; the columns added meet weights of 0."""
+    vector = min(16, _power_of_two(k))
+    with IRBuilder() as builder, I.prim_func(s_tir=True):
+        I.func_name("group_rows")
+        I.func_attr({"tirx.noalias": True})
+        x = I.arg("x", I.buffer((m, k), source))
+        y = I.arg("y", I.buffer((m, k_groups), target))
+        with I.parallel(m) as row:
+            with I.serial(ceil(k / vector)) as i, I.vectorized(vector) as lane:
+                at = _clamped(i * vector, k - vector, k % vector != 0) + lane
+                I.buffer_store(y, tirx.Cast(target, x[row, at]), [row, at])
+            for at in range(k, k_groups):
+                I.buffer_store(y, tirx.const(0, target), [row, at])
+    return builder.get()
+
+
+def _packing(
+    kernel: Dense, product: Product, tile: Tile, storage: ActStorage
+) -> Mapping[str, Callable[[Mapping[str, Array]], Array]]:
+    """How the raw constants become those of `_dense`."""
+    columns = tile.vectors * product.columns
+    panels = ceil(kernel.n / columns)
+    pad_columns = max(0, columns - kernel.n)
+
+    def pack_w(raw: Mapping[str, Array]) -> Array:
+        w = np.pad(raw["w"], ((0, -kernel.k % product.group), (0, pad_columns)))
+        # The columns of each panel, the last one overlapping.
+        first = np.minimum(np.arange(panels) * columns, w.shape[1] - columns)
+        w = w[:, first[:, None] + np.arange(columns)]  # (k, panels, columns)
+        groups = w.shape[0] // product.group
+        w = w.reshape(groups, product.group, panels, tile.vectors, product.columns)
+        shape = (panels, groups, tile.vectors, product.w_elements)
+        return np.ascontiguousarray(w.transpose(2, 0, 3, 4, 1)).reshape(shape)
+
+    def pack_bias(raw: Mapping[str, Array]) -> Array:
+        bias = raw["bias"]
+        if kernel.x == "int8":
+            # stored x = logical x + offset, for which the products must not be charged.
+            column_sums = raw["w"].astype(np.int64).sum(axis=0)
+            bias = (bias - storage.offset * column_sums).astype(np.int32)
+        return np.pad(bias, (0, pad_columns))
+
+    pack = {"w": pack_w}
+    if pad_columns or (kernel.x == "int8" and storage.offset):
+        pack["bias"] = pack_bias
+    return pack
+
+
+def _row_blocks(row_tiles: int, panels: int) -> int:
+    """Into how many equal blocks to split the tiles of rows, so that there are tasks enough."""
+    divisors = [d for d in range(1, row_tiles + 1) if row_tiles % d == 0]
+    return next((d for d in divisors if d * panels >= _TASKS), row_tiles)
+
+
+def _clamped(value: Expr, highest: int, needed: bool) -> Expr:
+    """min(value, highest), at least 0; just the value where it never gets there."""
+    return tirx.min(value, max(0, highest)) if needed else value
+
+
+def _epilogue_width(columns: int, lanes: int, out: str) -> int:
+    """Columns of one vector of the epilogue: wider than a register where bytes are to be stored."""
+    if out == "int8":
+        wide = next((w for w in (16, 8) if columns % w == 0), 0)
+        return max(wide, min(lanes, _power_of_two(columns)))
+    return min(lanes, _power_of_two(columns))
+
+
+def _power_of_two(limit: int) -> int:
+    """The largest power of two that is at most `limit`."""
+    return 1 << (limit.bit_length() - 1)

@@ -1,0 +1,274 @@
+"""How each CPU instruction set multiplies a tile: what `cpu_dense` has to know of it.
+
+A `Product` keeps a tile of accumulators in vector registers. One multiply takes `group`
+consecutive k of a row of x and of `columns` columns of w, and adds the products, exactly for int8,
+to one accumulator vector. Weights are packed in the order in which they are read:
+(panels, k / group, vectors, columns * group).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from tvm import tirx
+from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as I
+
+from gfcompile.targets.target import Cpu
+from gfcompile.targets.tvm.kernel import ActStorage, Dense
+from gfcompile.targets.tvm.schedules.math import Expr
+
+Buffer = Any  # a tvm.tirx.Buffer, under construction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """Accumulators of a register tile: `rows` of x times `vectors` vectors of columns."""
+
+    rows: int
+    vectors: int
+
+
+@dataclass(frozen=True)
+class Product(ABC):
+    """One instruction set's way to multiply.
+
+    Attributes:
+        lanes: 32-bit lanes of a vector register.
+
+    Class attributes:
+        x_dtype, w_dtype, acc_dtype: of x as the tile reads it, of the packed weights, and of the
+            accumulators.
+        group: consecutive k that one multiply adds up.
+        chunk: consecutive k of the unrolled inner loop.
+        operations: vector instructions for one multiply, and per vector of weights besides.
+        by_lane: whether a chunk of each row stays in a register, to be multiplied lane by lane;
+            otherwise every group is loaded, broadcast, on its own.
+        temporaries: registers needed besides accumulators, weights and rows.
+        vector_step: the number of vectors in a tile is a multiple of it.
+    """
+
+    lanes: int
+
+    x_dtype: ClassVar[str]
+    w_dtype: ClassVar[str]
+    acc_dtype: ClassVar[str] = "int32"
+    group: ClassVar[int]
+    chunk: ClassVar[int]
+    operations: ClassVar[tuple[int, int]] = (1, 0)
+    by_lane: ClassVar[bool] = False
+    temporaries: ClassVar[int] = 1
+    vector_step: ClassVar[int] = 1
+
+    @property
+    def columns(self) -> int:
+        """Columns of w in one vector of weights."""
+        return self.lanes
+
+    @property
+    def w_elements(self) -> int:
+        """Elements in one vector of weights."""
+        return self.columns * self.group
+
+    def registers(self, tile: Tile) -> int:
+        """Vector registers that the inner loop needs."""
+        rows = tile.rows if self.by_lane else 0
+        return tile.rows * tile.vectors + tile.vectors + rows + self.temporaries
+
+    def loads(self, tile: Tile) -> float:
+        """Loads for one group of k."""
+        return tile.vectors + tile.rows * (self.group / self.chunk if self.by_lane else 1)
+
+    def load_w(self, w: Buffer, panel: Expr, group: Expr, vector: int) -> Expr:
+        """The weights of one multiply."""
+        at = [panel, group, vector, 0]
+        return I.bind(w.vload(at, f"{self.w_dtype}x{self.w_elements}"))
+
+    @abstractmethod
+    def load_x(self, x: Buffer, row: Expr, k: Expr, groups: int) -> Sequence[Expr]:
+        """For each of `groups` groups from k on, x's operand of a multiply.
+
+        With `by_lane`, `groups` is those of a chunk, or 1 in what is left of k.
+        """
+
+    @abstractmethod
+    def multiply(self, acc: Expr, a: Expr, b: Expr) -> Expr:
+        """acc plus the products of x's operand a and the weights b."""
+
+
+class _BroadcastFloat(Product):
+    """float32 on x86: a number of x, broadcast, times a vector of columns."""
+
+    x_dtype = w_dtype = acc_dtype = "float32"
+    group, chunk = 1, 4
+
+    def load_x(self, x: Buffer, row: Expr, k: Expr, groups: int) -> Sequence[Expr]:
+        return [I.bind(T.broadcast(x[row, k + i], self.lanes)) for i in range(groups)]
+
+    def multiply(self, acc: Expr, a: Expr, b: Expr) -> Expr:
+        return acc + a * b
+
+
+class FloatSse(_BroadcastFloat):
+    """float32 without a fused multiply-add."""
+
+    operations = (2, 0)
+    temporaries = 2
+
+
+class FloatFma(_BroadcastFloat):
+    """float32 with AVX2 and FMA or AVX-512."""
+
+
+class FloatNeon(Product):
+    """float32 on ARM: four numbers of x in a register, each multiplied by its lane."""
+
+    x_dtype = w_dtype = acc_dtype = "float32"
+    group, chunk = 1, 4
+    by_lane = True
+    temporaries = 0
+
+    def load_x(self, x: Buffer, row: Expr, k: Expr, groups: int) -> Sequence[Expr]:
+        if groups == 1:
+            return [I.bind(T.broadcast(x[row, k], self.lanes))]
+        return _lanes(I.bind(x.vload([row, k], "float32x4")))
+
+    def multiply(self, acc: Expr, a: Expr, b: Expr) -> Expr:
+        return acc + a * b
+
+
+class Vnni(Product):
+    """uint8 x int8 on x86 with VNNI: four products a lane by vpdpbusd, without saturation."""
+
+    x_dtype, w_dtype = "uint8", "int8"
+    group, chunk = 4, 8
+
+    def load_x(self, x: Buffer, row: Expr, k: Expr, groups: int) -> Sequence[Expr]:
+        dtype = f"uint8x{4 * self.lanes}"
+        words = [
+            T.reinterpret(x.vload([row, k + 4 * i], "uint8x4"), dtype="int32")
+            for i in range(groups)
+        ]
+        return [I.bind(T.reinterpret(T.broadcast(word, self.lanes), dtype=dtype)) for word in words]
+
+    def multiply(self, acc: Expr, a: Expr, b: Expr) -> Expr:
+        return _intrinsic(
+            f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", f"int32x{self.lanes}", acc, a, b
+        )
+
+
+class MultiplyAddPairs(Product):
+    """int8 on x86 without VNNI: widened to int16, pairs of products added by pmaddwd.
+
+    pmaddubsw would do without widening, but saturates. x is widened beforehand, once for all
+    panels; the weights stay int8 in memory and are widened as they are loaded.
+    """
+
+    x_dtype, w_dtype = "int16", "int8"
+    group, chunk = 2, 4
+    operations = (2, 1)
+    temporaries = 2
+
+    def load_w(self, w: Buffer, panel: Expr, group: Expr, vector: int) -> Expr:
+        narrow = super().load_w(w, panel, group, vector)
+        return I.bind(tirx.Cast(f"int16x{2 * self.lanes}", narrow))
+
+    def load_x(self, x: Buffer, row: Expr, k: Expr, groups: int) -> Sequence[Expr]:
+        dtype = f"int16x{2 * self.lanes}"
+        words = [
+            T.reinterpret(x.vload([row, k + 2 * i], "int16x2"), dtype="int32")
+            for i in range(groups)
+        ]
+        return [I.bind(T.reinterpret(T.broadcast(word, self.lanes), dtype=dtype)) for word in words]
+
+    def multiply(self, acc: Expr, a: Expr, b: Expr) -> Expr:
+        name = {4: "sse2.pmadd.wd", 8: "avx2.pmadd.wd", 16: "avx512.pmaddw.d.512"}[self.lanes]
+        return acc + _intrinsic(f"llvm.x86.{name}", f"int32x{self.lanes}", a, b)
+
+
+class Sdot(Product):
+    """int8 on ARM with the dot product: sixteen k of x in a register, four by lane."""
+
+    x_dtype = w_dtype = "int8"
+    group, chunk = 4, 16
+    by_lane = True
+    temporaries = 0
+
+    def load_x(self, x: Buffer, row: Expr, k: Expr, groups: int) -> Sequence[Expr]:
+        if groups == 1:
+            word = T.reinterpret(x.vload([row, k], "int8x4"), dtype="int32")
+            return [I.bind(T.reinterpret(T.broadcast(word, 4), dtype="int8x16"))]
+        words = I.bind(T.reinterpret(x.vload([row, k], "int8x16"), dtype="int32x4"))
+        return [T.reinterpret(lane, dtype="int8x16") for lane in _lanes(words)]
+
+    def multiply(self, acc: Expr, a: Expr, b: Expr) -> Expr:
+        return _intrinsic("llvm.aarch64.neon.sdot.v4i32.v16i8", "int32x4", acc, b, a)
+
+
+class WideningNeon(Product):
+    """int8 on ARM without the dot product: smull, smlal2 and sadalp over sixteen k of a column.
+
+    The sum of two products fits int16 because weights are within [-127, 127]. An accumulator
+    vector belongs to one column and is summed up across its lanes when the tile is done.
+    """
+
+    x_dtype = w_dtype = "int8"
+    group = chunk = 16
+    operations = (3, 0)
+    by_lane = True  # in that a row's sixteen k are one register, not in the multiplication
+    temporaries = 2
+    vector_step = 4
+
+    @property
+    def columns(self) -> int:
+        return 1
+
+    def load_x(self, x: Buffer, row: Expr, k: Expr, groups: int) -> Sequence[Expr]:
+        assert groups == 1
+        return [I.bind(x.vload([row, k], "int8x16"))]
+
+    def multiply(self, acc: Expr, a: Expr, b: Expr) -> Expr:
+        def products(half: Any) -> Expr:
+            halves = (half(a, dtype="int8x8"), half(b, dtype="int8x8"))
+            return _intrinsic("llvm.aarch64.neon.smull.v8i16", "int16x8", *halves)
+
+        pairs = products(T.vectorlow) + products(T.vectorhigh)
+        return acc + _intrinsic("llvm.aarch64.neon.saddlp.v4i32.v8i16", "int32x4", pairs)
+
+    def sums(self, accumulators: Sequence[Expr]) -> Expr:
+        """The sums over the lanes of four accumulators, as one vector."""
+
+        def add_pairs(a: Expr, b: Expr) -> Expr:
+            return _intrinsic("llvm.aarch64.neon.addp.v4i32", "int32x4", a, b)
+
+        a, b, c, d = accumulators
+        return add_pairs(add_pairs(a, b), add_pairs(c, d))
+
+
+def act_storage(cpu: Cpu) -> ActStorage:
+    """How int8 activations lie in memory on `cpu`: VNNI multiplies uint8 with int8."""
+    if cpu.int8_dot == "vnni":
+        return ActStorage(dtype="uint8", offset=128)
+    return ActStorage()
+
+
+def product_of(kernel: Dense, cpu: Cpu) -> Product:
+    """How `cpu` multiplies in `kernel`."""
+    lanes = cpu.vector_bytes // 4
+    if cpu.arch == "aarch64":
+        if kernel.x == "float32":
+            return FloatNeon(lanes)
+        return Sdot(lanes) if cpu.int8_dot == "sdot" else WideningNeon(lanes)
+    if kernel.x == "float32":
+        return FloatSse(lanes) if cpu.vector_bytes == 16 else FloatFma(lanes)
+    return Vnni(lanes) if cpu.int8_dot == "vnni" else MultiplyAddPairs(lanes)
+
+
+def _lanes(vector: Expr) -> list[Expr]:
+    """Each of the four lanes of a 128-bit vector, broadcast; LLVM folds it into the multiply."""
+    return [T.broadcast(T.Shuffle([vector], [i]), 4) for i in range(4)]
+
+
+def _intrinsic(name: str, dtype: str, *args: Expr) -> Expr:
+    return T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(name), *args, dtype=dtype)
