@@ -88,7 +88,7 @@ def _few_rows(kernel: Dense, storage: ActStorage) -> tuple[Any, Any]:
         partial = T.alloc_buffer((_GEMV_SPLITS, columns), unit, scope="shared")
         acc = T.alloc_buffer((width,), unit, scope="local")
         total = T.alloc_buffer((1,), unit, scope="local")
-        first = column_block * columns + lane * width
+        first: T.let = column_block * columns + lane * width
         for v in T.unroll(width):
             acc[v] = T.Cast(unit, 0)
         if first < padded:
@@ -102,7 +102,7 @@ def _few_rows(kernel: Dense, storage: ActStorage) -> tuple[Any, Any]:
             partial[split, lane * width + v] = acc[v]
         T.tvm_storage_sync("shared")
         if split < width:
-            column = split * 32 + lane
+            column: T.let = split * 32 + lane
             total[0] = partial[0, column]
             for other in T.unroll(_GEMV_SPLITS - 1):
                 total[0] = total[0] + partial[other + 1, column]
@@ -192,7 +192,7 @@ class Tile:
 
     @property
     def shared_bytes(self) -> int:
-        return 4 * (self.rows * (self.bk + 4) + self.bk * self.columns)
+        return 4 * self.bk * (self.rows + self.columns)
 
 
 # Rows first: 196 = 7 * 28, and the grids of the zoo are multiples of 7; 8 serves the rest.
@@ -312,16 +312,15 @@ def _tiled(kernel: Dense, gpu: Gpu, storage: ActStorage) -> tuple[Any, Any]:
         row_block = T.launch_thread("blockIdx.x", -(-m // tile.rows))
         column_block = T.launch_thread("blockIdx.y", -(-n // tile.columns))
         thread = T.launch_thread("threadIdx.x", tile.threads)
-        # Four units more per row: threads of a warp that read different rows hit different banks.
-        xs = T.alloc_buffer((tile.rows, tile.bk + 4), unit, scope="shared")
+        xs = T.alloc_buffer((tile.rows, tile.bk), unit, scope="shared")
         ws = T.alloc_buffer((tile.bk, tile.columns), unit, scope="shared")
         acc = T.alloc_buffer((tile.tm, tile.tn), unit, scope="local")
         sums = T.alloc_buffer((tile.tm, tile.tn), "int32", scope="local")
         a = T.alloc_buffer((tile.tm, 4), unit, scope="local")
         b = T.alloc_buffer((tile.tn,), unit, scope="local")
         result = T.alloc_buffer((4,), kernel.out, scope="local")
-        ty = thread // tile.tx
-        tx = thread % tile.tx
+        ty: T.let = thread // tile.tx
+        tx: T.let = thread % tile.tx
         if long_sum:
             for i in T.unroll(tile.tm):
                 for j in T.unroll(tile.tn):
@@ -331,12 +330,12 @@ def _tiled(kernel: Dense, gpu: Gpu, storage: ActStorage) -> tuple[Any, Any]:
                 for j in T.unroll(tile.tn):
                     acc[i, j] = T.Cast(unit, 0)
             for step in T.serial(chunk_steps):
-                start = (chunk * chunk_steps + step) * tile.bk
+                start: T.let = (chunk * chunk_steps + step) * tile.bk
                 T.tvm_storage_sync("shared")
                 for copy in T.unroll(x_copies):
-                    piece = copy * tile.threads + thread
-                    x_row = piece // x_row_pieces
-                    x_col = piece % x_row_pieces * x_vector
+                    piece: T.let = copy * tile.threads + thread
+                    x_row: T.let = piece // x_row_pieces
+                    x_col: T.let = piece % x_row_pieces * x_vector
                     if all_of(within(piece, x_pieces, x_pieces % tile.threads == 0)):
                         if all_of(
                             within(row_block * tile.rows + x_row, m, exact_rows),
@@ -350,9 +349,9 @@ def _tiled(kernel: Dense, gpu: Gpu, storage: ActStorage) -> tuple[Any, Any]:
                             for v in T.vectorized(x_vector):
                                 xs[x_row, x_col + v] = T.Cast(unit, 0)
                 for copy in T.unroll(w_copies):
-                    piece = copy * tile.threads + thread
-                    w_row = piece // w_row_pieces
-                    w_col = piece % w_row_pieces * 4
+                    piece: T.let = copy * tile.threads + thread
+                    w_row: T.let = piece // w_row_pieces
+                    w_col: T.let = piece % w_row_pieces * 4
                     if all_of(within(piece, w_pieces, w_pieces % tile.threads == 0)):
                         if all_of(
                             within(start + w_row, depth, exact_depth),
@@ -384,10 +383,10 @@ def _tiled(kernel: Dense, gpu: Gpu, storage: ActStorage) -> tuple[Any, Any]:
                     for j in T.unroll(tile.tn):
                         sums[i, j] = sums[i, j] + T.Cast("int32", acc[i, j])
         for i in T.unroll(tile.tm):
-            row = row_block * tile.rows + i * tile.ty + ty
+            row: T.let = row_block * tile.rows + i * tile.ty + ty
             if all_of(within(row, m, exact_rows)):
                 for group in T.unroll(groups):
-                    column = column_block * tile.columns + (group * tile.tx + tx) * 4
+                    column: T.let = column_block * tile.columns + (group * tile.tx + tx) * 4
                     if y_vector == 4:
                         if all_of(within(column, n, exact_columns)):
                             for v in T.unroll(4):
