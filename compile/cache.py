@@ -3,13 +3,16 @@
     root/v1/entries/<2 hex>/<key>/content/...   what a build left, read-only by agreement
     root/v1/entries/<2 hex>/<key>/entry.json    sha256 of each of its files
     root/v1/building/                           entries in the making, moved into place when whole
+    root/v1/locks/<key>                         held while that entry is in the making
 
-An entry appears by one rename, so any number of runs may share a root: of two that build the same
-key at once, the first one's entry stays. Every use checks the hashes, and an entry that does not
-match is built again. The oldest entries go when the cache outgrows its bound.
+An entry appears by one rename, so any number of runs may share a root. Of two that want the same
+key at once one waits for the other; where file locks do not work both build, and the first one's
+entry stays. Every use checks the hashes, and an entry that does not match is built again. The
+oldest entries go when the cache outgrows its bound.
 """
 
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
@@ -48,6 +51,7 @@ class Cache:
     def __init__(self, root: Path, *, max_bytes: int) -> None:
         self._entries = root / _LAYOUT / "entries"
         self._building = root / _LAYOUT / "building"
+        self._locks = root / _LAYOUT / "locks"
         self._max_bytes = max_bytes
 
     def lookup(self, key: Mapping[str, object]) -> Path | None:
@@ -65,8 +69,12 @@ class Cache:
         """
         place = self._place(key)
         content = self._checked(place)
-        if content is not None:
-            return content
+        if content is None:
+            with _locked(self._locks / place.name):
+                content = self._checked(place) or self._build(place, build)
+        return content
+
+    def _build(self, place: Path, build: Callable[[Path], None]) -> Path:
         self._building.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._building, ignore_cleanup_errors=True) as made:
             entry = Path(made) / "entry"
@@ -105,10 +113,14 @@ class Cache:
 
     def _evict(self) -> None:
         now = time.time()
-        for abandoned in self._building.iterdir():
+        for left in (*self._building.iterdir(), *self._locks.iterdir()):
             with suppress(OSError):
-                if now - abandoned.stat().st_mtime > _ABANDONED_SECONDS:
-                    shutil.rmtree(abandoned, ignore_errors=True)
+                if now - left.stat().st_mtime < _ABANDONED_SECONDS:
+                    continue
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink()
         entries = []
         for place in self._entries.glob("??/*"):
             with suppress(OSError, ValueError, KeyError, TypeError):
@@ -250,6 +262,16 @@ def sync_files(paths: list[Path]) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Waits until no other run holds this lock; it is let go even by a run that is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        with suppress(OSError):  # not on every network file system
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _move_into_place(entry: Path, place: Path) -> None:

@@ -1,5 +1,6 @@
 """The cache: same key same folder, and nothing broken or half-made is ever handed out."""
 
+import errno
 import json
 import os
 import subprocess
@@ -88,11 +89,17 @@ def test_failed_build_leaves_nothing(
     with pytest.raises(error):
         cache.folder(KEY, build)
     assert cache.lookup(KEY) is None
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list((tmp_path / "cache").rglob("half.txt"))
+    assert not list((tmp_path / "cache" / "v1" / "building").iterdir())
 
 
-def test_of_two_builds_of_one_key_the_first_stays(cache: Cache) -> None:
-    """The second one's rename finds the first one's entry: it is used, and both are content."""
+def test_without_locks_the_first_of_two_builds_stays(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr(cache_module.fcntl, "flock", refuse)
 
     def slow(folder: Path) -> None:
         cache.folder(KEY, Builder("first"))
@@ -100,6 +107,28 @@ def test_of_two_builds_of_one_key_the_first_stays(cache: Cache) -> None:
 
     content = cache.folder(KEY, slow)
     assert (content / "a.txt").read_text() == "first"
+
+
+def test_of_two_runs_that_want_the_same_one_waits(tmp_path: Path) -> None:
+    program = """
+import sys, time
+from pathlib import Path
+from gfcompile.compile.cache import Cache
+
+def build(folder: Path) -> None:
+    print("built", flush=True)
+    time.sleep(0.5)
+    (folder / "a.txt").write_text("built")
+
+print(Cache(Path(sys.argv[1]), max_bytes=0).folder({}, build))
+"""
+    runs = [
+        subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    output = "".join(run.communicate(timeout=60)[0].decode() for run in runs)
+    assert output.count("built\n") == 1
+    assert len(set(output.replace("built\n", "").split())) == 1
 
 
 def test_processes_share_a_cache(tmp_path: Path) -> None:

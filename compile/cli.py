@@ -1,0 +1,407 @@
+"""The `gfcompile` command: arguments in, a bundle or one clear line out.
+
+The only place that prints and exits.
+"""
+
+import argparse
+import errno
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+from gfcompile import __version__
+from gfcompile.runtime.errors import GfcompileError, UserError
+
+if TYPE_CHECKING:
+    from gfcompile.compile.bundle import Bundle
+    from gfcompile.targets.target import Target
+
+_EPILOG = """\
+examples:
+  gfcompile --model gfnet_xs --target jetson-tx2 --int8
+  gfcompile --model gfnet_xs --target host --checkpoint gfnet-xs.pth --output classifier
+  gfcompile run classifier photo.jpg
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code.
+
+    0 done, 1 it could not be done, 2 it was asked for wrongly, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        with _ending_by_signal() as ended_by:
+            options = _parse(arguments)
+            options.command(options)
+            sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        _complain("interrupted; nothing was written")
+        return 128 + (ended_by[0] if ended_by else signal.SIGINT)
+    except GfcompileError as error:
+        _raise_again_if(debug)
+        _complain(f"error: {error}")
+        return error.exit_code
+    except BrokenPipeError:
+        # Whoever read our output has enough; Python must not complain again while it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, MemoryError) as error:
+        _raise_again_if(debug)
+        _complain(f"error: {_system_failure(error)}")
+        return 1
+    except Exception as error:
+        _raise_again_if(debug)
+        _complain(
+            f"internal error: {type(error).__name__}: {_one_line(str(error))} "
+            "(--debug shows where; please report it)"
+        )
+        return 1
+
+
+def _compile(options: argparse.Namespace) -> None:
+    # Light until it compiles: a mistake in the arguments is answered before torch and TVM load.
+    from gfcompile.compile.pipeline import CompileConfig, compile_model
+    from gfcompile.compile.progress import ConsoleProgress, SilentProgress
+    from gfcompile.targets.target import find_target
+
+    started = time.perf_counter()
+    progress = SilentProgress() if options.quiet else ConsoleProgress()
+    config = CompileConfig(
+        model=options.model,
+        target=options.target,
+        precision="int8" if options.int8 else "float32",
+        checkpoint=options.checkpoint,
+        image_size=options.image_size,
+        num_classes=options.num_classes,
+        fft=options.fft,
+        calibration_data=options.calibration_data,
+        output=options.output,
+        dump=options.dump,
+        labels=options.labels,
+        seed=options.seed,
+        cache=not options.no_cache,
+    )
+    bundle = compile_model(config, progress)
+    took = time.perf_counter() - started
+    if options.quiet:
+        print(bundle.path)
+    else:
+        notes = progress.notes if isinstance(progress, ConsoleProgress) else []
+        _print_bundle(bundle, find_target(options.target), notes, took)
+
+
+def _print_bundle(bundle: "Bundle", target: "Target", notes: Sequence[str], took: float) -> None:
+    manifest = bundle.manifest
+    precision = manifest.precision
+    print(f"\n{manifest.model} for {target.name}: {target.description}")
+    print(f"  weights    {manifest.weights}")
+    print(f"  precision  requested {precision.requested}, stored as {precision.storage},")
+    print(f"             computed as {precision.compute}")
+    for note in dict.fromkeys([*manifest.notes, *notes]):
+        print(f"  note       {note}")
+    if manifest.ledger:
+        print()
+        _print_table(
+            ("stage", "against", "max abs error", "SQNR dB", "same top-1", "images", "how"),
+            [
+                (
+                    str(entry["stage"]),
+                    str(entry["against"]),
+                    f"{entry['max_abs_error']:.3g}",
+                    "equal" if entry["sqnr_db"] is None else f"{entry['sqnr_db']:.1f}",
+                    f"{entry['top1_agreement']:.0%}",
+                    str(entry["images"]),
+                    str(entry["how"]),
+                )
+                for entry in manifest.ledger
+            ],
+            right={2, 3, 4, 5},
+        )
+    count = len(manifest.files) + 1
+    print(f"\n{bundle.path}: {bundle.size_bytes / 1e6:.1f} MB in {count} files, {took:.1f} s")
+    print(f"next: {_next_step(bundle, target)}")
+
+
+def _next_step(bundle: "Bundle", target: "Target") -> str:
+    import platform
+
+    if target.gpu is not None:
+        return f"copy {bundle.path} to the board, and there: python3 {bundle.path.name}/gfrt.py"
+    if target.cpu.arch == platform.machine():
+        return f"gfcompile run {bundle.path} PHOTO"
+    return f"gfcompile run {bundle.path} PHOTO --device qemu"
+
+
+def _run(options: argparse.Namespace) -> None:
+    from gfcompile.compile.classify import classify_images
+
+    results = []
+    for result in classify_images(
+        options.bundle,
+        options.images,
+        device=options.device,
+        top=options.top,
+        threads=options.threads,
+    ):
+        results.append(result)
+        if options.json:
+            continue
+        if result.median_ms is not None:
+            repeated = f"median of {result.runs} runs"
+            print(f"{result.image}: {result.median_ms:.2f} ms ({repeated}, {result.how})")
+        else:
+            print(f"{result.image}: ({result.how})")
+        for index, label, probability in result.top:
+            print(f"  {probability:6.1%}  {index:4d}  {label}")
+    if options.json:
+        print(json.dumps([result.to_dict() for result in results], indent=2))
+
+
+def _models(options: argparse.Namespace) -> None:
+    from gfcompile.compile.models import model_names, model_spec
+
+    specs = [model_spec(name) for name in model_names()]
+    if options.json:
+        keys = ("name", "image_size", "num_classes", "parameters", "macs", "top1_percent")
+        rows = [{key: getattr(s, key) for key in keys} | {"paper": str(s.paper)} for s in specs]
+        print(json.dumps(rows, indent=2))
+        return
+    _print_table(
+        ("model", "size", "parameters", "MACs", "top-1 as published"),
+        [
+            (
+                spec.name,
+                str(spec.image_size),
+                f"{spec.parameters / 1e6:.2f} M",
+                f"{spec.macs / 1e9:.2f} G",
+                "-" if spec.top1_percent is None else f"{spec.top1_percent:.1f}%",
+            )
+            for spec in specs
+        ],
+        right={1, 2, 3, 4},
+    )
+    for paper in dict.fromkeys(str(spec.paper) for spec in specs):
+        print(f"\n{paper}")
+
+
+def _targets(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from gfcompile.targets.target import all_targets, find_target
+
+    targets = list(all_targets())
+    try:
+        targets.insert(0, find_target("host"))
+    except UserError as error:  # not a machine that we compile for; the others are listed
+        _complain(f"note: {error}")
+    if options.json:
+        print(json.dumps([asdict(target) for target in targets], indent=2))
+        return
+    for target in targets:
+        print(_describe_target(target))
+
+
+def _describe_target(target: "Target") -> str:
+    cpu, gpu = target.cpu, target.gpu
+    isa = " ".join([cpu.arch, cpu.mcpu, *(f for f in cpu.features if f.startswith("+"))])
+    if gpu is not None:
+        isa = f"{gpu.arch}, PTX {gpu.ptx_isa}; {isa}"
+        peaks = (
+            f"{gpu.sms} SM at {gpu.clock_ghz:.2f} GHz: fp32 {gpu.fp32_tflops:.2f} TFLOP/s, "
+            f"int8 {gpu.int8_tops:.2f} TOP/s"
+        )
+    else:
+        peaks = (
+            f"{cpu.cores} cores at {cpu.clock_ghz:.2f} GHz: fp32 {cpu.fp32_gflops:.0f} GFLOP/s, "
+            f"int8 {cpu.int8_gops:.0f} GOP/s each"
+        )
+    return (
+        f"{target.name}\n"
+        f"    {target.description}\n"
+        f"    {isa}\n"
+        f"    {peaks}; memory {target.bandwidth_gb_s:.1f} GB/s\n"
+        f"    --int8: {target.int8_compute};\n"
+        f"            {target.int8_note}"
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line per mistake, by the same way out as every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{_one_line(message)}; see {self.prog} --help")
+
+
+_COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], None]]] = {
+    "compile": ("compile a model to a bundle (what is done if no command is named)", _compile),
+    "run": ("classify images with a bundle", _run),
+    "models": ("list the models", _models),
+    "targets": ("list the targets, and what int8 means there", _targets),
+}
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="gfcompile",
+        description="Compiles spectral and token-pruned vision models for edge devices.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"gfcompile {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (text, function) in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+        command.set_defaults(command=function)
+        _ADD_ARGUMENTS[name](command)
+    if not arguments:
+        arguments = ["--help"]
+    elif arguments[0] not in (*_COMMANDS, "--version", "-h", "--help"):
+        # `gfcompile --model ...` is the main use and goes without a command; but a lone word was
+        # meant as one.
+        if not arguments[0].startswith("-"):
+            raise UserError(_unknown_command(arguments[0]))
+        arguments = ["compile", *arguments]
+    return parser.parse_args(arguments)
+
+
+def _compile_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="one of `gfcompile models`")
+    parser.add_argument("--target", required=True, help="one of `gfcompile targets`")
+    parser.add_argument("--int8", action="store_true", help="quantize to int8")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="trained weights (default: random)"
+    )
+    parser.add_argument("--image-size", type=int, metavar="N", help="default: the model's own")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="default: the model's own")
+    parser.add_argument(
+        "--fft",
+        choices=("auto", "native", "dft", "circular"),
+        default="auto",
+        help="form of the global filters (default: the cheapest on the target, per layer)",
+    )
+    parser.add_argument(
+        "--calibration-data",
+        type=Path,
+        metavar="DIR",
+        help="images to calibrate int8 on (default: four photos, as a stand-in)",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="default: MODEL-TARGET-PRECISION"
+    )
+    parser.add_argument("--dump", type=Path, metavar="DIR", help="write each stage's ONNX there")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights")
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="class names, one per line")
+    parser.add_argument("--no-cache", action="store_true", help="build everything, keep nothing")
+    parser.add_argument("--quiet", action="store_true", help="print only the bundle's path")
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    parser.add_argument(
+        "--device",
+        choices=("local", "qemu"),
+        default="local",
+        help="qemu runs an arm64 bundle here, to see what it computes and not how fast",
+    )
+    parser.add_argument("--top", type=_positive, default=5, metavar="N", help="classes to print")
+    parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _list_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+_ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "compile": _compile_arguments,
+    "run": _run_arguments,
+    "models": _list_arguments,
+    "targets": _list_arguments,
+}
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def _unknown_command(word: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(word, _COMMANDS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"unknown command {word!r}{hint} (known: {', '.join(_COMMANDS)})"
+
+
+@contextmanager
+def _ending_by_signal() -> Iterator[list[int]]:
+    """SIGTERM ends the command as Ctrl-C does, and a second Ctrl-C does not disturb the clean-up.
+
+    Yields:
+        the number of the signal that came, once it did.
+    """
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came  # only the main thread may handle signals
+        return
+
+    def handle(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 - signal's
+        came.append(number)
+        for caught in previous:
+            signal.signal(caught, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _system_failure(error: OSError | MemoryError) -> str:
+    if isinstance(error, MemoryError):
+        return "out of memory; nothing was written"
+    where = f": {error.filename}" if error.filename is not None else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full{where}; nothing was written"
+    return f"{error.strerror or _one_line(str(error))}{where}"
+
+
+def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], *, right: set[int]) -> None:
+    """Columns as wide as their content; those in `right` are flush right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def _complain(text: str) -> None:
+    print(f"gfcompile: {text}", file=sys.stderr)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _raise_again_if(debug: bool) -> None:
+    if debug:
+        raise
