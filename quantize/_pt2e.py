@@ -13,17 +13,21 @@ __all__ = [
     "Quantizer",
     "convert_pt2e",
     "prepare_pt2e",
+    "quiet",
 ]
 
 
 @contextmanager
-def _quiet_import() -> Iterator[None]:
-    # torchao reports each CUDA extension that it cannot load, and trips over a deprecation of
-    # torch's; neither is of use to anyone who compiles a model.
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+def quiet() -> Iterator[None]:
+    """Nothing that torch or torchao log or warn of reaches the user.
+
+    On import torchao reports each CUDA extension that it cannot load and trips over a deprecation
+    of torch's; torch.export logs the whole traceback of an error that it raises as well.
+    """
+    loggers = [logging.getLogger(name) for name in ("torch", "torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL + 1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -33,7 +37,7 @@ def _quiet_import() -> Iterator[None]:
             logger.setLevel(level)
 
 
-with _quiet_import():
+with quiet():
     from torchao.quantization.pt2e import ObserverBase
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import (

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import fx, nn
 
-from gfcompile.quantize._pt2e import convert_pt2e, prepare_pt2e
+from gfcompile.quantize._pt2e import convert_pt2e, prepare_pt2e, quiet
 from gfcompile.quantize.observers import ActivationObserver, WeightObserver
 from gfcompile.quantize.qparams import dequantize, quantize
 from gfcompile.quantize.quantizer import KeptFloat, QuantNode, SchemeQuantizer, find_layers
@@ -50,7 +50,7 @@ class Calibrated:
         module: takes and returns float; within, PT2E's quantize and dequantize ops, which
             torch.onnx.export turns into a QDQ graph. Its batch size is fixed.
         layers: the quantized layers in the order in which they run.
-        kept_float: the linear and convolution layers that are not quantized.
+        kept_float: the layers with weights that are not quantized, and why.
         images: how many calibration images were seen.
     """
 
@@ -80,18 +80,24 @@ def calibrate(
         batch_size: of the quantized module, whose shapes are static.
 
     Raises:
-        UserError: no images, or a name in `scheme.keep_float` that is no layer's.
-        CompileError: nothing to quantize, or a layer without usable values.
+        UserError: no images, images of several shapes, a module in training mode, or a name in
+            `scheme.keep_float` that is no layer's.
+        CompileError: the module cannot be exported, has nothing to quantize, or has a layer
+            without usable values.
     """
     scheme = scheme or QuantScheme()
     images = [image for batch in batches for image in batch]
     if not images:
         raise UserError("calibration needs at least one image")
+    shapes = sorted({tuple(image.shape) for image in images})
+    if len(shapes) > 1:
+        raise UserError(f"calibration images must have one shape, got {shapes[0]} and {shapes[1]}")
+    if module.training:
+        raise UserError("calibration needs the module in eval mode: call module.eval() first")
     # Parallel sums differ in the last bit with the number of threads.
-    with torch.no_grad(), _one_thread():
+    with torch.no_grad(), _one_thread(), quiet():
         rounds = _in_batches(images, batch_size)
-        exported = torch.export.export(module, (rounds[0],)).module()
-        assert isinstance(exported, fx.GraphModule)
+        exported = _export(module, rounds[0])
         layers, kept_float = find_layers(exported.graph, scheme)
         if not layers:
             raise CompileError("int8: the model has no layer that the scheme quantizes")
@@ -118,6 +124,18 @@ def _in_batches(images: Sequence[torch.Tensor], size: int) -> list[torch.Tensor]
     return [torch.stack(padded[i : i + size]) for i in range(0, len(padded), size)]
 
 
+def _export(module: nn.Module, example: torch.Tensor) -> fx.GraphModule:
+    try:
+        exported = torch.export.export(module, (example,)).module()
+    except Exception as error:  # torch.export raises whatever the module's own code raises
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CompileError(
+            f"torch.export cannot follow {type(module).__name__}: {reason}"
+        ) from error
+    assert isinstance(exported, fx.GraphModule), exported
+    return exported
+
+
 def _for_inference(converted: fx.GraphModule) -> fx.GraphModule:
     # convert_pt2e leaves the module in training mode, with eval() made to raise: the graph has no
     # modes left. Exporters ask for eval mode all the same.
@@ -138,7 +156,7 @@ def _settle(prepared: fx.GraphModule, layer: QuantNode, scheme: QuantScheme) -> 
 
 def _check_finite(values: npt.NDArray[np.float32], what: str) -> None:
     if not np.isfinite(values).all():
-        raise CompileError(f"{what} holds NaN or infinity: check the checkpoint")
+        raise CompileError(f"{what} holds NaN or infinity; check the checkpoint")
 
 
 def _record(prepared: fx.GraphModule, layer: QuantNode, scheme: QuantScheme) -> LayerQuant:

@@ -80,14 +80,19 @@ class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is unty
         """
         if self._settled is not None:
             return self._settled
-        advice = "check checkpoint and calibration images, or keep the layer in float"
         if self.low > self.high:
-            raise CompileError(f"calibration never reached the input of {layer}: {advice}")
+            raise CompileError(
+                f"calibration never reached the input of {layer}; keep that layer in float"
+            )
         if not (np.isfinite(self.low) and np.isfinite(self.high)):
-            raise CompileError(f"calibration met NaN or infinity at the input of {layer}: {advice}")
+            raise CompileError(
+                f"calibration met NaN or infinity at the input of {layer}; "
+                "check the checkpoint and the calibration images"
+            )
         if max(-self.low, self.high) < SMALLEST_SCALE:
             raise CompileError(
-                f"calibration saw only zeros at the input of {layer}, so it has no scale: {advice}"
+                f"calibration saw only zeros at the input of {layer}, so it has no scale; "
+                "check the checkpoint and the calibration images, or keep that layer in float"
             )
         if self.rule == "minmax":
             self._settled = from_range(self.low, self.high, self.scheme)

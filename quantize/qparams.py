@@ -56,7 +56,8 @@ def quantize(
 
 def dequantize(integers: IntArray, scale: float | Float32Array, zero_point: int) -> Float32Array:
     """(integers - zero_point) * scale in float32."""
-    return np.asarray(integers - zero_point, np.float32) * np.asarray(scale, np.float32)
+    steps = np.asarray(integers - zero_point, np.float32)
+    return np.asarray(steps * np.asarray(scale, np.float32), np.float32)
 
 
 def from_range(low: float, high: float, scheme: TensorScheme) -> QParams:
@@ -76,7 +77,7 @@ def symmetric_scales(weight: FloatArray, axis: int, scheme: TensorScheme) -> Flo
     """
     others = tuple(i for i in range(weight.ndim) if i != axis % weight.ndim)
     largest = np.abs(weight).max(axis=others).astype(np.float32)
-    return np.maximum(largest / np.float32(scheme.high), SMALLEST_SCALE)
+    return np.asarray(np.maximum(largest / np.float32(scheme.high), SMALLEST_SCALE), np.float32)
 
 
 def minimize_squared_error(

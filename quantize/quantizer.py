@@ -17,6 +17,7 @@ from gfcompile.runtime.errors import UserError
 
 __all__ = ["KeptFloat", "QuantNode", "SchemeQuantizer", "find_layers"]
 
+aten = torch.ops.aten
 _INT32 = torch.iinfo(torch.int32)
 
 
@@ -43,7 +44,7 @@ class QuantNode:
 
 @dataclass(frozen=True, kw_only=True)
 class KeptFloat:
-    """A linear or convolution layer that stays in float, and why."""
+    """A layer with weights of two dimensions or more that stays in float, and why."""
 
     name: str
     reason: str
@@ -52,7 +53,7 @@ class KeptFloat:
 def find_layers(
     graph: fx.Graph, scheme: QuantScheme
 ) -> tuple[tuple[QuantNode, ...], tuple[KeptFloat, ...]]:
-    """The layers that the scheme quantizes, and the linear and convolution layers that it does not.
+    """The layers that the scheme quantizes, and those that it could have but does not.
 
     Raises:
         UserError: a name in `scheme.keep_float` that is no layer's.
@@ -60,17 +61,22 @@ def find_layers(
     chosen: list[QuantNode] = []
     kept: list[KeptFloat] = []
     for node in graph.nodes:
-        if node.target == torch.ops.aten.linear.default:
+        if node.target == aten.linear.default:
             op: OpKind | None = "linear"
-        elif node.target == torch.ops.aten.conv2d.default:
+            other = ""
+        elif node.target in (aten.conv2d.default, aten.conv2d.padding):
             op = "patch_conv2d" if _tiles_its_input(node) else None
+            other = "a convolution that is no patch embedding"
+        elif node.target == aten.matmul.default and _is_constant(node, 1):
+            op = None
+            other = "a matrix product that is no Linear"
         else:
             continue
         name = _layer_name(node)
         if scheme.keeps_float(name):
             kept.append(KeptFloat(name=name, reason="the scheme names it"))
         elif op is None:
-            kept.append(KeptFloat(name=name, reason="a convolution that is no patch embedding"))
+            kept.append(KeptFloat(name=name, reason=other))
         elif op not in scheme.ops:
             kept.append(KeptFloat(name=name, reason=f"the scheme leaves {op} layers in float"))
         elif not _is_constant(node, 1) or (_has_bias(node) and not _is_constant(node, 2)):
@@ -145,7 +151,7 @@ def _tiles_its_input(conv: fx.Node) -> bool:
     kernel = _operand(conv, 1).meta["val"].shape[2:]
     return (
         _pair(stride) == tuple(kernel)
-        and _pair(padding) == (0, 0)
+        and _pair(padding) in ((0, 0), ("valid", "valid"))
         and _pair(dilation) == (1, 1)
         and groups == 1
     )

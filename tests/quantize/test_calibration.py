@@ -321,17 +321,30 @@ def test_a_dead_layer_is_reported_by_name(mini_gfnet: nn.Module, images: Images)
     calibrate(mini_gfnet, [images(1)], QuantScheme(keep_float=("head",)))
 
 
-def test_no_images_and_nothing_to_quantize_are_said(mini_gfnet: nn.Module, images: Images) -> None:
+def test_what_cannot_be_calibrated_is_said(mini_gfnet: nn.Module, images: Images) -> None:
     with pytest.raises(UserError, match="at least one image"):
         calibrate(mini_gfnet, [])
     with pytest.raises(CompileError, match="no layer"):
         calibrate(nn.GELU().eval(), [images(1)])
+    with pytest.raises(UserError, match="one shape"):
+        calibrate(mini_gfnet, [images(1), images(1)[..., :8]])
+    with pytest.raises(CompileError, match=r"torch\.export cannot follow MiniGfnet: .*"):
+        calibrate(mini_gfnet, [images(1)[..., :8]])
+    with pytest.raises(UserError, match="eval mode"):
+        calibrate(mini_gfnet.train(), [images(1)])
 
 
-def test_importing_and_calibrating_prints_nothing() -> None:
-    program = (
-        "import torch; from gfcompile.quantize import calibrate;"
-        "calibrate(torch.nn.Linear(4, 4).eval(), [torch.rand(2, 4)])"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
-    assert (done.stdout, done.stderr) == (b"", b"")
+def test_nothing_is_printed_not_even_when_the_export_fails() -> None:
+    program = """
+import torch
+from gfcompile.quantize import calibrate
+from gfcompile.runtime.errors import CompileError
+linear = torch.nn.Linear(4, 4).eval()
+calibrate(linear, [torch.rand(2, 4)])
+try:
+    calibrate(linear, [torch.rand(2, 5)])
+except CompileError:
+    raise SystemExit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (7, b"", b"")

@@ -58,19 +58,23 @@ class Odd(nn.Module):
         self.padded = nn.Conv2d(8, 8, 2, stride=2, padding=1)
         self.depthwise = nn.Conv2d(8, 8, 2, stride=2, groups=8)
         self.dilated = nn.Conv2d(8, 8, 2, stride=2, dilation=2)
+        self.valid = nn.Conv2d(8, 8, 2, stride=2, padding="valid")
+        self.same = nn.Conv2d(8, 8, 3, padding="same")
         self.free = nn.Linear(8, 8, bias=False)
+        self.matrix = nn.Parameter(torch.eye(8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.dilated(self.depthwise(self.padded(self.overlapping(x))))
-        x = x.flatten(2).transpose(1, 2)
+        x = self.same(self.valid(x)).flatten(2).transpose(1, 2) @ self.matrix
         return nn.functional.linear(self.free(x), self.free.weight.softmax(1))
 
 
 def test_other_convolutions_and_computed_weights_stay_in_float() -> None:
-    chosen, kept = names(exported(Odd(), torch.zeros(1, 3, 64, 64)), QuantScheme())
-    assert chosen == ["free"]
+    chosen, kept = names(exported(Odd(), torch.zeros(1, 3, 96, 96)), QuantScheme())
+    assert chosen == ["valid", "free"]
     patchless = "a convolution that is no patch embedding"
-    convolutions = ("overlapping", "padded", "depthwise", "dilated")
+    convolutions = ("overlapping", "padded", "depthwise", "dilated", "same")
     assert {name: kept[name] for name in convolutions} == dict.fromkeys(convolutions, patchless)
+    assert kept["matrix"] == "a matrix product that is no Linear"
     assert "its weight or bias is computed" in kept.values()
-    assert len(kept) == 5
+    assert len(kept) == 7
