@@ -70,8 +70,8 @@ def calibrate(
 ) -> Calibrated:
     """The module quantized for the value ranges that the calibration images bring about.
 
-    The same inputs give bit-equal scales, in whatever order the images come and whatever number
-    of threads torch has. The given module is left as it was.
+    The same inputs give bit-equal scales, whatever number of threads torch has and, image by
+    image, in whatever order they come. The given module is left as it was.
 
     Args:
         module: in eval mode, with one image tensor as its input.
