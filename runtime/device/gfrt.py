@@ -3,17 +3,21 @@
 It needs the standard library alone; NumPy is used where it is installed.
 
     import gfrt
-    with gfrt.Model("bundle") as model:
-        print(model.classify(rgb_bytes))
+
+    with gfrt.Model("bundle") as model, model.context() as context:
+        (logits,) = context.run(model.normalize_u8(rgb_bytes))
+        print(gfrt.top_classes(logits, 5))
 """
 
-# ruff: noqa: UP - boards with JetPack 4.6 have Python 3.6: no newer syntax, no newer library.
+# ruff: noqa: UP006, UP035 - boards with JetPack 4.6 have Python 3.6, so nothing newer is used.
 
+import ctypes
 import hashlib
 import json
-import os
+import math
 import platform
-from typing import Any, Dict
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -23,83 +27,429 @@ class GfrtError(Exception):
     """A bundle that cannot be loaded or run: one line that says why and what to do."""
 
 
+# ---- bundles ----
+
+
 def read_manifest(bundle: str) -> Dict[str, Any]:
     """manifest.json of the bundle in folder `bundle`, its format known to this file."""
-    path = os.path.join(bundle, MANIFEST_NAME)
+    path = Path(bundle) / MANIFEST_NAME
     try:
-        with open(path, encoding="utf-8") as file:
-            manifest = json.load(file)
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        reason = "it has no manifest.json" if os.path.isdir(bundle) else "there is no such folder"
-        raise GfrtError("{} is not a bundle: {}".format(bundle, reason)) from None
+        reason = "it has no manifest.json" if Path(bundle).is_dir() else "there is no such folder"
+        raise GfrtError(f"{bundle} is not a bundle: {reason}") from None
     except OSError as error:
-        raise GfrtError("{} cannot be read: {}".format(path, error.strerror)) from error
-    except ValueError as error:
-        raise GfrtError("{} is damaged: {}; copy the bundle again".format(path, error)) from error
+        raise GfrtError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise GfrtError(f"{path} is damaged: {error}; copy the bundle again") from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if not isinstance(version, int):
-        raise GfrtError("{} is not a gfcompile manifest".format(path))
+    if not isinstance(manifest, dict) or not isinstance(version, int):
+        raise GfrtError(f"{path} is not a gfcompile manifest")
     if version > MANIFEST_FORMAT:
         raise GfrtError(
-            "{} was written by a newer gfcompile (format {}, this one reads up to {}): "
-            "upgrade gfcompile".format(bundle, version, MANIFEST_FORMAT)
+            f"{bundle} was written by a newer gfcompile (format {version}, this one reads up to "
+            f"{MANIFEST_FORMAT}): upgrade gfcompile"
         )
     return manifest
 
 
 def check_bundle(bundle: str, local: bool = True) -> Dict[str, Any]:
-    """The manifest, after every file was found with the size and hash that it gives."""
+    """The manifest, after every file was found with the size and hash that it gives.
+
+    `local` says that the bundle is to run here, so that it must be for this architecture.
+    """
     manifest = read_manifest(bundle)
     files = manifest.get("files")
     if not isinstance(files, dict) or not files:
-        raise GfrtError("{} is damaged: it lists no files".format(MANIFEST_NAME))
+        raise GfrtError(f"{Path(bundle) / MANIFEST_NAME} is damaged: it lists no files")
     arch = manifest.get("arch", "any")
     if local and arch not in ("any", platform.machine()):
-        raise GfrtError(
-            "the bundle is for {}, this machine is {}: copy it to the board{}".format(
-                arch,
-                platform.machine(),
-                " or use --device qemu" if arch == "aarch64" else "",
-            )
-        )
+        here = platform.machine()
+        hint = "use --device qemu or copy it to the board" if arch == "aarch64" else "copy it there"
+        raise GfrtError(f"the bundle is for {arch}, this machine is {here}: {hint}")
     for name in sorted(files):
-        _check_file(bundle, name, files[name])
+        _check_file(Path(bundle), name, files[name])
     return manifest
 
 
-def _check_file(bundle: str, name: str, entry: Any) -> None:
+def _check_file(bundle: Path, name: str, entry: Any) -> None:
     parts = name.split("/")
-    if os.path.isabs(name) or "\\" in name or any(part in ("", ".", "..") for part in parts):
-        raise GfrtError("{} names a file outside the bundle: {!r}".format(MANIFEST_NAME, name))
+    if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+        raise GfrtError(f"{MANIFEST_NAME} names a file outside the bundle: {name!r}")
     try:
         want_size, want_hash = int(entry["size_bytes"]), str(entry["sha256"])
     except (KeyError, TypeError, ValueError):
-        raise GfrtError("{} is damaged at file {!r}".format(MANIFEST_NAME, name)) from None
-    path = os.path.join(bundle, *parts)
-    if os.path.islink(path) and not os.path.realpath(path).startswith(
-        os.path.realpath(bundle) + os.sep
-    ):
-        raise GfrtError("{} links to a file outside the bundle".format(path))
-    digest = hashlib.sha256()
-    size = 0
+        raise GfrtError(f"{MANIFEST_NAME} is damaged at file {name!r}") from None
+    path = bundle.joinpath(*parts)
     try:
-        with open(path, "rb") as file:
-            while True:
-                block = file.read(1 << 20)
-                if not block:
-                    break
+        if bundle.resolve() not in path.resolve().parents:
+            raise GfrtError(f"{path} links to a file outside the bundle")
+        size = path.stat().st_size
+        if size != want_size:
+            raise GfrtError(
+                f"{path} has {size} bytes instead of {want_size}: copy the bundle again"
+            )
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
                 digest.update(block)
-                size += len(block)
     except FileNotFoundError:
-        raise GfrtError("{} is missing: copy the bundle again".format(path)) from None
+        raise GfrtError(f"{path} is missing: copy the bundle again") from None
     except OSError as error:
-        raise GfrtError("{} cannot be read: {}".format(path, error.strerror)) from error
-    if size != want_size:
-        raise GfrtError(
-            "{} has {} bytes instead of {}: copy the bundle again".format(path, size, want_size)
-        )
+        raise GfrtError(f"{path} cannot be read: {error.strerror}") from error
     if digest.hexdigest() != want_hash:
         raise GfrtError(
-            "{} was changed: its sha256 is {}..., the manifest says {}...: "
-            "copy the bundle again".format(path, digest.hexdigest()[:16], want_hash[:16])
+            f"{path} was changed: its sha256 is {digest.hexdigest()[:16]}..., the manifest says "
+            f"{want_hash[:16]}...: copy the bundle again"
         )
+
+
+# ---- the library ----
+
+_VERIFY = 1  # GFRT_VERIFY
+_DTYPES = ("float32", "int8", "uint8", "int32", "uint16", "int64", "bool")  # gfrt_dtype
+_FORMATS = ("f", "b", "B", "i", "H", "q", "?")  # of the struct module
+
+
+class _Info(ctypes.Structure):
+    """gfrt_tensor_info"""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("dtype", ctypes.c_int),
+        ("ndim", ctypes.c_int32),
+        ("shape", ctypes.c_int64 * 6),
+        ("size_bytes", ctypes.c_size_t),
+        ("scale", ctypes.c_float),
+        ("zero_point", ctypes.c_int32),
+        ("storage_offset", ctypes.c_int32),
+    ]
+
+
+class _Profile(ctypes.Structure):
+    """gfrt_step_profile"""
+
+    _fields_ = [
+        ("kernel", ctypes.c_char_p),
+        ("label", ctypes.c_char_p),
+        ("calls", ctypes.c_uint64),
+        ("seconds", ctypes.c_double),
+    ]
+
+
+_OBSERVER = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_char_p,
+    ctypes.POINTER(_Info),
+    ctypes.c_void_p,
+)
+_POINTERS = ctypes.POINTER(ctypes.c_void_p)
+_SIZES = ctypes.POINTER(ctypes.c_size_t)
+_INT, _SIZE, _POINTER, _TEXT = ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_char_p
+_SIGNATURES = {
+    "version": (_TEXT, ()),
+    "last_error": (_TEXT, ()),
+    "open": (_INT, (_TEXT, ctypes.c_uint32, _POINTERS)),
+    "close": (None, (_POINTER,)),
+    "device": (_TEXT, (_POINTER,)),
+    "input_count": (_SIZE, (_POINTER,)),
+    "output_count": (_SIZE, (_POINTER,)),
+    "input_info": (_INT, (_POINTER, _SIZE, ctypes.POINTER(_Info))),
+    "output_info": (_INT, (_POINTER, _SIZE, ctypes.POINTER(_Info))),
+    "normalize_u8": (_INT, (_POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE)),
+    "context_create": (_INT, (_POINTER, ctypes.c_uint32, _POINTERS)),
+    "context_destroy": (None, (_POINTER,)),
+    "run": (_INT, (_POINTER, _POINTERS, _SIZES, _POINTERS, _SIZES)),
+    "set_observer": (_INT, (_POINTER, _OBSERVER, _POINTER)),
+    "profile_enable": (_INT, (_POINTER, _INT)),
+    "step_count": (_SIZE, (_POINTER,)),
+    "profile_get": (_INT, (_POINTER, _SIZE, ctypes.POINTER(_Profile))),
+}  # type: Dict[str, Tuple[Any, Tuple[Any, ...]]]
+
+
+class _Library:
+    """The functions of gfrt.h in one shared library."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise GfrtError(f"{path} cannot be loaded: {error}") from None
+        self._functions = {}
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, "gfrt_" + name, None)
+            if function is None:
+                raise GfrtError(f"{path} is not a gfrt library: it has no gfrt_{name}")
+            function.restype, function.argtypes = result, arguments
+            self._functions[name] = function
+
+    def __getattr__(self, name: str) -> Any:
+        return self._functions[name]
+
+    def check(self, status: int) -> None:
+        if status != 0:
+            raise GfrtError(self.last_error().decode(errors="replace"))
+
+
+# ---- models ----
+
+
+class TensorInfo(NamedTuple):
+    """A tensor; real = (stored - storage_offset - zero_point) * scale, unless scale is 0."""
+
+    name: str
+    dtype: str
+    shape: Tuple[int, ...]
+    size_bytes: int
+    scale: float
+    zero_point: int
+    storage_offset: int
+
+
+class StepProfile(NamedTuple):
+    """How long one step took, in all the calls since the profile was enabled."""
+
+    kernel: str
+    label: str
+    calls: int
+    seconds: float
+
+
+class TraceRecord(NamedTuple):
+    """A tensor that a step wrote."""
+
+    step: int
+    label: str
+    tensor: TensorInfo
+    data: bytes
+
+
+class Model:
+    """A bundle, opened: share it between threads, and give each thread a context of its own.
+
+    Raises:
+        GfrtError: the bundle is damaged, or cannot run here.
+    """
+
+    def __init__(self, bundle: str, verify: bool = True) -> None:
+        bundle = str(bundle)
+        self._handle = ctypes.c_void_p()
+        self.manifest = check_bundle(bundle) if verify else read_manifest(bundle)
+        library = self.manifest.get("library")
+        if not isinstance(library, str) or not library or "/" in library:
+            raise GfrtError(f"{bundle} has no library that gfrt could load")
+        self._library = _Library(Path(bundle).resolve() / library)
+        self._library.check(self._library.open(bundle.encode(), 0, ctypes.byref(self._handle)))
+        self.device = self._library.device(self._handle).decode()  # type: str
+        count = self._library.input_count(self._handle)
+        self.inputs = [self._info(self._library.input_info, i) for i in range(count)]
+        count = self._library.output_count(self._handle)
+        self.outputs = [self._info(self._library.output_info, i) for i in range(count)]
+
+    def _info(self, function: Any, index: int) -> TensorInfo:
+        info = _Info()
+        self._library.check(function(self._handle, index, ctypes.byref(info)))
+        return _tensor_info(info)
+
+    def context(self, threads: int = 1) -> "Context":
+        """What one thread needs to run the model; 0 threads are one for each CPU."""
+        return Context(self, threads)
+
+    def normalize_u8(self, pixels: Any, index: int = 0) -> Any:
+        """8-bit RGB pixels, height x width x 3, as the input that the model was trained on."""
+        info = self.inputs[index]
+        source, source_size, _keep = _address(pixels)
+        values = bytearray(info.size_bytes)
+        target = (ctypes.c_char * len(values)).from_buffer(values)
+        self._library.check(
+            self._library.normalize_u8(
+                self._handle, index, source, source_size, ctypes.addressof(target), len(values)
+            )
+        )
+        return _as_array(values, info)
+
+    def close(self) -> None:
+        """Frees the model; its contexts go on until they are closed themselves."""
+        if self._handle:
+            self._library.close(self._handle)
+            self._handle = ctypes.c_void_p()
+
+    def __enter__(self) -> "Model":
+        return self
+
+    def __exit__(self, *_exception: Any) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self.close()
+
+
+class Context:
+    """One thread's use of a model; see Model.context."""
+
+    def __init__(self, model: Model, threads: int) -> None:
+        self._handle = ctypes.c_void_p()
+        self._library = model._library
+        if not model._handle:
+            raise GfrtError("the model is closed")
+        if not 0 <= threads <= 65535:
+            raise GfrtError(f"{threads} threads: give a number from 0 (one for each CPU) on")
+        self.inputs, self.outputs = model.inputs, model.outputs
+        self._steps = self._library.step_count(model._handle)
+        self._library.check(
+            self._library.context_create(model._handle, threads, ctypes.byref(self._handle))
+        )
+
+    def run(self, *inputs: Any) -> List[Any]:
+        """The outputs: NumPy arrays, or memoryviews where there is no NumPy.
+
+        Each input is an array of the input's shape and dtype, or a buffer of its bytes.
+        """
+        if not self._handle:
+            raise GfrtError("the context is closed")
+        if len(inputs) != len(self.inputs):
+            raise GfrtError(f"the model has {len(self.inputs)} inputs, got {len(inputs)}")
+        for info, data in zip(self.inputs, inputs):  # noqa: B905 - `strict` came with 3.10
+            _check_array(info, data)
+        sources = [_address(data) for data in inputs]
+        results = [bytearray(info.size_bytes) for info in self.outputs]
+        targets = [(ctypes.c_char * len(result)).from_buffer(result) for result in results]
+        self._library.check(
+            self._library.run(
+                self._handle,
+                _array(ctypes.c_void_p, [address for address, _, _ in sources]),
+                _array(ctypes.c_size_t, [size for _, size, _ in sources]),
+                _array(ctypes.c_void_p, [ctypes.addressof(target) for target in targets]),
+                _array(ctypes.c_size_t, [len(result) for result in results]),
+            )
+        )
+        return [_as_array(results[i], info) for i, info in enumerate(self.outputs)]
+
+    def observe(self, inputs: Sequence[Any], function: Callable[[TraceRecord], None]) -> List[Any]:
+        """Runs the model and calls `function` with each tensor that a step wrote, in order."""
+        failures = []  # type: List[BaseException]
+
+        def observer(_user: Any, step: int, label: bytes, info: Any, data: int) -> None:
+            try:
+                tensor = _tensor_info(info.contents)
+                values = ctypes.string_at(data, tensor.size_bytes)
+                function(TraceRecord(step, label.decode(), tensor, values))
+            except BaseException as error:  # ctypes would print it and go on
+                failures.append(error)
+
+        callback = _OBSERVER(observer)
+        self._library.check(self._library.set_observer(self._handle, callback, None))
+        try:
+            outputs = self.run(*inputs)
+        finally:
+            self._library.set_observer(self._handle, _OBSERVER(), None)
+        if failures:
+            raise failures[0]
+        return outputs
+
+    def enable_profile(self, enable: bool = True) -> None:
+        """Starts a profile from zero, or stops it."""
+        self._library.check(self._library.profile_enable(self._handle, int(enable)))
+
+    def profile(self) -> List[StepProfile]:
+        """Time spent in each step since the profile was enabled."""
+        steps = []
+        for step in range(self._steps):
+            entry = _Profile()
+            self._library.check(self._library.profile_get(self._handle, step, ctypes.byref(entry)))
+            steps.append(
+                StepProfile(entry.kernel.decode(), entry.label.decode(), entry.calls, entry.seconds)
+            )
+        return steps
+
+    def close(self) -> None:
+        """Frees the activations and threads."""
+        if self._handle:
+            self._library.context_destroy(self._handle)
+            self._handle = ctypes.c_void_p()
+
+    def __enter__(self) -> "Context":
+        return self
+
+    def __exit__(self, *_exception: Any) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self.close()
+
+
+def top_classes(logits: Any, count: int = 5) -> List[Tuple[int, float]]:
+    """The `count` likeliest classes of one image and their softmax probabilities."""
+    values = [float(value) for value in _flat(logits)]
+    highest = max(values)
+    weights = [math.exp(value - highest) for value in values]
+    total = math.fsum(weights)
+    order = sorted(range(len(values)), key=lambda i: (-weights[i], i))
+    return [(i, weights[i] / total) for i in order[:count]]
+
+
+# ---- arrays and buffers ----
+
+
+def _numpy() -> Any:
+    try:
+        import numpy
+    except ImportError:
+        return None
+    return numpy
+
+
+def _tensor_info(info: _Info) -> TensorInfo:
+    return TensorInfo(
+        info.name.decode(),
+        _DTYPES[info.dtype],
+        tuple(info.shape[: info.ndim]),
+        info.size_bytes,
+        info.scale,
+        info.zero_point,
+        info.storage_offset,
+    )
+
+
+def _array(kind: Any, values: Sequence[int]) -> Any:
+    return (kind * len(values))(*values)
+
+
+def _check_array(info: TensorInfo, data: Any) -> None:
+    if not hasattr(data, "__array_interface__"):
+        return  # a plain buffer: the library checks its size
+    if str(data.dtype) != info.dtype or tuple(data.shape) != info.shape:
+        raise GfrtError(
+            f"input {info.name} is {info.dtype} {info.shape}, got {data.dtype} {tuple(data.shape)}"
+        )
+
+
+def _address(data: Any) -> Tuple[int, int, Any]:
+    """Where the bytes of `data` lie, how many they are, and what keeps them there."""
+    if hasattr(data, "__array_interface__"):
+        array = data if data.flags.c_contiguous else data.copy(order="C")
+        return array.__array_interface__["data"][0], array.nbytes, array
+    view = memoryview(data)
+    if view.readonly or not view.contiguous:
+        copy = ctypes.create_string_buffer(view.tobytes(), view.nbytes)
+        return ctypes.addressof(copy), view.nbytes, copy
+    buffer = (ctypes.c_char * view.nbytes).from_buffer(view)
+    return ctypes.addressof(buffer), view.nbytes, buffer
+
+
+def _as_array(data: bytearray, info: TensorInfo) -> Any:
+    numpy = _numpy()
+    if numpy is not None:
+        return numpy.frombuffer(data, info.dtype).reshape(info.shape)
+    view = memoryview(data)  # type: Any
+    return view.cast(_FORMATS[_DTYPES.index(info.dtype)], info.shape)
+
+
+def _flat(values: Any) -> Any:
+    if isinstance(values, memoryview):
+        return values.cast("B").cast("f")
+    return values.reshape(-1) if hasattr(values, "reshape") else values
