@@ -107,7 +107,7 @@ def _check_file(bundle: Path, name: str, entry: Any) -> None:
 # ---- the library ----
 
 _VERIFY = 1  # GFRT_VERIFY
-_DTYPES = ("float32", "int8", "uint8", "int32", "uint16", "int64", "bool")  # gfrt_dtype
+DTYPES = ("float32", "int8", "uint8", "int32", "uint16", "int64", "bool")  # gfrt_dtype
 _FORMATS = ("f", "b", "B", "i", "H", "q", "?")  # of the struct module
 
 
@@ -406,7 +406,7 @@ def _numpy() -> Any:
 def _tensor_info(info: _Info) -> TensorInfo:
     return TensorInfo(
         info.name.decode(),
-        _DTYPES[info.dtype],
+        DTYPES[info.dtype],
         tuple(info.shape[: info.ndim]),
         info.size_bytes,
         info.scale,
@@ -446,7 +446,7 @@ def _as_array(data: bytearray, info: TensorInfo) -> Any:
     if numpy is not None:
         return numpy.frombuffer(data, info.dtype).reshape(info.shape)
     view = memoryview(data)  # type: Any
-    return view.cast(_FORMATS[_DTYPES.index(info.dtype)], info.shape)
+    return view.cast(_FORMATS[DTYPES.index(info.dtype)], info.shape)
 
 
 def _flat(values: Any) -> Any:

@@ -1,0 +1,300 @@
+"""A bundle, loaded and ready to run: `gfcompile.runtime.load`."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from gfcompile.runtime.bench import BenchResult, qemu_command, run_bench
+from gfcompile.runtime.bundle import Manifest, TensorSpec, check_bundle
+from gfcompile.runtime.device import gfrt
+from gfcompile.runtime.device.gfrt import StepProfile, TensorInfo, TraceRecord
+from gfcompile.runtime.errors import BundleError, DeviceError, UserError
+from gfcompile.runtime.trace import logical_values
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Device = Literal["local", "process", "qemu"]
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Time of one inference, from input to output."""
+
+    median_ms: float
+    min_ms: float
+    p90_ms: float
+    runs: int
+
+
+class Session:
+    """A model of one input and one output or more, as `load` returns it.
+
+    Attributes:
+        manifest: what the bundle says about itself.
+        inputs, outputs: name, dtype, shape and scale of each.
+        device_name: "cpu", or "cuda: " and the GPU's name, once it is known.
+        threads: that the kernels run on; 0 is one for each CPU.
+    """
+
+    def __init__(self, manifest: Manifest, engine: "_Local | _Process", threads: int) -> None:
+        self.manifest = manifest
+        self.inputs: tuple[TensorSpec, ...] = manifest.inputs
+        self.outputs: tuple[TensorSpec, ...] = manifest.outputs
+        self.threads = threads
+        self._engine = engine
+
+    @property
+    def device_name(self) -> str:
+        return self._engine.device_name
+
+    def run(self, array: Array) -> Array:
+        """The first output; `array` may hold several batches, one after the other."""
+        return self.run_all(array)[0]
+
+    def run_all(self, array: Array) -> list[Array]:
+        """Every output.
+
+        Raises:
+            UserError: the array is not what the model takes.
+        """
+        batches = self._batches(array)
+        results = self._engine.run(batches)
+        return [np.concatenate(parts) for parts in zip(*results, strict=True)]
+
+    def classify(
+        self, image: "str | Path | Image.Image | npt.NDArray[np.uint8]", top: int = 5
+    ) -> list[tuple[int, str, float]]:
+        """Index, label and probability of the `top` likeliest classes of an image.
+
+        The image is a file, a PIL image, or uint8 pixels (H, W, 3) that were already cropped.
+        """
+        from gfcompile.runtime import images
+
+        if self.manifest.transform is None:
+            raise BundleError("the bundle does not say how an image becomes its input")
+        transform = images.Transform.from_dict(dict(self.manifest.transform))
+        if isinstance(image, np.ndarray):
+            values = images.normalize(image, transform)
+        else:
+            values = images.preprocess(image, transform)
+        labels = self.manifest.extra.get("labels") or ()
+        return [
+            (index, str(labels[index]) if index < len(labels) else f"class {index}", probability)
+            for index, probability in gfrt.top_classes(self.run(values), top)
+        ]
+
+    def trace(self, array: Array) -> dict[str, Array]:
+        """Every tensor that a step writes, by name; int8 as the graph has it.
+
+        Several batches come one after the other, along the first axis.
+        """
+        runs = self._engine.trace(self._batches(array))
+        values = [{r.tensor.name: logical_values(r) for r in records} for records in runs]
+        if len(values) == 1:
+            return values[0]
+        return {name: np.concatenate([v[name] for v in values]) for name in values[0]}
+
+    def profile(self, array: Array | None = None, *, runs: int = 10) -> list[StepProfile]:
+        """Time of each step, in order, over `runs` runs."""
+        return self._engine.profile(self._sample(array), runs)
+
+    def benchmark(self, array: Array | None = None, *, runs: int = 20, warmup: int = 3) -> Latency:
+        """Time of one inference over `runs` runs."""
+        return self._engine.benchmark(self._sample(array), runs, warmup)
+
+    def close(self) -> None:
+        """Frees the model."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def _sample(self, array: Array | None) -> Array:
+        if array is not None:
+            return self._batches(array)[0]
+        spec = self.inputs[0]
+        generator = np.random.default_rng(0)
+        if spec.dtype == "float32":
+            return generator.standard_normal(spec.shape, np.float32)
+        return generator.integers(0, 100, spec.shape).astype(spec.dtype)
+
+    def _batches(self, array: Array) -> list[Array]:
+        spec = self.inputs[0]
+        batch = spec.shape[0] if spec.shape else 1
+        if len(self.inputs) != 1:
+            raise UserError("models of several inputs run through gfrt.Model and gfrt.h")
+        if array.dtype != spec.dtype:
+            raise UserError(f"input {spec.name} is {spec.dtype}, got {array.dtype}")
+        fits = array.ndim == len(spec.shape) and array.shape[1:] == spec.shape[1:]
+        if not fits or array.shape[0] == 0 or array.shape[0] % batch:
+            raise UserError(f"input {spec.name} has the shape {spec.shape}, got {array.shape}")
+        return np.split(np.ascontiguousarray(array), array.shape[0] // batch)
+
+
+def load(
+    bundle: Path | str,
+    *,
+    device: Device = "local",
+    threads: int = 1,
+    env: Mapping[str, str] | None = None,
+) -> Session:
+    """The bundle in folder `bundle`, ready to run, every file of it checked.
+
+    Args:
+        device: "local" is this process, "process" a gfbench of its own on this machine, "qemu"
+            the same for an arm64 bundle under QEMU.
+        threads: that the kernels run on; 0 is one for each CPU.
+        env: environment variables for gfbench; not for "local".
+
+    Raises:
+        BundleError: the bundle is damaged, of a newer format, or for another machine.
+        DeviceError: the device cannot run it.
+    """
+    if device not in get_args(Device):
+        raise UserError(f"unknown device {device!r}; choose from {', '.join(get_args(Device))}")
+    folder = Path(bundle)
+    manifest = check_bundle(folder, local=device != "qemu")
+    if manifest.kind != "gfrt":
+        raise BundleError(f"a bundle of kind {manifest.kind!r} does not run on this machine")
+    if device == "local":
+        return Session(manifest, _Local(folder, threads), threads)
+    prefix: list[str] = []
+    env = dict(env or {})
+    if device == "qemu":
+        if manifest.arch != "aarch64":
+            raise DeviceError(f"--device qemu runs arm64 bundles, this one is for {manifest.arch}")
+        prefix = qemu_command(cpu=manifest.extra.get("qemu_cpu"), env=env)
+        env = {}
+    return Session(manifest, _Process(folder, manifest, prefix, env, threads), threads)
+
+
+class _Local:
+    """The bundle's library in this process, through gfrt.py."""
+
+    def __init__(self, bundle: Path, threads: int) -> None:
+        try:
+            # `load` has looked at every file already.
+            self._model = gfrt.Model(str(bundle), verify=False)
+            self._context = self._model.context(threads)
+        except gfrt.GfrtError as error:
+            raise BundleError(str(error)) from None
+
+    @property
+    def device_name(self) -> str:
+        return self._model.device
+
+    def run(self, batches: list[Array]) -> list[list[Array]]:
+        return [self._run(batch) for batch in batches]
+
+    def _run(self, batch: Array) -> list[Array]:
+        try:
+            return self._context.run(batch)
+        except gfrt.GfrtError as error:
+            raise DeviceError(str(error)) from None
+
+    def trace(self, batches: list[Array]) -> list[list[TraceRecord]]:
+        runs = []
+        for batch in batches:
+            records: list[TraceRecord] = []
+            try:
+                self._context.observe([batch], records.append)
+            except gfrt.GfrtError as error:
+                raise DeviceError(str(error)) from None
+            runs.append(records)
+        return runs
+
+    def profile(self, batch: Array, runs: int) -> list[StepProfile]:
+        self._run(batch)
+        self._context.enable_profile()
+        for _ in range(runs):
+            self._run(batch)
+        steps = self._context.profile()
+        self._context.enable_profile(False)
+        return steps
+
+    def benchmark(self, batch: Array, runs: int, warmup: int) -> Latency:
+        from time import perf_counter
+
+        for _ in range(warmup):
+            self._run(batch)
+        times = []
+        for _ in range(runs):
+            start = perf_counter()
+            self._run(batch)
+            times.append(1e3 * (perf_counter() - start))
+        return Latency(
+            median_ms=float(np.median(times)),
+            min_ms=min(times),
+            p90_ms=sorted(times)[runs * 9 // 10],
+            runs=runs,
+        )
+
+    def close(self) -> None:
+        self._context.close()
+        self._model.close()
+
+
+class _Process:
+    """The bundle's gfbench, in a process of its own."""
+
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        prefix: list[str],
+        env: Mapping[str, str],
+        threads: int,
+    ) -> None:
+        self._bundle = bundle
+        self._outputs = [_tensor_info(spec) for spec in manifest.outputs]
+        self._prefix, self._env, self._threads = prefix, env, threads
+        self.device_name = manifest.device
+
+    def _bench(self, batches: list[Array], **options: Any) -> BenchResult:
+        result = run_bench(
+            self._bundle,
+            batches,
+            self._outputs,
+            prefix=self._prefix,
+            env=self._env,
+            threads=self._threads,
+            **options,
+        )
+        self.device_name = result.report["device"]
+        return result
+
+    def run(self, batches: list[Array]) -> list[list[Array]]:
+        return self._bench(batches).outputs
+
+    def trace(self, batches: list[Array]) -> list[list[TraceRecord]]:
+        return self._bench(batches, trace=True).trace
+
+    def profile(self, batch: Array, runs: int) -> list[StepProfile]:
+        return self._bench([batch], runs=runs, profile=True).profile
+
+    def benchmark(self, batch: Array, runs: int, warmup: int) -> Latency:
+        report = self._bench([batch], runs=runs, warmup=warmup).report
+        return Latency(
+            median_ms=report["median_ms"],
+            min_ms=report["min_ms"],
+            p90_ms=report["p90_ms"],
+            runs=runs,
+        )
+
+    def close(self) -> None:
+        pass
+
+
+def _tensor_info(spec: TensorSpec) -> TensorInfo:
+    size = math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
+    return TensorInfo(spec.name, spec.dtype, spec.shape, size, spec.scale, spec.zero_point, 0)
