@@ -1,0 +1,494 @@
+"""The global filter on a CPU, each form as one kernel over blocks of channels.
+
+A block is one or a few vectors of channels, and everything about its grid happens while the grid
+is in cache: no transpose and no complex product ever becomes a pass over memory of its own.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm.script import tirx as T
+
+from gfcompile.targets.spectral import cosine_matrix, sine_matrix
+from gfcompile.targets.target import Cpu
+from gfcompile.targets.tvm.kernel import (
+    ActStorage,
+    Array,
+    CircularFilter,
+    DftFilter,
+    Scheduled,
+    Step,
+)
+from gfcompile.targets.tvm.schedules.cpu_tiling import (
+    ceil_div,
+    fitting_lanes,
+    span,
+    splat,
+    tile_rows,
+)
+from gfcompile.targets.tvm.schedules.math import half_to_float
+
+Expr = Any  # tvm.tirx.Expr, or a number where TVM accepts one
+Index = tuple[Expr, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Blocks:
+    """How the channels of (batch, h, w, c) are cut into tasks.
+
+    Attributes:
+        lanes: channels of a vector.
+        vectors: vectors of a block.
+        channels: c; the last block overlaps the one before it where blocks do not divide c.
+        per_image: blocks per image.
+        tasks: blocks in all.
+        workers: slices of the tasks that may run in parallel. Each has scratch of its own and
+            uses it again for every task, so that the scratch stays in cache.
+    """
+
+    lanes: int
+    vectors: int
+    channels: int
+    per_image: int
+    tasks: int
+    workers: int
+
+    @property
+    def width(self) -> int:
+        return self.lanes * self.vectors
+
+    @property
+    def tasks_per_worker(self) -> int:
+        return ceil_div(self.tasks, self.workers)
+
+    def start(self, block: Expr) -> Expr:
+        """The first channel of a block."""
+        return T.min(block * self.width, self.channels - self.width)
+
+    def packed(self, name: str) -> Callable[[Mapping[str, Array]], Array]:
+        """Lays the constant `name`, (h, k, c), out as (per_image, h, k, width), to be streamed."""
+        last = self.channels - self.width
+        starts = [min(i * self.width, last) for i in range(self.per_image)]
+
+        def pack(raw: Mapping[str, Array]) -> Array:
+            constant = raw[name]
+            if constant.dtype == np.float16:
+                constant = constant.view(np.uint16)
+            return np.stack([constant[..., s : s + self.width] for s in starts])
+
+        return pack
+
+
+def _cut(batch: int, c: int, vectors: int, cpu: Cpu) -> _Blocks:
+    lanes = fitting_lanes(c, cpu.float_lanes)
+    vectors = min(vectors, c // lanes)
+    per_image = ceil_div(c, lanes * vectors)
+    tasks = batch * per_image
+    return _Blocks(
+        lanes=lanes,
+        vectors=vectors,
+        channels=c,
+        per_image=per_image,
+        tasks=tasks,
+        workers=min(cpu.cores, tasks),
+    )
+
+
+def _stored(k_dtype: str) -> str:
+    return "uint16" if k_dtype == "float16" else "float32"
+
+
+# The DFT of n real values splits into an even half, n // 2 + 1 cosine sums over x[j] + x[n - j],
+# and an odd half, (n - 1) // 2 sine sums over x[j] - x[n - j]: (n//2 + 1)^2 + ((n-1)//2)^2
+# products instead of n^2 or more; 100 for n = 14. Along both axes, the h x w values of a channel
+# become h x w sums cc, cs, sc, ss (cosine or sine along h, then along w), all of them real.
+#
+# With X+ the spectrum at (u, k) and X- at (h - u, k),
+#     X+ = (cc - ss) - i (cs + sc)        X- = (cc + ss) - i (cs - sc)
+# and the filtered spectrum Y = K X goes back with, summed over u and h - u,
+#     cc = Re Y+ + Re Y-    ss = Re Y- - Re Y+    cs = -Im Y+ - Im Y-    sc = Im Y- - Im Y+.
+# Where u is 0 or h/2, there is no sc and no ss; where k is 0 or w/2, no cs and no ss.
+# Such sums stand for two or one terms of the whole spectrum instead of four.
+
+
+def _bases(n: int, *, mirrored: bool) -> Array:
+    """Cosines (n // 2 + 1 rows) over sines ((n - 1) // 2 rows), (n, n // 2 + 1): [from, to].
+
+    Args:
+        n: the length.
+        mirrored: whether a frequency counts twice that the half spectrum holds for two.
+    """
+    even, odd = n // 2 + 1, (n - 1) // 2
+    bases = np.zeros((n, even))
+    bases[:even] = cosine_matrix(n)
+    bases[even:, :odd] = sine_matrix(n)
+    if mirrored:
+        bases[1 : 1 + odd] *= 2
+        bases[even:] *= 2
+    return bases.astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tile:
+    """Registers of the small products: at most `rows` sums for `columns` vectors of channels.
+
+    vectors: of a block of channels; neighbouring columns, so it divides `columns`.
+    """
+
+    rows: int
+    columns: int
+    vectors: int
+
+
+def _dft_tile(cpu: Cpu) -> _Tile:
+    if cpu.arch == "aarch64":
+        return _Tile(rows=6, columns=4, vectors=4)
+    if cpu.vector_registers >= 32:
+        return _Tile(rows=8, columns=2, vectors=1)
+    return _Tile(rows=6, columns=2, vectors=2)
+
+
+def schedule_dft_filter(kernel: DftFilter, cpu: Cpu, _storage: ActStorage) -> Scheduled:
+    """The filter by separable real DFTs: along w, along h, times K, back along h, along w."""
+    h, w, c = kernel.h, kernel.w, kernel.c
+    tile = _dft_tile(cpu)
+    blocks = _cut(kernel.batch, c, tile.vectors, cpu)
+    vectors, lanes = blocks.vectors, blocks.lanes
+    rows = min(h, tile.columns // tile.vectors)  # of the grid, transformed together
+    # Transforms along h work in place, so their tiles must not overlap: the spectrum is padded.
+    tiles = ceil_div(w * vectors, tile.columns)
+    padded = tiles * tile.columns
+    spectrum_shape = (blocks.workers, h, padded, lanes)
+    line_shape = (blocks.workers, max(w * rows * vectors, h * tile.columns), lanes)
+    k_shape = (blocks.per_image, h, w // 2 + 1, blocks.width)
+    along_w = _RealDft(n=w, columns=rows * vectors, most_rows=tile.rows, lanes=lanes)
+    along_h = _RealDft(n=h, columns=tile.columns, most_rows=tile.rows, lanes=lanes)
+
+    def grid(buffer: Any, b: Expr, i: Expr, c0: Expr) -> "_View":
+        """Columns are the vectors of `rows` rows of the image, positions go along w."""
+        return _View(
+            buffer,
+            lambda j, v: (b, i + v // vectors, j, span(c0 + v % vectors * lanes, lanes)),
+        )
+
+    def spectrum_rows(buffer: Any, worker: Expr, i: Expr) -> "_View":
+        return _View(
+            buffer,
+            lambda k, v: (worker, i + v // vectors, k * vectors + v % vectors, span(0, lanes)),
+        )
+
+    def spectrum_columns(buffer: Any, worker: Expr, g: Expr) -> "_View":
+        return _View(buffer, lambda u, v: (worker, u, g * tile.columns + v, span(0, lanes)))
+
+    def spectrum_parts(buffer: Any, worker: Expr, v: Expr) -> "_View":
+        return _View(buffer, lambda u, k: (worker, u, k * vectors + v, span(0, lanes)))
+
+    def constant(buffer: Any, block: Expr, v: Expr) -> Callable[[Expr, Expr], Expr]:
+        return lambda u, k: _loaded(buffer, (block, u, k), v * lanes, lanes, kernel.k_dtype)
+
+    @T.prim_func(s_tir=True)
+    def dft_filter(
+        x: T.Buffer((kernel.batch, h, w, c), "float32"),
+        k_re: T.Buffer(k_shape, _stored(kernel.k_dtype)),
+        k_im: T.Buffer(k_shape, _stored(kernel.k_dtype)),
+        w_bases: T.Buffer((w, w // 2 + 1), "float32"),
+        h_bases: T.Buffer((h, h // 2 + 1), "float32"),
+        h_bases_back: T.Buffer((h, h // 2 + 1), "float32"),
+        spectrum: T.Buffer(spectrum_shape, "float32"),
+        line: T.Buffer(line_shape, "float32"),
+        y: T.Buffer((kernel.batch, h, w, c), "float32"),
+    ):
+        T.func_attr({"tirx.noalias": True})
+        for worker in T.parallel(blocks.workers):
+            for i, j in T.grid(h, padded - w * vectors):
+                for lane in T.vectorized(lanes):
+                    spectrum[worker, i, w * vectors + j, lane] = T.float32(0)
+            for turn in T.serial(blocks.tasks_per_worker):
+                task = worker * blocks.tasks_per_worker + turn
+                if task < blocks.tasks:
+                    b = task // blocks.per_image
+                    block = task % blocks.per_image
+                    c0 = blocks.start(block)
+                    for g in T.serial(ceil_div(h, rows)):
+                        i0 = T.min(g * rows, h - rows)
+                        along_w.forward(
+                            grid(x, b, i0, c0),
+                            spectrum_rows(spectrum, worker, i0),
+                            w_bases,
+                            along_w.part(line, worker),
+                        )
+                    for g in T.serial(tiles):
+                        along_h.forward(
+                            spectrum_columns(spectrum, worker, g),
+                            spectrum_columns(spectrum, worker, g),
+                            h_bases,
+                            along_h.part(line, worker),
+                        )
+                    for v in T.serial(vectors):
+                        _multiply(
+                            h,
+                            w,
+                            spectrum_parts(spectrum, worker, v),
+                            constant(k_re, block, v),
+                            constant(k_im, block, v),
+                        )
+                    for g in T.serial(tiles):
+                        along_h.inverse(
+                            spectrum_columns(spectrum, worker, g),
+                            spectrum_columns(spectrum, worker, g),
+                            h_bases_back,
+                            along_h.part(line, worker),
+                        )
+                    for g in T.serial(ceil_div(h, rows)):
+                        i0 = T.min(g * rows, h - rows)
+                        along_w.inverse(
+                            spectrum_rows(spectrum, worker, i0),
+                            grid(y, b, i0, c0),
+                            w_bases,
+                            along_w.part(line, worker),
+                        )
+
+    args = ("x", "k_re", "k_im", "w_bases", "h_bases", "h_bases_back", "spectrum", "line", "y")
+    return Scheduled(
+        steps=(Step(func=dft_filter, args=args),),
+        pack={name: blocks.packed(name) for name in ("k_re", "k_im")},
+        temps={"spectrum": ("float32", spectrum_shape), "line": ("float32", line_shape)},
+        consts={
+            "w_bases": _bases(w, mirrored=False),
+            "h_bases": _bases(h, mirrored=False),
+            "h_bases_back": _bases(h, mirrored=True),
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _View:
+    """A buffer seen as positions by columns, each a vector: `at` gives the index of one."""
+
+    buffer: Any
+    at: Callable[[Expr, Expr], Index]
+
+    def load(self, position: Expr, column: Expr) -> Expr:
+        return self.buffer[self.at(position, column)]
+
+    def store(self, position: Expr, column: Expr, value: Expr) -> None:
+        T.buffer_store(self.buffer, value, list(self.at(position, column)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RealDft:
+    """Writes the statements of a real DFT of length n over `columns` vectors, and its inverse.
+
+    A half spectrum holds its cosine sums, then its sine sums. Source and target may be the same
+    view: what is between them lies in `halves`, scratch of n positions.
+    """
+
+    n: int
+    columns: int
+    most_rows: int
+    lanes: int
+
+    @property
+    def even(self) -> int:
+        return self.n // 2 + 1
+
+    @property
+    def odd(self) -> int:
+        return (self.n - 1) // 2
+
+    def part(self, line: Any, worker: Expr) -> _View:
+        """A worker's scratch."""
+        return _View(line, lambda i, j: (worker, i * self.columns + j, span(0, self.lanes)))
+
+    def forward(self, source: _View, target: _View, bases: Any, halves: _View) -> None:
+        """target = half spectrum of source."""
+        for i in self._unpaired():
+            for j in range(self.columns):
+                halves.store(i, j, source.load(i, j))
+        with T.serial(self.odd) as i:
+            for j in range(self.columns):
+                x, mirror = source.load(1 + i, j), source.load(self.n - 1 - i, j)
+                halves.store(1 + i, j, x + mirror)
+                halves.store(self.even + i, j, x - mirror)
+        self._products(halves, target, bases)
+
+    def inverse(self, source: _View, target: _View, bases: Any, halves: _View) -> None:
+        """target = the n values whose half spectrum, each sum weighted by its count, is source."""
+        self._products(source, halves, bases)
+        for i in self._unpaired():
+            for j in range(self.columns):
+                target.store(i, j, halves.load(i, j))
+        with T.serial(self.odd) as i:
+            for j in range(self.columns):
+                even, odd = halves.load(1 + i, j), halves.load(self.even + i, j)
+                target.store(1 + i, j, even + odd)
+                target.store(self.n - 1 - i, j, even - odd)
+
+    def _unpaired(self) -> list[int]:
+        """The positions that are their own mirror images."""
+        return [0, self.n // 2] if self.n % 2 == 0 else [0]
+
+    def _products(self, source: _View, target: _View, bases: Any) -> None:
+        self._product(0, self.even, source, target, bases)
+        if self.odd:
+            self._product(self.even, self.odd, source, target, bases)
+
+    def _product(self, first: int, count: int, source: _View, target: _View, bases: Any) -> None:
+        """One half: target[m] = sum over i of bases[i, m] source[i], all counted from `first`."""
+        rows = tile_rows(count, self.most_rows)
+        with T.serial(ceil_div(count, rows)) as t:
+            m = T.bind(T.min(t * rows, count - rows))
+            acc = T.alloc_buffer((rows, self.columns, self.lanes), "float32", scope="local")
+            sums = _View(acc, lambda r, j: (r, j, span(0, self.lanes)))
+            tile = [(r, j) for r in range(rows) for j in range(self.columns)]
+            for r, j in tile:
+                sums.store(r, j, splat(0.0, self.lanes))
+            with T.serial(count) as i:
+                for r, j in tile:
+                    term = bases[first + i, m + r] * source.load(first + i, j)
+                    sums.store(r, j, sums.load(r, j) + term)
+            for r, j in tile:
+                target.store(first + m + r, j, sums.load(r, j))
+
+
+def _multiply(
+    h: int,
+    w: int,
+    spectrum: _View,
+    k_re: Callable[[Expr, Expr], Expr],
+    k_im: Callable[[Expr, Expr], Expr],
+) -> None:
+    """Writes Y = K X over one vector of the spectrum, in place: see the formulas above.
+
+    Args:
+        h, w: the grid.
+        spectrum: positions along h by positions along w, each cosine sums before sine sums.
+        k_re, k_im: the vector of K at (u, k).
+    """
+    cos, sin_u, sin_k = 1, h // 2 + 1, w // 2 + 1  # where the first pair of mirror images is
+    u_edges = [0, h // 2] if h % 2 == 0 else [0]
+    k_edges = [0, w // 2] if w % 2 == 0 else [0]
+    for u in u_edges:
+        for k in k_edges:
+            spectrum.store(u, k, spectrum.load(u, k) * k_re(u, k))
+        with T.serial((w - 1) // 2) as k:
+            cc, cs = T.bind(spectrum.load(u, cos + k)), T.bind(spectrum.load(u, sin_k + k))
+            re, im = _product((cc, cs), (k_re(u, cos + k), k_im(u, cos + k)))
+            # The inverse along h counts an edge once, and this sum stands for k and w - k.
+            spectrum.store(u, cos + k, re + re)
+            spectrum.store(u, sin_k + k, im + im)
+    with T.serial((h - 1) // 2) as u:
+        for k in k_edges:
+            cc, sc = T.bind(spectrum.load(cos + u, k)), T.bind(spectrum.load(sin_u + u, k))
+            re, im = _product((cc, sc), (k_re(cos + u, k), k_im(cos + u, k)))
+            spectrum.store(cos + u, k, re)
+            spectrum.store(sin_u + u, k, im)
+        with T.serial((w - 1) // 2) as k:
+            cc, cs = (
+                T.bind(spectrum.load(cos + u, cos + k)),
+                T.bind(spectrum.load(cos + u, sin_k + k)),
+            )
+            sc, ss = (
+                T.bind(spectrum.load(sin_u + u, cos + k)),
+                T.bind(spectrum.load(sin_u + u, sin_k + k)),
+            )
+            above = k_re(cos + u, cos + k), k_im(cos + u, cos + k)
+            below = k_re(h - 1 - u, cos + k), k_im(h - 1 - u, cos + k)
+            re_above, im_above = _product((cc - ss, cs + sc), above)
+            re_below, im_below = _product((cc + ss, cs - sc), below)
+            spectrum.store(cos + u, cos + k, re_above + re_below)
+            spectrum.store(sin_u + u, sin_k + k, re_below - re_above)
+            spectrum.store(cos + u, sin_k + k, im_above + im_below)
+            spectrum.store(sin_u + u, cos + k, im_above - im_below)
+
+
+def _product(x: tuple[Expr, Expr], k: tuple[Expr, Expr]) -> tuple[Expr, Expr]:
+    """(Re, -Im) of K X for X given as (Re, -Im) and K as (Re, Im), the order of the sums."""
+    re, minus_im = T.bind(x[0]), T.bind(x[1])
+    k_re, k_im = T.bind(k[0]), T.bind(k[1])
+    return T.bind(k_re * re + k_im * minus_im), T.bind(k_re * minus_im - k_im * re)
+
+
+def _loaded(buffer: Any, at: Index, first: Expr, lanes: int, k_dtype: str) -> Expr:
+    """The vector of a packed constant at (*at, first), as float32."""
+    if k_dtype == "float32":
+        return buffer[(*at, span(first, lanes))]
+    widened = T.alloc_buffer((lanes,), "float32", scope="local")
+    with T.vectorized(lanes) as lane:
+        T.buffer_store(widened, half_to_float(buffer[(*at, first + lane)]), [lane])
+    return widened[span(0, lanes)]
+
+
+# Register tile of the circular form: outputs of a row, and taps of a row that share their loads.
+_OUTPUTS, _TAPS = 14, 8
+
+
+def schedule_circular_filter(kernel: CircularFilter, cpu: Cpu, _storage: ActStorage) -> Scheduled:
+    """The filter as a depthwise circular convolution.
+
+    Each row is first laid out once around and once more, so that no tap has to wrap along w.
+    """
+    h, w, c = kernel.h, kernel.w, kernel.c
+    line_of_cache = 64
+    blocks = _cut(kernel.batch, c, line_of_cache // cpu.vector_bytes, cpu)
+    vectors, lanes = blocks.vectors, blocks.lanes
+    wound_shape = (blocks.workers, vectors, h, 2 * w - 1, lanes)
+    taps_shape = (blocks.workers, vectors, h, w, lanes)
+    kernel_shape = (blocks.per_image, h, w, blocks.width)
+    outputs = tile_rows(w, _OUTPUTS if cpu.vector_registers >= 32 else _OUTPUTS // 2)
+    together = max(count for count in range(1, _TAPS + 1) if w % count == 0)
+    lane = span(0, lanes)
+
+    def vector(c0: Expr, v: Expr) -> Expr:
+        return span(c0 + v * lanes, lanes)
+
+    def accumulate(sums: Any, taps: Any, wound: Any, at: Index, q: Expr, first: Expr) -> None:
+        """Adds the taps q ... q + together of a row to all the sums; `at` is the row of x."""
+        worker, v, p, row = at
+        for tap in range(together):
+            for r in range(outputs):
+                x = wound[worker, v, row, first + r - (q + tap) + w - 1, lane]
+                value = sums[r, lane] + taps[worker, v, p, q + tap, lane] * x
+                T.buffer_store(sums, value, [r, lane])
+
+    @T.prim_func(s_tir=True)
+    def circular_filter(
+        x: T.Buffer((kernel.batch, h, w, c), "float32"),
+        weight: T.Buffer(kernel_shape, _stored(kernel.k_dtype)),
+        wound: T.Buffer(wound_shape, "float32"),
+        taps: T.Buffer(taps_shape, "float32"),
+        y: T.Buffer((kernel.batch, h, w, c), "float32"),
+    ):
+        T.func_attr({"tirx.noalias": True})
+        for worker in T.parallel(blocks.workers):
+            for turn in T.serial(blocks.tasks_per_worker):
+                task = worker * blocks.tasks_per_worker + turn
+                if task < blocks.tasks:
+                    b = task // blocks.per_image
+                    block = task % blocks.per_image
+                    c0 = blocks.start(block)
+                    for i, j, v in T.grid(h, w, vectors):
+                        taps[worker, v, i, j, lane] = _loaded(
+                            weight, (block, i, j), v * lanes, lanes, kernel.k_dtype
+                        )
+                        wound[worker, v, i, w - 1 + j, lane] = x[b, i, j, vector(c0, v)]
+                    for i, j, v in T.grid(h, w - 1, vectors):
+                        wound[worker, v, i, j, lane] = x[b, i, 1 + j, vector(c0, v)]
+                    for v, i, t in T.grid(vectors, h, ceil_div(w, outputs)):
+                        first = T.min(t * outputs, w - outputs)
+                        sums = T.alloc_buffer((outputs, lanes), "float32", scope="local")
+                        for r in T.unroll(outputs):
+                            sums[r, lane] = splat(0.0, lanes)
+                        for p, g in T.grid(h, w // together):
+                            row = T.if_then_else(p <= i, i - p, i - p + h)
+                            accumulate(sums, taps, wound, (worker, v, p, row), g * together, first)
+                        for r in T.unroll(outputs):
+                            y[b, i, first + r, vector(c0, v)] = sums[r, lane]
+
+    return Scheduled(
+        steps=(Step(func=circular_filter, args=("x", "kernel", "wound", "taps", "y")),),
+        pack={"kernel": blocks.packed("kernel")},
+        temps={"wound": ("float32", wound_shape), "taps": ("float32", taps_shape)},
+    )

@@ -1,0 +1,88 @@
+"""Layer normalization on a CPU: a row stays in the first-level cache for its three passes."""
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm.script import tirx as T
+
+from gfcompile.targets.target import Cpu
+from gfcompile.targets.tvm.kernel import ActStorage, LayerNorm, Scheduled, Step
+from gfcompile.targets.tvm.schedules.cpu_tiling import (
+    ceil_div,
+    fitting_lanes,
+    keep_params,
+    row_loop,
+    span,
+    splat,
+    sum_of_lanes,
+)
+from gfcompile.targets.tvm.schedules.math import quantize
+
+Expr = Any  # tvm.tirx.Expr, or a number where TVM accepts one
+
+# Enough independent sums to keep the adders busy while each waits for its own last result.
+_ACCUMULATORS = 4
+
+
+def schedule_layer_norm(kernel: LayerNorm, cpu: Cpu, storage: ActStorage) -> Scheduled:
+    """Mean, then the variance about it (E[x^2] - E[x]^2 would cancel), then the row."""
+    n, eps = kernel.n, kernel.eps
+    lanes = fitting_lanes(n, cpu.float_lanes)
+    out_dtype = storage.dtype if kernel.out == "int8" else "float32"
+
+    def finished(value: Expr, quant: Any) -> Expr:
+        return quantize(value, quant, storage) if kernel.out == "int8" else value
+
+    def element(x: Any, row: Expr) -> Callable[[Expr], Expr]:
+        return lambda j: x[row, j]
+
+    def squared_distance(x: Any, row: Expr, mean: Expr) -> Callable[[Expr], Expr]:
+        return lambda j: (x[row, j] - mean) * (x[row, j] - mean)
+
+    @T.prim_func(s_tir=True)
+    def layer_norm(
+        x: T.Buffer((kernel.rows, n), "float32"),
+        gamma: T.Buffer((n,), "float32"),
+        beta: T.Buffer((n,), "float32"),
+        quant: T.Buffer((4,), "float32"),
+        y: T.Buffer((kernel.rows, n), out_dtype),
+    ):
+        T.func_attr({"tirx.noalias": True})
+        for row in row_loop(kernel.rows, n):
+            mean = _row_sum(n, lanes, element(x, row)) * T.float32(1 / n)
+            variance = _row_sum(n, lanes, squared_distance(x, row, mean)) * T.float32(1 / n)
+            scale = T.float32(1) / T.sqrt(variance + T.float32(eps))
+            for v in T.serial(ceil_div(n, lanes)):
+                for lane in T.vectorized(lanes):
+                    j = T.min(v * lanes, n - lanes) + lane
+                    y[row, j] = finished((x[row, j] - mean) * scale * gamma[j] + beta[j], quant)
+
+    args = ("x", "gamma", "beta", *(("quant",) if kernel.out == "int8" else ()), "y")
+    return Scheduled(steps=(Step(func=keep_params(layer_norm, args), args=args),))
+
+
+def _row_sum(n: int, lanes: int, term: Callable[[Expr], Expr]) -> Expr:
+    """Writes the sum of `term` over n elements, whose index is a vector's or a single one."""
+    vectors, rest = divmod(n, lanes)
+    ways = min(_ACCUMULATORS, vectors)
+    sums = T.alloc_buffer((ways, lanes), "float32", scope="local")
+
+    def add(way: int, vector: Expr) -> None:
+        value = sums[way, span(0, lanes)] + term(span(vector * lanes, lanes))
+        T.buffer_store(sums, value, [way, span(0, lanes)])
+
+    for way in range(ways):
+        T.buffer_store(sums, splat(0.0, lanes), [way, span(0, lanes)])
+    with T.serial(vectors // ways) as group:
+        for way in range(ways):
+            add(way, group * ways + way)
+    for way in range(vectors % ways):
+        add(way, vectors // ways * ways + way)
+    total = T.alloc_buffer((1,), "float32", scope="local")
+    partial = sums[0, span(0, lanes)]
+    for way in range(1, ways):
+        partial = partial + sums[way, span(0, lanes)]
+    T.buffer_store(total, sum_of_lanes(partial, lanes), [0])
+    with T.serial(rest) as j:
+        T.buffer_store(total, total[0] + term(n - rest + j), [0])
+    return total[0]

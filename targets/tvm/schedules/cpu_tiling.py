@@ -1,0 +1,67 @@
+"""How the CPU kernels that are not dense products cut their loops into vectors and tasks."""
+
+from typing import Any
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+Expr = Any  # tvm.tirx.Expr, or a number where TVM accepts one
+
+# Waking a pool of workers takes some microseconds; a core moves this many floats meanwhile.
+_PARALLEL_ELEMENTS = 16384
+
+
+def span(start: Expr, lanes: int) -> Expr:
+    """The index of `lanes` consecutive elements: a vector load or store when more than one."""
+    return start if lanes == 1 else T.ramp(start, 1, lanes)
+
+
+def splat(value: float, lanes: int) -> Expr:
+    """A float32 constant in every lane."""
+    constant = T.float32(value)
+    return constant if lanes == 1 else T.broadcast(constant, lanes)
+
+
+def fitting_lanes(extent: int, lanes: int) -> int:
+    """The widest vector, at most `lanes` and a power of two, that `extent` elements fill.
+
+    Loops over `extent` then need no masked tail: the last vector starts at `extent - lanes` and
+    overlaps the one before, which is harmless where a result depends on its own inputs only.
+    """
+    while lanes > extent:
+        lanes //= 2
+    return lanes
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def tile_rows(count: int, most: int) -> int:
+    """How many of `count` outputs a register tile takes, at most `most`.
+
+    Tiles overlap at the end, so the cost is tiles times (rows + 1): the products, and the loads
+    that every tile repeats.
+    """
+    return min(range(min(count, most), 0, -1), key=lambda rows: ceil_div(count, rows) * (rows + 1))
+
+
+def sum_of_lanes(vector: Expr, lanes: int) -> Expr:
+    """The sum of a float32 vector's lanes, by halves."""
+    while lanes > 1:
+        lanes //= 2
+        half = f"float32x{lanes}" if lanes > 1 else "float32"
+        vector = T.bind(vector)
+        vector = T.vectorlow(vector, dtype=half) + T.vectorhigh(vector, dtype=half)
+    return vector
+
+
+def row_loop(rows: int, elements_per_row: int) -> Any:
+    """A loop over rows, in parallel unless waking the workers would take longer than the work."""
+    return T.parallel(rows) if rows * elements_per_row >= _PARALLEL_ELEMENTS else T.serial(rows)
+
+
+def keep_params(func: Any, names: tuple[str, ...]) -> Any:
+    """`func` with only the parameters called `names`; its body must not mention the others."""
+    params = [param for param in func.params if param.name in names]
+    return tirx.PrimFunc(params, func.body, func.ret_type, func.attrs)
