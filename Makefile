@@ -13,7 +13,7 @@ PHOTO := $(abspath runtime/photos/cat.jpg)
 PACKAGES := qemu-user libc6-arm64-cross gcc libc6-dev
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# make/make/p' Makefile
 
 demo: $(VENV)/.installed
 	mkdir -p demo
@@ -37,10 +37,12 @@ install: $(VENV)/.installed
 
 # The stamps make a second run start at once; a changed pyproject.toml installs again.
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
+	@echo 'installing torch, TVM and the rest into $(VENV): 2.2 GB, about a minute'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml
+	@echo 'installing torch, TVM and the rest into $(VENV): 2.2 GB, about a minute'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@ $(VENV)/.installed
 

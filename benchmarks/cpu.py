@@ -28,8 +28,8 @@ import onnxruntime as ort
 from onnx import numpy_helper
 
 import gfcompile
+from gfcompile.runtime import load
 from gfcompile.runtime.images import Transform, preprocess, stand_in_photos
-from gfcompile.runtime.session import load
 
 MAX_RATIO = 1.5
 PACKAGES = ("gfcompile", "onnxruntime", "apache-tvm", "torch", "numpy")

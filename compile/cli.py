@@ -144,28 +144,36 @@ def _next_step(bundle: "Bundle", target: "Target") -> str:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from gfcompile.compile.classify import classify_images
+    from gfcompile.runtime.images import Transform, preprocess
+    from gfcompile.runtime.session import load
 
     results = []
-    for result in classify_images(
-        options.bundle,
-        options.images,
-        device=options.device,
-        top=options.top,
-        threads=options.threads,
-    ):
-        results.append(result)
-        if options.json:
-            continue
-        if result.median_ms is not None:
-            repeated = f"median of {result.runs} runs"
-            print(f"{result.image}: {result.median_ms:.2f} ms ({repeated}, {result.how})")
-        else:
-            print(f"{result.image}: ({result.how})")
-        for index, label, probability in result.top:
-            print(f"  {probability:6.1%}  {index:4d}  {label}")
+    with load(options.bundle, device=options.device, threads=options.threads) as session:
+        for image in options.images:
+            top = session.classify(image, top=options.top)
+            result = {
+                "image": str(image),
+                "device": options.device,
+                "top": [{"index": i, "label": label, "probability": p} for i, label, p in top],
+            }
+            if options.device == "qemu":
+                took = "under qemu: what the device computes, not how fast"
+            else:
+                # The image's own values: what they are can matter to the time, as zeros do.
+                transform = Transform.from_dict(dict(session.manifest.transform or {}))
+                latency = session.benchmark(preprocess(image, transform))
+                took = (
+                    f"{latency.median_ms:.2f} ms, median of {latency.runs} runs "
+                    f"on {_count(options.threads, 'thread')}"
+                )
+                result |= {"median_ms": latency.median_ms, "runs": latency.runs}
+            results.append(result)
+            if not options.json:
+                print(f"{image}: {took}")
+                for index, label, probability in top:
+                    print(f"  {probability:6.1%}  {index:4d}  {label}")
     if options.json:
-        print(json.dumps([result.to_dict() for result in results], indent=2))
+        print(json.dumps(results, indent=2))
 
 
 def _models(options: argparse.Namespace) -> None:
@@ -392,6 +400,10 @@ def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], *, right:
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         print("  ".join(cells).rstrip())
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _complain(text: str) -> None:

@@ -269,8 +269,8 @@ from gfcompile.compile.bundle import write_bundle
 
 def build(folder):
     (folder / "weights.bin").write_bytes(bytes(10))
-    print("building", flush=True)
     try:
+        print("building", flush=True)
         time.sleep(60)
     finally:
         print("cleaning", flush=True)
