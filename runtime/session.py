@@ -43,11 +43,14 @@ class Session:
         threads: that the kernels run on; 0 is one for each CPU.
     """
 
-    def __init__(self, manifest: Manifest, engine: "_Local | _Process", threads: int) -> None:
+    def __init__(
+        self, bundle: Path, manifest: Manifest, engine: "_Local | _Process", threads: int
+    ) -> None:
         self.manifest = manifest
         self.inputs: tuple[TensorSpec, ...] = manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = manifest.outputs
         self.threads = threads
+        self._bundle = bundle
         self._engine = engine
 
     @property
@@ -84,9 +87,9 @@ class Session:
             values = images.normalize(image, transform)
         else:
             values = images.preprocess(image, transform)
-        labels = self.manifest.extra.get("labels") or ()
+        labels = gfrt.read_labels(str(self._bundle))
         return [
-            (index, str(labels[index]) if index < len(labels) else f"class {index}", probability)
+            (index, labels[index] if index < len(labels) else f"class {index}", probability)
             for index, probability in gfrt.top_classes(self.run(values), top)
         ]
 
@@ -167,7 +170,7 @@ def load(
     if manifest.kind != "gfrt":
         raise BundleError(f"a bundle of kind {manifest.kind!r} does not run on this machine")
     if device == "local":
-        return Session(manifest, _Local(folder, threads), threads)
+        return Session(folder, manifest, _Local(folder, threads), threads)
     prefix: list[str] = []
     env = dict(env or {})
     if device == "qemu":
@@ -175,7 +178,7 @@ def load(
             raise DeviceError(f"--device qemu runs arm64 bundles, this one is for {manifest.arch}")
         prefix = qemu_command(cpu=manifest.extra.get("qemu_cpu"), env=env)
         env = {}
-    return Session(manifest, _Process(folder, manifest, prefix, env, threads), threads)
+    return Session(folder, manifest, _Process(folder, manifest, prefix, env, threads), threads)
 
 
 class _Local:

@@ -21,6 +21,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
+LABELS_NAME = "labels.txt"
 
 
 class GfrtError(Exception):
@@ -70,6 +71,12 @@ def check_bundle(bundle: str, local: bool = True) -> Dict[str, Any]:
     for name in sorted(files):
         _check_file(Path(bundle), name, files[name])
     return manifest
+
+
+def read_labels(bundle: str) -> List[str]:
+    """The name of each class; none where the bundle has no labels.txt."""
+    path = Path(bundle) / LABELS_NAME
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def _check_file(bundle: Path, name: str, entry: Any) -> None:

@@ -154,6 +154,8 @@ static void complain(gfi_caller *caller, const char *const *parts, int32_t count
                              parts[i] ? parts[i] : "");
         used += wrote > 0 ? (size_t)wrote : 0;
     }
+    for (char *at = w->message; (at = strchr(at, '\n'));)
+        *at = ' '; /* an error is one line */
 }
 
 gfi_caller *gfi_pool_caller(gfi_pool *pool) { return &pool->workers[0].caller; }
