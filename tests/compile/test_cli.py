@@ -71,6 +71,23 @@ def fake_compile(config: CompileConfig, progress: Progress | None = None) -> Bun
                 "top1_agreement": 1.0,
                 "how": "ONNX Runtime",
             },
+            {
+                "stage": "artifact",
+                "against": "quantized",
+                "images": 1,
+                "max_abs_error": 0.01,
+                "sqnr_db": 41.23,
+                "top1_agreement": 1.0,
+                "how": "native",
+                "int8": {
+                    "tensors": 26,
+                    "values": 2_000_000,
+                    "equal": 0.9998,
+                    "max_steps": 1,
+                    "logits_max_steps": 0.51,
+                    "logits_mean_steps": 0.1,
+                },
+            },
         ),
     )
 
@@ -144,6 +161,8 @@ def test_terminal_tells_all_that_the_manifest_does(run: Callable[..., Run]) -> N
         "computed as float32 FFMA",
         "calibrated on stand-in photos",
         "out: 1.0 MB in 2 files",
+        "artifact: 99.980% of 2,000,000 int8 activations equal, the rest at most 1 step off; "
+        "logits 0.51 steps at most",
     ):
         assert any(said in line for line in lines), (said, out)
     assert out.count("weights are random") == 1  # noted twice, printed once
