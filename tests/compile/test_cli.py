@@ -6,6 +6,7 @@ models is tested in its own files.
 
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -322,6 +323,28 @@ def test_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.Signals, 
     assert err.decode().splitlines()[-1] == "gfcompile: interrupted; nothing was written"
     assert "Traceback" not in err.decode()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_interrupted_compiler_leaves_nothing(tmp_path: Path) -> None:
+    """The real one, in the middle of its work, with a cache of its own."""
+    work, cache = tmp_path / "work", tmp_path / "cache"
+    work.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gfcompile", "--model", "gfnet_ti", "--target", "host"],
+        cwd=work,
+        env={**os.environ, "GFCOMPILE_CACHE": str(cache)},
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    assert b" s\n" in process.stderr.readline()  # a first stage has passed
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.decode().splitlines()[-1] == "gfcompile: interrupted; nothing was written"
+    assert not list(work.iterdir())
+    assert not list((cache / "v1" / "building").iterdir())
 
 
 def test_reader_that_leaves_early_is_no_error() -> None:
