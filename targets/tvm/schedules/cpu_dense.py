@@ -37,9 +37,9 @@ __all__ = ["act_storage", "schedule_dense"]
 
 # Tasks to split a kernel into: enough for the 8 to 12 cores of the largest boards.
 _TASKS = 16
-# The model of a core that chooses tiles. Cycles of a vector instruction, of a load besides (fitted
-# to some 20 tiles on AVX2 and AVX-512), the least between two additions to one accumulator, and what
-# it takes to fill and drain the pipeline around a tile.
+# The model of a core that chooses tiles: cycles of a vector instruction, and of a load besides
+# (fitted to some 20 tiles on AVX2 and AVX-512); the least between two additions to one
+# accumulator; what it takes to fill and drain the pipeline around a tile.
 _INSTRUCTION = 0.5
 _LOAD = 0.2
 _LATENCY = 4
