@@ -133,7 +133,7 @@ def link_library(
         table.write_text(kernel_table(kernels, library_id=library_id, cuda=cuda))
         exports = Path(folder) / "exports.map"
         exports.write_text("{ global: gfrt_*; local: *; };\n")
-        _zig_cc(
+        zig_cc(
             cpu,
             "-shared",
             "-fPIC",
@@ -152,7 +152,7 @@ def link_library(
 
 def link_bench(cpu: Cpu, output: Path) -> None:
     """Writes the executable gfbench, which loads the library of the bundle it is given."""
-    _zig_cc(
+    zig_cc(
         cpu,
         "-fPIE",
         "-pie",
@@ -187,7 +187,12 @@ const gfi_device *const gfi_cuda = {device};
 """
 
 
-def _zig_cc(cpu: Cpu, *arguments: str) -> None:
+def zig_cc(cpu: Cpu, *arguments: str) -> None:
+    """Runs the C compiler for `cpu` and its glibc, warnings as errors.
+
+    Raises:
+        CompileError: it refuses; the first error is in the message.
+    """
     command = [
         *(sys.executable, "-m", "ziglang", "cc"),
         *("-target", f"{cpu.arch}-linux-gnu.{cpu.glibc}"),
