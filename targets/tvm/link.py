@@ -42,7 +42,7 @@ _LINK_FLAGS = (
 
 # What our kernels may make LLVM use, by LLVM's name and by Linux's. AMX is not here: LLVM does not
 # use it by itself, and a kernel that does says so in its own plan.
-_LINUX_FEATURES = {
+LINUX_FEATURES = {
     "x86_64": {
         "ssse3": "ssse3",
         "sse4.1": "sse4_1",
@@ -99,7 +99,7 @@ def cpu_features(cpu: Cpu) -> tuple[str, ...]:
             "mattr": list(cpu.features),
         }
     )
-    known = _LINUX_FEATURES[cpu.arch]
+    known = LINUX_FEATURES[cpu.arch]
     have = {str(name) for name in tvm.target.codegen.llvm_get_cpu_features(target)}
     have |= {name[1:] for name in cpu.features if name.startswith("+")}
     have -= {name[1:] for name in cpu.features if name.startswith("-")}
