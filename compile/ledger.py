@@ -25,12 +25,17 @@ MEAN_LOGIT_STEPS = 0.5
 class Int8Agreement:
     """An int8 artifact against its QDQ graph.
 
+    Activations are compared kernel by kernel: the graph computes each from the artifact's own
+    inputs of that kernel. End to end, a rounding tie that falls to the other side moves an
+    activation by a whole step, which moves others after it: ONNX Runtime with and without its
+    optimizations agrees on 78% of gfnet_xs's activations, so that figure says nothing.
+
     Attributes:
         tensors, values: how many int8 activations were compared.
         equal: the fraction of them that are equal.
         max_steps: the largest difference of two activations, in steps of their scale.
-        logits_max_steps, logits_mean_steps: difference of logits, in steps of the int8 scale that
-            spans their range.
+        logits_max_steps, logits_mean_steps: difference of logits, end to end, in steps of the
+            int8 scale that spans their range.
     """
 
     tensors: int
@@ -104,14 +109,15 @@ def compare_int8(
     """Agreement of an artifact with its QDQ graph over the images of both sequences.
 
     Args:
-        reference, actual: per image, int8 activations by name; those that the artifact does not
-            have (fused away) are not compared.
+        reference, actual: per image, int8 activations by name: what the graph makes of the
+            artifact's inputs, and what the artifact made of them.
         reference_logits, actual_logits: per image.
     """
     values = unequal = max_steps = 0
     names: set[str] = set()
     for wanted, got in zip(reference, actual, strict=True):
-        for name in wanted.keys() & got.keys():
+        assert wanted.keys() == got.keys()
+        for name in wanted:
             difference = np.abs(wanted[name].astype(np.int16) - got[name].astype(np.int16))
             values += difference.size
             unequal += int(np.count_nonzero(difference))

@@ -22,7 +22,7 @@ Act = Literal["float32", "int8"]
 class Dense:
     """y = epilogue(x @ w): (m, k) x (k, n) -> (m, n).
 
-    The epilogue, in this order: times `scale` (int8 only), plus `bias`, GELU (exact, erf form),
+    The epilogue, in this order: plus `bias`, times `scale` (int8 only), GELU (exact, erf form),
     plus `residual` (row r % residual_rows of it), quantized when `out` is int8.
 
     Arguments: x (m, k); w, raw layout (k, n) float32 or int8; with int8 x: scale (n,) float32,
