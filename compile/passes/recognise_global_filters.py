@@ -264,8 +264,9 @@ def _replace(
     assert last is not None
     stem = f"{chain.y.name}_filter"
     opset = model.opset_imports[""]
-    function = filter_function(form, h, w, opset)
-    model.functions.setdefault(function.identifier(), function)
+    identifier = (DOMAIN, function_name(form, h, w), "")
+    if identifier not in model.functions:
+        model.functions[identifier] = filter_function(form, h, w, opset)
     model.opset_imports.setdefault(DOMAIN, 1)
 
     build = Builder(last)
