@@ -32,7 +32,7 @@ from gfcompile.targets.onnx_values import dtype_of, shape_of
 from gfcompile.targets.target import Gpu, Target
 from gfcompile.targets.tvm import link
 from gfcompile.targets.tvm.emit import Artifact
-from gfcompile.targets.tvm.kernel import Patchify
+from gfcompile.targets.tvm.kernel import Dense, Patchify
 from gfcompile.targets.tvm.partition import Program, Tensor
 from gfcompile.targets.tvm.plan import serialize
 from gfcompile.targets.tvm.standin.build import build_standin
@@ -95,7 +95,7 @@ def _verify_at(
         traces = [_values(program, records) for records in result.trace]
         wanted = _recompute(model, traces, images)
         got = [{name: trace[name] for name in wanted[0]} for trace in traces]
-        agreement = compare_int8(wanted, got, expected, actual)
+        agreement = compare_int8(wanted, got, expected, actual, logits_step=_last_scale(program))
     entry = compare(
         "artifact",
         "quantized" if int8 else "lowered",
@@ -192,6 +192,16 @@ def _values(program: Program, records: Sequence[TraceRecord]) -> dict[str, Array
             )
             values[name] = patches.transpose(0, 3, 1, 4, 2, 5)
     return values
+
+
+def _last_scale(program: Program) -> float:
+    """The scale of the last int8 activation that a product reads."""
+    scales = [
+        program.tensors[call.reads["x"]].scale
+        for call in program.calls
+        if isinstance(call.kernel, Dense) and call.kernel.x == "int8"
+    ]
+    return scales[-1]
 
 
 def _recompute(

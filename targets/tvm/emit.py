@@ -167,7 +167,9 @@ def kernel_name(kernel: Kernel) -> str:
         case Dense():
             parts = [f"dense_{kernel.m}x{kernel.n}x{kernel.k}", _short(kernel.x)]
             parts += ["gelu"] * kernel.gelu
-            parts += [f"add{kernel.residual_rows}"] * bool(kernel.residual_rows)
+            parts += [f"add{kernel.residual_rows}_{_short(kernel.residual_dtype)}"] * bool(
+                kernel.residual_rows
+            )
             return "_".join(parts) + suffix
         case LayerNorm():
             # Layers that differ in eps alone are rare, but must not share a name.

@@ -65,8 +65,9 @@ def problem(kernel: Dense, cpu: Cpu, *, extreme: bool = False) -> Problem:
         bound = 1.13 * bound + (0.5 * 5e-7 + 4 * EPS) * np.abs(value)
         value = 0.5 * value * (1 + np.vectorize(erf)(value / np.sqrt(2)))
     if kernel.residual_rows:
-        residual = rng.standard_normal((kernel.residual_rows, n)).astype(np.float32)
-        args["residual"] = residual
+        stored = np.dtype(kernel.residual_dtype)
+        residual = rng.standard_normal((kernel.residual_rows, n)).astype(stored)
+        args["residual"] = residual.view(np.uint16) if stored.itemsize == 2 else residual
         value = value + residual[np.arange(m) % kernel.residual_rows]
         bound = bound + EPS * np.abs(value)
     if kernel.out == "int8":
@@ -105,6 +106,7 @@ def kernels() -> list[Dense]:
         Dense(m=49, n=64, k=12, out="int8"),
         Dense(m=1, n=100, k=64, x="int8"),
         Dense(m=7, n=10, k=147, x="int8", residual_rows=7),
+        Dense(m=8, n=40, k=20, residual_rows=4, residual_dtype="float16"),
         Dense(m=5, n=3, k=1, x="int8", gelu=True),
         Dense(m=13, n=97, k=33, x="int8", gelu=True, residual_rows=1, out="int8"),
         Dense(m=49, n=64, k=12, x="int8", out="int8"),

@@ -22,7 +22,10 @@ def reference(kernel: Dense, args: dict[str, Array]) -> Array:
     if kernel.gelu:
         value = torch.nn.functional.gelu(torch.from_numpy(value)).numpy()
     if kernel.residual_rows:
-        value = value + args["residual"][np.arange(kernel.m) % kernel.residual_rows]
+        residual = args["residual"]
+        if kernel.residual_dtype == "float16":
+            residual = residual.view(np.float16)
+        value = value + residual[np.arange(kernel.m) % kernel.residual_rows]
     return quantized(value, args["quant"]) if kernel.out == "int8" else value
 
 
@@ -45,7 +48,10 @@ def dense_case(kernel: Dense, gpu: Gpu, seed: int = 0) -> Case:
             "bias": rng.standard_normal(n, np.float32),
         }
     if kernel.residual_rows:
-        args["residual"] = rng.standard_normal((kernel.residual_rows, n), np.float32)
+        residual = rng.standard_normal((kernel.residual_rows, n), np.float32)
+        if kernel.residual_dtype == "float16":
+            residual = residual.astype(np.float16).view(np.uint16)
+        args["residual"] = residual
     if kernel.out == "int8":
         args["quant"] = QUANT
     return schedule_dense(kernel, gpu, STORAGE), args, reference(kernel, args)
@@ -82,6 +88,7 @@ FLOAT_KERNELS = [
 INT8_KERNELS = [
     Dense(m=196, n=256, k=96, x="int8", gelu=True, out="int8"),
     Dense(m=98, n=64, k=1536, x="int8", residual_rows=98),
+    Dense(m=50, n=64, k=32, x="int8", residual_rows=25, residual_dtype="float16"),
     Dense(m=50, n=68, k=45, x="int8", out="int8"),
     Dense(m=50, n=66, k=2052, x="int8"),
     Dense(m=2, n=1001, k=384, x="int8", gelu=True),

@@ -31,7 +31,7 @@ from gfcompile.targets.tvm.schedules.cpu_dot import (
     act_storage,
     product_of,
 )
-from gfcompile.targets.tvm.schedules.math import Expr, gelu, quantize
+from gfcompile.targets.tvm.schedules.math import Expr, gelu, half_to_float, quantize
 
 __all__ = ["act_storage", "schedule_dense"]
 
@@ -116,7 +116,9 @@ def _dense(kernel: Dense, k: int, product: Product, tile: Tile, storage: ActStor
         scale = I.arg("scale", I.buffer((n,))) if kernel.x == "int8" else None
         bias = I.arg("bias", I.buffer((max(n, columns),), product.acc_dtype))
         rows = kernel.residual_rows
-        residual = I.arg("residual", I.buffer((rows, n))) if rows else None
+        halves = kernel.residual_dtype == "float16"
+        residual_buffer = I.buffer((rows, n), "uint16" if halves else "float32") if rows else None
+        residual = I.arg("residual", residual_buffer) if rows else None
         quant = I.arg("quant", I.buffer((4,))) if kernel.out == "int8" else None
         y = I.arg("y", I.buffer((m, n), y_dtype))
 
@@ -124,7 +126,8 @@ def _dense(kernel: Dense, k: int, product: Product, tile: Tile, storage: ActStor
             value = acc if scale is None else tirx.Cast("float32", acc) * scale[column]
             value = gelu(value) if kernel.gelu else value
             if residual is not None:
-                value = value + residual[row if rows >= m else row % rows, column]
+                addend = residual[row if rows >= m else row % rows, column]
+                value = value + (half_to_float(addend) if halves else addend)
             return value if quant is None else quantize(value, quant, storage)
 
         with I.parallel(panels * blocks) as task:
