@@ -77,6 +77,7 @@ def opener(build: Build) -> Path:
     return build(HERE / "open_plans.c", "address,undefined")
 
 
+@pytest.mark.slow
 def test_no_damaged_plan_crashes_the_runtime(opener: Path, toy: Toy, tmp_path: Path) -> None:
     """Flips, insertions, extreme values and cuts; the hash is made to fit for most of them."""
     toy = toy.copy(tmp_path / "toy")
