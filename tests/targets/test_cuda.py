@@ -178,7 +178,7 @@ def test_occupancy(
 
 def unscheduled() -> Any:
     @T.prim_func(s_tir=True)
-    def plain(x: T.Buffer((64,), "float32"), y: T.Buffer((64,), "float32")):  # type: ignore[valid-type]
+    def plain(x: T.Buffer((64,), "float32"), y: T.Buffer((64,), "float32")):
         T.func_attr({"tirx.noalias": True})
         for i in range(64):
             y[i] = x[i]

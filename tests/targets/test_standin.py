@@ -43,7 +43,7 @@ def reach_case(size: int) -> Case:
     """A thread per value of y, each reading x, which has 64 values."""
 
     @T.prim_func(s_tir=True)
-    def reach(x: T.Buffer((size,), "float32"), y: T.Buffer((size,), "float32")):  # type: ignore[valid-type]
+    def reach(x: T.Buffer((size,), "float32"), y: T.Buffer((size,), "float32")):
         T.func_attr({"tirx.noalias": True})
         thread = T.launch_thread("threadIdx.x", 64)
         y[thread] = x[thread + size - 64]
