@@ -77,9 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{machine['cpu']}, {options.threads} thread(s); batch 1; load {machine['load']:.1f}\n")
     print_table(results)
     print(
-        f"\nratio: our median over the contender's; at most {MAX_RATIO} over the same graph's. Our\n"
-        "int8 graph has signed activations; ONNX Runtime advises unsigned ones on x86, so it runs\n"
-        "that variant as well."
+        f"\nratio: our median over the contender's; at most {MAX_RATIO} over the same graph's.\n"
+        "Our int8 graph has signed activations; ONNX Runtime advises unsigned ones on x86, so it\n"
+        "runs that variant as well."
     )
     if options.json:
         report = {

@@ -164,10 +164,14 @@ def _run(options: argparse.Namespace) -> None:
 
     results = []
     with load(options.bundle, device=options.device, threads=options.threads) as session:
+        weights = session.manifest.weights
+        if weights.startswith("random"):
+            _complain(f"note: weights are {weights}, the classes mean nothing")
         for image in options.images:
             top = session.classify(image, top=options.top)
             result = {
                 "image": str(image),
+                "weights": weights,
                 "device": options.device,
                 "top": [{"index": i, "label": label, "probability": p} for i, label, p in top],
             }
