@@ -49,7 +49,7 @@ def test_layer_norm_equals_torch(name: str) -> None:
     np.testing.assert_allclose(after["y"], expected, rtol=0, atol=_tolerance(arguments, 384))
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 17, 63, 96, 131])
+@pytest.mark.parametrize("n", [1, 3, 17, 96, 131])
 @pytest.mark.parametrize("name", ["avx512", "a72"])
 def test_rows_that_fill_no_vector(name: str, n: int) -> None:
     arguments = _arguments(3, n)

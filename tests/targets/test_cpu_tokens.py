@@ -68,7 +68,7 @@ def test_patches_of_a_channels_last_grid(name: str, out: Literal["float32", "int
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-@pytest.mark.parametrize("patch", [(1, 1), (4, 4), (3, 5), (1, 7), (6, 10)], ids=str)
+@pytest.mark.parametrize("patch", [(1, 1), (4, 4), (3, 5), (6, 10)], ids=str)
 @pytest.mark.parametrize("name", ["avx2", "a72"])
 def test_patches_of_any_size(
     name: str, patch: tuple[int, int], layout: Literal["nchw", "nhwc"]
