@@ -6,7 +6,7 @@ standard deviations of that.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -367,6 +367,21 @@ def test_filters_that_share_their_spectrum_are_both_found() -> None:
     assert (len(found), refusals) == (2, [])
     assert ops(model) == {function_name("dft", H, W): 2, "Mul": 1}
     assert len(model.functions) == 1
+
+
+def test_a_filter_that_stays_native_does_not_hide_the_next() -> None:
+    def two(x: Tensor, k: Tensor, m: Tensor) -> Tensor:
+        return _norm("ortho")(_norm("ortho")(x, k) @ m + 1, k)
+
+    module, x = User(two, *NHWC, (C, C)), torch.from_numpy(sampled(1, H, W, C))
+    model = trace(module, x)
+    forms: Iterator[FftForm] = iter(("native", "dft"))
+    refusals: list[str] = []
+    found, native = recognise_global_filters(model, lambda *_: next(forms), refusals.append)
+    assert not refusals
+    assert [f.form for f in found] == ["native", "dft"]
+    remove_dead_code(model)
+    assert {node for node in model.graph if node.op_type == "DFT"} == native
 
 
 def test_a_filter_is_named_after_its_module() -> None:
