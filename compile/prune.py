@@ -87,7 +87,7 @@ def _fold_batch_norms(stem: dynamicvit.ConvStem) -> nn.Module:
 
 def _fold_query_scale(attention: dynamicvit.Attention | swin.WindowAttention) -> nn.Module:
     weight, _ = _parameters(attention.qkv)
-    scales = torch.ones(3, len(weight) // 3)  # queries, keys, values
+    scales = torch.ones(3, len(weight) // 3, dtype=torch.float64)  # queries, keys, values
     scales[0] = attention.scale
     attention.qkv = _scaled(attention.qkv, scales.flatten())
     attention.scale = 1.0
@@ -99,7 +99,9 @@ def _fold_gain(block: dynamicvit.Block) -> nn.Module:
         for name in ("attn.proj", "mlp.fc2"):
             linear = block.get_submodule(name)
             rows = len(_parameters(linear)[0])
-            block.set_submodule(name, _scaled(linear, torch.full((rows,), block.gain)))
+            block.set_submodule(
+                name, _scaled(linear, torch.full((rows,), block.gain, dtype=torch.float64))
+            )
         block.gain = 1.0
     return block
 

@@ -69,12 +69,9 @@ def test_freezing_leaves_the_model_as_it_was(spec: ModelSpec) -> None:
     assert not frozen.training
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name])
-    # A large model does not become two.
-    addresses = {value.data_ptr() for value in module.parameters()}
-    shared = [value for value in frozen.parameters() if value.data_ptr() in addresses]
-    assert sum(value.numel() for value in shared) > 0.4 * sum(
-        value.numel() for value in module.parameters()
-    )
+    # What no rewrite touches is there once: a large model does not become two.
+    addresses = {value.data_ptr() for value in frozen.parameters()}
+    assert module.get_parameter("head.weight").data_ptr() in addresses
 
 
 def test_a_network_with_nothing_to_rewrite_comes_back_equal() -> None:
@@ -186,9 +183,7 @@ def test_queries_are_computed_scaled(spec: ModelSpec, kind: type[nn.Module]) -> 
     attention = _only(build(parent_of(spec)).double(), kind)
     frozen = freeze(nn.Sequential(attention))
     assert getattr(_only(frozen, kind), "scale", None) == 1
-    tokens = 144 if spec is SWIN and spec.sides[0] == 12 else spec.prunable_patches
-    if spec is SWIN:
-        tokens = spec.sides[0] ** 2
+    tokens = (spec.image_size // spec.patch_size) ** 2  # of the first stage
     x = torch.randn(2, tokens, spec.dims[0], generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
         torch.testing.assert_close(frozen(x), attention(x), rtol=0, atol=1e-13)
