@@ -11,11 +11,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gfcompile import __version__
 from gfcompile.runtime.errors import GfcompileError, UserError
@@ -112,32 +112,47 @@ def _print_bundle(bundle: "Bundle", target: "Target", notes: Sequence[str], took
         print(f"  note       {note}")
     if manifest.ledger:
         print()
-        _print_table(
-            ("stage", "against", "max abs error", "SQNR dB", "same top-1", "images", "how"),
-            [
-                (
-                    str(entry["stage"]),
-                    str(entry["against"]),
-                    f"{entry['max_abs_error']:.3g}",
-                    "equal" if entry["sqnr_db"] is None else f"{entry['sqnr_db']:.1f}",
-                    f"{entry['top1_agreement']:.0%}",
-                    str(entry["images"]),
-                    str(entry["how"]),
-                )
-                for entry in manifest.ledger
-            ],
-            right={2, 3, 4, 5},
-        )
+        _print_ledger(manifest.ledger)
     count = len(manifest.files) + 1
     print(f"\n{bundle.path}: {bundle.size_bytes / 1e6:.1f} MB in {count} files, {took:.1f} s")
     print(f"next: {_next_step(bundle, target)}")
+
+
+def _print_ledger(ledger: Sequence[Mapping[str, Any]]) -> None:
+    _print_table(
+        ("stage", "against", "max abs error", "SQNR dB", "same top-1", "images", "run by"),
+        [
+            (
+                str(entry["stage"]),
+                str(entry["against"]),
+                f"{entry['max_abs_error']:.3g}",
+                "equal" if entry["sqnr_db"] is None else f"{entry['sqnr_db']:.1f}",
+                f"{entry['top1_agreement']:.0%}",
+                str(entry["images"]),
+                str(entry["how"]),
+            )
+            for entry in ledger
+        ],
+        right={2, 3, 4, 5},
+    )
+    for entry in ledger:
+        int8 = entry.get("int8")
+        if int8 is not None:
+            # A count: 8 of ten million would round to 100%.
+            other = round((1 - int8["equal"]) * int8["values"])
+            print(
+                f"{entry['stage']}: {other:,} of {int8['values']:,} int8 activations differ, by "
+                f"{_count(int8['max_steps'], 'step')} at most; "
+                f"logits by {int8['logits_max_steps']:.2f} steps at most"
+            )
 
 
 def _next_step(bundle: "Bundle", target: "Target") -> str:
     import platform
 
     if target.gpu is not None:
-        return f"copy {bundle.path} to the board, and there: python3 {bundle.path.name}/gfrt.py"
+        name = bundle.path.name
+        return f"copy {bundle.path} to the board, and there: {name}/gfbench {name}"
     if target.cpu.arch == platform.machine():
         return f"gfcompile run {bundle.path} PHOTO"
     return f"gfcompile run {bundle.path} PHOTO --device qemu"
@@ -149,10 +164,14 @@ def _run(options: argparse.Namespace) -> None:
 
     results = []
     with load(options.bundle, device=options.device, threads=options.threads) as session:
+        weights = session.manifest.weights
+        if weights.startswith("random"):
+            _complain(f"note: weights are {weights}, the classes mean nothing")
         for image in options.images:
             top = session.classify(image, top=options.top)
             result = {
                 "image": str(image),
+                "weights": weights,
                 "device": options.device,
                 "top": [{"index": i, "label": label, "probability": p} for i, label, p in top],
             }

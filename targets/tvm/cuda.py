@@ -168,8 +168,7 @@ def cuda_source(funcs: Mapping[str, Any], gpu: Gpu) -> tuple[str, dict[str, _Lau
     module = tvm.tirx.transform.BindTarget(target)(module)
     pipeline, _, finalize_device = tvm.tirx.get_default_tir_pipeline(target)
     _, device_modules = tvm_build.split_host_device_mods(pipeline(module))
-    (device,) = device_modules.values()
-    device = finalize_device()(device)
+    device = finalize_device()(next(iter(device_modules.values()), tvm.IRModule({})))
     device_funcs = {var.name_hint: func for var, func in device.functions.items()}
     launches = {name: _launch_of(name, funcs[name], device_funcs) for name in sorted(funcs)}
     symbols = {launch.symbol for launch in launches.values()}
@@ -177,7 +176,7 @@ def cuda_source(funcs: Mapping[str, Any], gpu: Gpu) -> tuple[str, dict[str, _Lau
         raise CompileError(f"kernel {extra}: a scheduled function must be exactly one GPU launch")
     generated = tvm_build.codegen_build(device, target).inspect_source("cuda")
     start = generated.index('extern "C" __global__')
-    return _without_declarations(generated[start:]), launches
+    return _tidy(generated[start:]), launches
 
 
 def _launch_of(name: str, func: Any, device_funcs: Mapping[str, Any]) -> _Launch:
@@ -218,9 +217,12 @@ def _dim3(extents: Mapping[str, int], prefix: str) -> Dim3:
     )
 
 
-def _without_declarations(source: str) -> str:
+def _tidy(source: str) -> str:
     """The source less TVM's forward declarations, which only repeat each signature."""
-    return re.sub(r'^extern "C" __global__ [^{;]*;\n', "", source, flags=re.MULTILINE)
+    source = re.sub(r'^extern "C" __global__ [^{;]*;\n', "", source, flags=re.MULTILINE)
+    # Told only the size of a block, ptxas spills a few registers to fit one block more on a
+    # multiprocessor; content with one resident block, it gives each thread what it needs.
+    return re.sub(r"__launch_bounds__\((\d+)\)", r"__launch_bounds__(\1, 1)", source)
 
 
 # --- CUDA C to PTX
