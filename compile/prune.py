@@ -19,6 +19,7 @@ norm follows.
 import copy
 from collections.abc import Callable
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -40,6 +41,18 @@ def freeze(module: nn.Module) -> nn.Module:
             if isinstance(child, kind):
                 frozen.set_submodule(name, rewrite(child))
     return frozen
+
+
+def selections(model: ir.Model) -> tuple[str, ...]:
+    """Names of the values in a traced or lowered graph that say which patches each stage keeps.
+
+    They are what `runtime.kept_patches.places_in_grid` takes.
+    """
+    return tuple(
+        str(node.outputs[1].name)
+        for node in model.graph
+        if node.op_type == "TopK" and node.outputs[0].dtype == ir.DataType.FLOAT
+    )
 
 
 class FrozenPredictor(nn.Module):

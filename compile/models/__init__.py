@@ -73,13 +73,22 @@ def model_names() -> tuple[str, ...]:
     return tuple(_SPECS)
 
 
-def model_spec(name: str) -> ModelSpec:
+def model_spec(name: str, keep_ratio: KeepRatio | None = None) -> ModelSpec:
     """The model called `name`.
 
+    Args:
+        keep_ratio: how many patches are kept, see `ModelSpec.pruned`; as published when None.
+
     Raises:
-        UserError: there is none of that name.
+        UserError: there is none of that name, or it cannot keep as many.
     """
-    return _find(name)
+    spec = _find(name)
+    if keep_ratio is None:
+        return spec
+    pruning = [other.name for other in _SPECS.values() if other.parent == name]
+    if pruning:
+        raise UserError(f"{name} keeps all its patches; {pruning[0]} takes a keep ratio")
+    return spec.pruned(keep_ratio)
 
 
 def load_model(
@@ -97,15 +106,13 @@ def load_model(
     another size are interpolated. The number of classes is the checkpoint's.
 
     Args:
-        keep_ratio: how many patches are kept, see `ModelSpec.pruned`; as published when None.
+        keep_ratio: see `model_spec`.
 
     Raises:
         UserError: unknown name, impossible size or keep ratio, or a checkpoint that cannot be
             used.
     """
-    spec = _find(name)
-    if keep_ratio is not None:
-        spec = _pruned(spec, keep_ratio)
+    spec = model_spec(name, keep_ratio)
     # The size asked for is checked first: reading a checkpoint can take seconds.
     asked = spec.resized(image_size=image_size, num_classes=num_classes)
     if checkpoint is None:
@@ -123,12 +130,10 @@ def load_student(
     """
     from gfcompile.compile.models.weights import start_weights
 
-    spec = _find(name)
+    spec = model_spec(name, keep_ratio)
     if spec.parent != teacher.spec.name:
         wanted = f"learns from {spec.parent}" if spec.parent else "prunes nothing, so has no parent"
         raise UserError(f"{name} {wanted}, not from {teacher.spec.name}")
-    if keep_ratio is not None:
-        spec = _pruned(spec, keep_ratio)
     spec = spec.resized(image_size=teacher.image_size, num_classes=teacher.num_classes)
     inherited = {key: value.clone() for key, value in teacher.module.state_dict().items()}
     drawn = start_weights(spec, seed)
@@ -182,15 +187,6 @@ def _trained(
         weights += f", interpolated from {trained.image_size} to {wanted.image_size} pixels"
     module = _family(spec).build(wanted, state)
     return LoadedModel(spec=wanted, module=module, weights=weights, is_random=False)
-
-
-def _pruned(spec: ModelSpec, keep_ratio: KeepRatio) -> ModelSpec:
-    pruning = [other.name for other in _SPECS.values() if other.parent == spec.name]
-    if pruning:
-        raise UserError(
-            f"{spec.name} keeps all its patches; {pruning[0]} is the one that takes a keep ratio"
-        )
-    return spec.pruned(keep_ratio)
 
 
 def _find(name: str) -> ModelSpec:

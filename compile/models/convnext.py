@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gfcompile.compile.models.convnext_specs import KERNEL, ConvNeXtSpec
+from gfcompile.compile.models.layers import with_weights
 from gfcompile.compile.models.predictor import (
     Partition,
     Predictor,
@@ -207,10 +208,7 @@ class ConvNeXt(nn.Module):
 
 def build(spec: ConvNeXtSpec, state: State) -> ConvNeXt:
     """The network of `spec` with the weights of `state`, in evaluation mode."""
-    with torch.device("meta"):
-        module = ConvNeXt(spec)
-    module.load_state_dict({k: v.contiguous() for k, v in state.items()}, assign=True)
-    return module.eval()
+    return with_weights(lambda: ConvNeXt(spec), state)
 
 
 def resize_weights(state: State, _spec: ConvNeXtSpec) -> State:

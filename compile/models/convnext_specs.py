@@ -39,6 +39,10 @@ class ConvNeXtSpec(ModelSpec):
         return self.sides[PRUNED_STAGE] ** 2
 
     @property
+    def chooses_anew(self) -> bool:
+        return True
+
+    @property
     def unprunable_because(self) -> str:
         return "it was not trained with a cheaper path"
 
@@ -100,9 +104,6 @@ class ConvNeXtSpec(ModelSpec):
 
     def _stage_ratios(self, keep_ratio: float) -> tuple[float, ...]:
         return sparse_ratios(keep_ratio)
-
-    def _check_ratios(self, ratios: tuple[float, ...]) -> None:
-        """Any will do: a patch off the full path at one stage may return at the next."""
 
 
 def _block_shapes(name: str, dim: int, *, fast: bool) -> Shapes:

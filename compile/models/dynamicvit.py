@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gfcompile.compile.models.dynamicvit_specs import STEM_CHANNELS, ViTSpec
+from gfcompile.compile.models.layers import Mlp, PatchEmbed, with_weights
 from gfcompile.compile.models.predictor import (
     Predictor,
     TrainingOutput,
@@ -42,20 +43,6 @@ class Attention(nn.Module):
         return y
 
 
-class Mlp(nn.Module):
-    """Two linear layers with a GELU between."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc2(self.act(self.fc1(x)))
-        return y
-
-
 class Block(nn.Module):
     """Attention and MLP, each on a residual; LV-ViT halves what they add."""
 
@@ -75,18 +62,6 @@ class Block(nn.Module):
 
     def _scaled(self, branch: Tensor) -> Tensor:
         return branch if self.gain == 1 else branch * self.gain
-
-
-class PatchEmbed(nn.Module):
-    """An image to one token per patch, by one convolution."""
-
-    def __init__(self, dim: int, patch_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, image: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, N, C)
-        grid: Tensor = self.proj(image)
-        return grid.flatten(2).transpose(1, 2)
 
 
 class ConvStem(nn.Module):
@@ -202,10 +177,7 @@ def norm_eps(spec: ViTSpec) -> float:
 
 def build(spec: ViTSpec, state: State) -> VisionTransformer:
     """The network of `spec` with the weights of `state`, in evaluation mode."""
-    with torch.device("meta"):
-        module = VisionTransformer(spec)
-    module.load_state_dict({k: v.contiguous() for k, v in state.items()}, assign=True)
-    return module.eval()
+    return with_weights(lambda: VisionTransformer(spec), state)
 
 
 def resize_weights(state: State, spec: ViTSpec) -> State:

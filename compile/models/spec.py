@@ -105,6 +105,15 @@ class ModelSpec(ABC):
         return kept_patches(self.prunable_patches, self.keep_ratios)
 
     @property
+    def float_layers(self) -> tuple[str, ...]:
+        """Layers, as shell patterns, that int8 leaves in float.
+
+        Score predictors: rounding their near-ties would keep other patches.
+        """
+        drops = any(kept < self.prunable_patches for kept in self.kept_patches)
+        return ("*score_predictor.*",) if drops else ()
+
+    @property
     def transform(self) -> Transform:
         """What turns an image into the model's input."""
         return imagenet_transform(self.image_size)
@@ -158,11 +167,20 @@ class ModelSpec(ABC):
                 f"keep ratio {_show(keep_ratio)} keeps {_show(ratios)} of the patches; "
                 "each must be above 0 and at most 1"
             )
-        self._check_ratios(ratios)
+        if not self.chooses_anew and list(ratios) != sorted(ratios, reverse=True):
+            raise UserError(
+                f"keep ratios {_show(ratios)} grow; each is the share of all patches, and "
+                f"{self.name} cannot bring back what it has dropped"
+            )
         top1_percent = self.top1_percent if ratios == self.keep_ratios else None
         spec = replace(self, keep_ratios=ratios, top1_percent=top1_percent)
         spec._check_patches_are_left()
         return spec
+
+    @property
+    def chooses_anew(self) -> bool:
+        """Whether each pruning stage chooses among all patches, not those kept before."""
+        return False
 
     @property
     def unprunable_because(self) -> str:
@@ -172,13 +190,6 @@ class ModelSpec(ABC):
     def _stage_ratios(self, keep_ratio: float) -> tuple[float, ...]:
         """The share of all patches kept from each stage on, as the paper derives it from one."""
         return tuple(keep_ratio ** (stage + 1) for stage in range(len(self.prune_before)))
-
-    def _check_ratios(self, ratios: tuple[float, ...]) -> None:
-        if list(ratios) != sorted(ratios, reverse=True):
-            raise UserError(
-                f"keep ratios {_show(ratios)} grow; each is the share of all patches, and "
-                f"{self.name} cannot bring back what it has dropped"
-            )
 
     def _check_patches_are_left(self) -> None:
         if 0 in self.kept_patches:

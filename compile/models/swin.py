@@ -8,6 +8,7 @@ shaped as in the published weights of each. Stochastic depth is left out.
 import torch
 from torch import Tensor, nn
 
+from gfcompile.compile.models.layers import Mlp, PatchEmbed, with_weights
 from gfcompile.compile.models.predictor import (
     Partition,
     Predictor,
@@ -22,16 +23,15 @@ from gfcompile.compile.models.weights import State, draw_weights
 _FAR = -100.0  # added to the score of patches that only the shift has made neighbours
 
 
-class PatchEmbed(nn.Module):
+class NormalizedPatchEmbed(PatchEmbed):
     """An image to normalized tokens."""
 
     def __init__(self, dim: int, patch_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+        super().__init__(dim, patch_size)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, image: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, N, C)
-        y: Tensor = self.norm(self.proj(image).flatten(2).transpose(1, 2))
+    def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, N, C)
+        y: Tensor = self.norm(super().forward(x))
         return y
 
 
@@ -84,20 +84,6 @@ class WindowAttention(nn.Module):
         return bias if len(self.apart) == 1 else (bias + self.apart).repeat(batch, 1, 1, 1)
 
 
-class Mlp(nn.Module):
-    """Two linear layers with a GELU between."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc2(self.act(self.fc1(x)))
-        return y
-
-
 class FastMlp(nn.Module):
     """What stands in for the MLP: a norm and one linear layer."""
 
@@ -125,7 +111,7 @@ class Block(nn.Module):
             shift=spec.shift(stage, index),
         )
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim)
+        self.mlp = Mlp(dim, 4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, C)
         x = self.attended(x)
@@ -241,7 +227,7 @@ class SwinTransformer(nn.Module):
     def __init__(self, spec: SwinSpec) -> None:
         super().__init__()
         self.prunes = bool(spec.prune_before)
-        self.patch_embed = PatchEmbed(spec.dims[0], spec.patch_size)
+        self.patch_embed = NormalizedPatchEmbed(spec.dims[0], spec.patch_size)
         self.layers = nn.ModuleList(Stage(spec, stage) for stage in range(len(spec.dims)))
         self.norm = nn.LayerNorm(spec.dims[-1])
         self.head = nn.Linear(spec.dims[-1], spec.num_classes)
@@ -311,10 +297,7 @@ def _regions_apart(side: int, window: int, shift: int) -> Tensor:
 
 def build(spec: SwinSpec, state: State) -> SwinTransformer:
     """The network of `spec` with the weights of `state`, in evaluation mode."""
-    with torch.device("meta"):
-        module = SwinTransformer(spec)
-    module.load_state_dict({k: v.contiguous() for k, v in state.items()}, assign=True)
-    return module.eval()
+    return with_weights(lambda: SwinTransformer(spec), state)
 
 
 def resize_weights(state: State, _spec: SwinSpec) -> State:

@@ -51,6 +51,10 @@ class SwinSpec(ModelSpec):
         return self.sides[PRUNED_STAGE] ** 2
 
     @property
+    def chooses_anew(self) -> bool:
+        return True
+
+    @property
     def unprunable_because(self) -> str:
         return "it was not trained with a cheaper path"
 
@@ -135,9 +139,6 @@ class SwinSpec(ModelSpec):
 
     def _stage_ratios(self, keep_ratio: float) -> tuple[float, ...]:
         return sparse_ratios(keep_ratio)
-
-    def _check_ratios(self, ratios: tuple[float, ...]) -> None:
-        """Any will do: a patch off the full path at one stage may return at the next."""
 
 
 def _swin(name: str, *, dims: tuple[int, ...], depth: int, top1: float) -> SwinSpec:

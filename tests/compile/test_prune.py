@@ -18,8 +18,10 @@ from gfcompile.compile.models.dynamicvit import Attention, Block, ConvStem
 from gfcompile.compile.models.predictor import Partition, Predictor, take_tokens
 from gfcompile.compile.models.spec import ModelSpec
 from gfcompile.compile.models.swin import WindowAttention
-from gfcompile.compile.prune import FrozenPredictor, freeze
+from gfcompile.compile.prune import FrozenPredictor, freeze, selections
 from gfcompile.compile.trace import INPUT, OUTPUT, session, trace
+from gfcompile.quantize import QuantScheme, calibrate
+from gfcompile.runtime.kept_patches import places_in_grid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -235,6 +237,31 @@ def test_traces_select_with_constant_unsorted_top_k(spec: ModelSpec) -> None:
     assert all(node.attributes["sorted"].as_int() == 0 for node in selections)
     static = [v for node in model.graph for v in node.outputs if v.shape is not None]
     assert all(value.shape.is_static() for value in static if value.shape)
+
+
+@_EACH
+def test_selections_of_a_trace_are_the_patches_kept(spec: ModelSpec) -> None:
+    module, image = freeze(build(spec)), images(spec, count=2)
+    model = trace(module, image)
+    names = selections(model)
+    for node in model.graph:
+        model.graph.outputs.extend(value for value in node.outputs if value.name in names)
+    found = session(model).run(list(names), {INPUT: image.numpy()})
+    places = places_in_grid(found, spec.kept_patches, chosen_anew=spec.chooses_anew)
+    for ours, theirs in zip(places, kept(spec, module, image).kept, strict=True):
+        assert np.array_equal(ours, theirs.numpy())
+
+
+def test_int8_leaves_predictors_in_float() -> None:
+    batches = [images(DEIT, seed=seed) for seed in range(2)]
+    scheme = QuantScheme(keep_float=DEIT.float_layers)
+    calibrated = calibrate(freeze(build(DEIT)), batches, scheme)
+    names = [layer.name for layer in calibrated.layers]
+    assert {"patch_embed.proj", "blocks.0.attn.qkv", "blocks.4.mlp.fc2", "head"} <= set(names)
+    assert not any("score_predictor" in name for name in names)
+    assert sum("score_predictor" in layer.name for layer in calibrated.kept_float) == 3 * 5
+    # Naming layers that are not there would be an error.
+    assert replace(DEIT, keep_ratios=(1.0, 1.0, 1.0)).float_layers == ()
 
 
 def test_stages_that_drop_nothing_are_skipped() -> None:

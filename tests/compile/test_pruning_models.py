@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gfcompile.compile import models
+from gfcompile.compile.cli import main
 from gfcompile.compile.models import load_model, load_student, model_names, model_spec
 from gfcompile.compile.models.predictor import Predictor, TrainingOutput, masked_softmax
 from gfcompile.compile.models.spec import ModelSpec, kept_patches
@@ -235,9 +236,13 @@ def test_keep_ratio_can_be_given_per_stage() -> None:
     ("name", "ratio", "message"),
     [
         ("gfnet_xs", 0.7, "gfnet_xs takes no keep ratio: its global filters need the whole grid"),
-        ("deit_small", 0.7, "keeps all its patches; dynamicvit_deit_s is the one"),
+        ("deit_small", 0.7, "keeps all its patches; dynamicvit_deit_s takes a keep ratio"),
         ("deit_tiny", 0.7, "deit_tiny takes no keep ratio: it was not trained to drop patches"),
-        ("convnext_tiny", 0.7, "convnext_t is the one"),
+        (
+            "convnext_tiny",
+            0.7,
+            "keeps all its patches; convnext_t takes a keep ratio",
+        ),
         ("dynamicvit_deit_s", 0.0, "above 0 and at most 1"),
         ("dynamicvit_deit_s", 1.2, "above 0 and at most 1"),
         ("dynamicvit_deit_s", float("nan"), "above 0 and at most 1"),
@@ -252,6 +257,22 @@ def test_impossible_keep_ratios_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         load_model(name, keep_ratio=ratio)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("gfnet_xs", "0.7"), "global filters need the whole grid"),
+        (("dynamicvit_deit_s", "0.9,0.7"), "takes one, or 3, one per pruning stage"),
+        (("dynamicvit_deit_s", "most"), "'most' is no number"),
+    ],
+)
+def test_the_command_refuses_impossible_keep_ratios(
+    arguments: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, ratio = arguments
+    assert main(["--model", model, "--target", "host", "--keep-ratio", ratio]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_images_too_small_to_prune_are_refused() -> None:
