@@ -79,7 +79,8 @@ class Predictor(nn.Module):
         """Of keeping and of dropping each patch, (B, N, 2)."""
         x = self.in_conv(patches)
         local, shared = x.chunk(2, dim=-1)  # (B, N, C/2) each
-        mean = (shared * alive).sum(1, keepdim=True) / alive.sum(1, keepdim=True)
+        count = alive.sum(1, keepdim=True).clamp_min(1)  # a draw may drop all patches of an image
+        mean = (shared * alive).sum(1, keepdim=True) / count
         judged: Tensor = self.out_conv(torch.cat([local, mean.expand_as(local)], dim=-1))
         return judged
 

@@ -485,6 +485,19 @@ def test_a_dropped_patch_stays_dropped(spec: ModelSpec) -> None:
     assert torch.equal(output.kept, output.decisions[-1].detach())
 
 
+@_EACH
+def test_a_draw_that_drops_all_patches_stays_finite(
+    spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        nn.functional, "gumbel_softmax", lambda log_p, hard: 0 * log_p.exp() if hard else None
+    )
+    output = build(spec).train()(images(spec))
+    assert all(not decision.any() for decision in output.decisions)
+    output.logits.sum().backward()
+    assert torch.isfinite(output.logits).all()
+
+
 @pytest.mark.parametrize("spec", SPECS[2:], ids=lambda spec: spec.name)
 def test_training_takes_both_paths_as_the_published_code(spec: ModelSpec) -> None:
     """A mask of ones (zeros) leads every patch down the full (fast) path."""
