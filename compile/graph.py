@@ -66,6 +66,7 @@ def build_graph(
     images: Sequence[Array],
     *,
     calibration: Sequence[Array] | None,
+    keep_float: Sequence[str] = (),
     fft: FftForm | Literal["auto"],
     choose_form: Callable[[int, int, int], FftForm],
     progress: Progress,
@@ -77,6 +78,7 @@ def build_graph(
         module: float, in eval mode.
         images: golden inputs (1, 3, H, W), for the ledger; the first one is the traced example.
         calibration: inputs to calibrate int8 with; None for a float graph.
+        keep_float: layers that int8 leaves in float, see `QuantScheme`.
         fft, choose_form: see `passes.lower`.
         on_stage: given a name and the graph after each stage.
 
@@ -85,11 +87,16 @@ def build_graph(
     """
     import torch
 
+    from gfcompile.compile.prune import freeze
+
     example = torch.from_numpy(images[0])
     with torch.no_grad():
         expected = [module(torch.from_numpy(image)).numpy() for image in images]
 
     with progress.stage("trace"):
+        # From here on the frozen module stands for the one given; what it computes is compared
+        # with the given one's logits.
+        module = freeze(module)
         traced = trace(module, example)
         on_stage("traced", traced)
         # `lower` may work in place, and the ledger wants both.
@@ -137,10 +144,12 @@ def build_graph(
             filters=_filter_records(lowered),
         )
 
-    from gfcompile.quantize import calibrate
+    from gfcompile.quantize import QuantScheme, calibrate
 
     with progress.stage("calibrate"):
-        calibrated = calibrate(module, [torch.from_numpy(image) for image in calibration])
+        scheme = QuantScheme(keep_float=tuple(keep_float))
+        batches = [torch.from_numpy(image) for image in calibration]
+        calibrated = calibrate(module, batches, scheme)
     with progress.stage("trace and lower the quantized model"):
         quantized = lower(
             trace(calibrated.module, example),

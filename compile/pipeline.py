@@ -18,7 +18,7 @@ from gfcompile.compile.bundle import (
     write_bundle,
 )
 from gfcompile.compile.cache import Cache, open_cache, toolchain
-from gfcompile.compile.models import LoadedModel, load_model, model_spec
+from gfcompile.compile.models import KeepRatio, LoadedModel, load_model, model_spec
 from gfcompile.compile.progress import Progress, SilentProgress
 from gfcompile.runtime.bundle import Manifest, Precision, TensorSpec
 from gfcompile.runtime.errors import UserError
@@ -53,6 +53,8 @@ class CompileConfig:
         precision: int8 quantizes weights and activations of every product.
         checkpoint: trained weights; None for random ones drawn from `seed`.
         image_size, num_classes: None for those of the checkpoint, or as published.
+        keep_ratio: share of the patches that a pruning model keeps, see `ModelSpec.pruned`; None
+            as published.
         fft: the form of the global filters; "auto" chooses by cost on the target.
         calibration_data: a folder of images for int8; None for the photos that gfcompile ships.
         output: the bundle's folder; None for one named after model, target and precision.
@@ -67,6 +69,7 @@ class CompileConfig:
     checkpoint: Path | None = None
     image_size: int | None = None
     num_classes: int | None = None
+    keep_ratio: KeepRatio | None = None
     fft: Literal["auto", "native", "dft", "circular"] = "auto"
     calibration_data: Path | None = None
     output: Path | None = None
@@ -136,10 +139,12 @@ class _Job:
         """
         config = self.config
         if self.module is None:
-            spec = model_spec(config.model)
+            spec = model_spec(config.model, config.keep_ratio)
             spec.resized(image_size=config.image_size, num_classes=config.num_classes)
         elif config.image_size is None:
             raise UserError("a module of your own needs CompileConfig.image_size")
+        elif config.keep_ratio is not None:
+            raise UserError("a keep ratio is for models of the zoo, not for a module of your own")
         if config.fft == "native":
             raise UserError(
                 f"--fft native: {self.target.name} has no FFT of its own; "
@@ -179,6 +184,7 @@ class _Job:
             "checkpoint": config.checkpoint,
             "image_size": config.image_size,
             "num_classes": config.num_classes,
+            "keep_ratio": config.keep_ratio,
             "seed": config.seed,
             "calibration": self.calibration_files() if config.precision == "int8" else None,
         }
@@ -237,6 +243,7 @@ class _Job:
             checkpoint=config.checkpoint,
             image_size=config.image_size,
             num_classes=config.num_classes,
+            keep_ratio=config.keep_ratio,
             seed=config.seed,
         )
         return _Loaded(
@@ -245,6 +252,7 @@ class _Job:
             weights=model.weights,
             is_random=model.is_random,
             filters=model.spec.filters,
+            float_layers=model.spec.float_layers,
         )
 
     def graph(self, loaded: "_Loaded", golden: _Golden) -> "Graph":
@@ -261,6 +269,7 @@ class _Job:
             loaded.module,
             golden.inputs,
             calibration=calibration,
+            keep_float=loaded.float_layers,
             fft=self.config.fft,
             choose_form=lambda h, w, c: choose_form(self.target, h, w, c),
             progress=self.progress,
@@ -368,6 +377,7 @@ class _Loaded:
     weights: str
     is_random: bool
     filters: tuple[tuple[int, int, int], ...] = ()
+    float_layers: tuple[str, ...] = ()
 
 
 class _Dump:
