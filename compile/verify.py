@@ -32,7 +32,7 @@ from gfcompile.targets.onnx_values import dtype_of, shape_of
 from gfcompile.targets.target import Gpu, Target
 from gfcompile.targets.tvm import link
 from gfcompile.targets.tvm.emit import Artifact
-from gfcompile.targets.tvm.kernel import Dense, Patchify
+from gfcompile.targets.tvm.kernel import Dense
 from gfcompile.targets.tvm.partition import Program, Tensor
 from gfcompile.targets.tvm.plan import serialize
 from gfcompile.targets.tvm.standin.build import build_standin
@@ -172,26 +172,17 @@ def _tensor_info(tensor: Tensor) -> TensorInfo:
 
 
 def _values(program: Program, records: Sequence[TraceRecord]) -> dict[str, Array]:
-    """What one run wrote, by the name of the graph's value, patches put back into the image."""
+    """What one run wrote, by the name of the graph's value and in its layout."""
     values = {
         record.tensor.name: logical_values(record)
         for record in records
         if record.tensor.name in program.tensors
     }
-    for call in program.calls:
-        kernel = call.kernel
-        if isinstance(kernel, Patchify):
-            (name,) = call.writes.values()
-            patches = values[name].reshape(
-                kernel.batch,
-                kernel.grid_h,
-                kernel.grid_w,
-                kernel.channels,
-                kernel.patch_h,
-                kernel.patch_w,
-            )
-            values[name] = patches.transpose(0, 3, 1, 4, 2, 5)
-    return values
+    stored = {
+        name: values[tensor].reshape(-1)[places]
+        for name, (tensor, places) in program.stored_in.items()
+    }
+    return values | stored
 
 
 def _last_scale(program: Program) -> float:

@@ -87,13 +87,16 @@ def _relax_module(
 ) -> tvm.IRModule:
     ops = ", ".join(sorted({node.op_type for node in nodes}))
     graph = onnx.helper.make_graph(
-        [ir.to_proto(node) for node in nodes],
+        [proto for node in nodes for proto in _without_split(node)],
         "leftover",
         [_value_info(value) for value in inputs.values()],
         [_value_info(value) for value in outputs.values()],
         [
-            onnx.numpy_helper.from_array(np.asarray(constant(value)), name)
-            for name, value in constants.items()
+            *(
+                onnx.numpy_helper.from_array(np.asarray(constant(value)), name)
+                for name, value in constants.items()
+            ),
+            *(array for node in nodes for array in _split_bounds(node)),
         ],
     )
     graph_version = nodes[0].graph.opset_imports[""] if nodes[0].graph is not None else 20
@@ -108,6 +111,40 @@ def _relax_module(
         raise CompileError(
             f"TVM cannot lower one of these operators: {ops} ({reason[-1] if reason else error!r})"
         ) from error
+
+
+def _without_split(node: ir.Node) -> list[onnx.NodeProto]:
+    """The node; a Split as one Slice per output, since Relax would make a tuple of it."""
+    if node.op_type != "Split":
+        return [ir.to_proto(node)]
+    names = [_bounds(node, i)[0] for i in range(len(node.outputs))]
+    return [
+        onnx.helper.make_node(
+            "Slice",
+            [str(node.inputs[0].name), *(f"{name}/{part}" for part in ("start", "end", "axis"))],
+            [str(output.name)],
+        )
+        for name, output in zip(names, node.outputs, strict=True)
+        if node.inputs[0] is not None
+    ]
+
+
+def _split_bounds(node: ir.Node) -> list[onnx.TensorProto]:
+    if node.op_type != "Split":
+        return []
+    return [
+        onnx.numpy_helper.from_array(np.array([value], np.int64), f"{name}/{part}")
+        for name, *bounds in (_bounds(node, i) for i in range(len(node.outputs)))
+        for part, value in zip(("start", "end", "axis"), bounds, strict=True)
+    ]
+
+
+def _bounds(split: ir.Node, index: int) -> tuple[str, int, int, int]:
+    """A name for one output of a Split, and what it is of the input: start, end and axis."""
+    axis = split.attributes.get_int("axis", 0)
+    sizes = [shape_of(output)[axis] for output in split.outputs]
+    start = sum(sizes[:index])
+    return f"{split.outputs[index].name}/slice", start, start + sizes[index], axis
 
 
 def _value_info(value: ir.Value) -> onnx.ValueInfoProto:
