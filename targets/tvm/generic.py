@@ -86,18 +86,14 @@ def _relax_module(
     outputs: Mapping[str, ir.Value],
 ) -> tvm.IRModule:
     ops = ", ".join(sorted({node.op_type for node in nodes}))
+    arrays = {name: np.asarray(constant(value)) for name, value in constants.items()}
+    protos = [proto for node in nodes for proto in _plain(node, arrays)]
     graph = onnx.helper.make_graph(
-        [proto for node in nodes for proto in _without_split(node)],
+        protos,
         "leftover",
         [_value_info(value) for value in inputs.values()],
         [_value_info(value) for value in outputs.values()],
-        [
-            *(
-                onnx.numpy_helper.from_array(np.asarray(constant(value)), name)
-                for name, value in constants.items()
-            ),
-            *(array for node in nodes for array in _split_bounds(node)),
-        ],
+        [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()],
     )
     graph_version = nodes[0].graph.opset_imports[""] if nodes[0].graph is not None else 20
     model = onnx.helper.make_model(
@@ -113,38 +109,37 @@ def _relax_module(
         ) from error
 
 
-def _without_split(node: ir.Node) -> list[onnx.NodeProto]:
-    """The node; a Split as one Slice per output, since Relax would make a tuple of it."""
-    if node.op_type != "Split":
+def _plain(node: ir.Node, arrays: dict[str, Array]) -> list[onnx.NodeProto]:
+    """The node; what takes whole ranges out of a tensor as Slice and Reshape.
+
+    Relax makes a tuple of a Split, which is no kernel, and guards a Gather of one constant index
+    against indices out of bounds.
+
+    Args:
+        arrays: constants that the replacement needs are added here.
+    """
+    axis = node.attributes.get_int("axis", 0)
+    source = node.inputs[0]
+    index = constant(node.inputs[1]) if node.op_type == "Gather" else None
+    if source is None or not (node.op_type == "Split" or (index is not None and index.size == 1)):
         return [ir.to_proto(node)]
-    names = [_bounds(node, i)[0] for i in range(len(node.outputs))]
-    return [
-        onnx.helper.make_node(
-            "Slice",
-            [str(node.inputs[0].name), *(f"{name}/{part}" for part in ("start", "end", "axis"))],
-            [str(output.name)],
-        )
-        for name, output in zip(names, node.outputs, strict=True)
-        if node.inputs[0] is not None
-    ]
-
-
-def _split_bounds(node: ir.Node) -> list[onnx.TensorProto]:
-    if node.op_type != "Split":
-        return []
-    return [
-        onnx.numpy_helper.from_array(np.array([value], np.int64), f"{name}/{part}")
-        for name, *bounds in (_bounds(node, i) for i in range(len(node.outputs)))
-        for part, value in zip(("start", "end", "axis"), bounds, strict=True)
-    ]
-
-
-def _bounds(split: ir.Node, index: int) -> tuple[str, int, int, int]:
-    """A name for one output of a Split, and what it is of the input: start, end and axis."""
-    axis = split.attributes.get_int("axis", 0)
-    sizes = [shape_of(output)[axis] for output in split.outputs]
-    start = sum(sizes[:index])
-    return f"{split.outputs[index].name}/slice", start, start + sizes[index], axis
+    if index is None:
+        sizes = [shape_of(output)[axis] for output in node.outputs]
+    else:
+        at = int(index.reshape(-1)[0]) % shape_of(source)[axis]
+        sizes = [1]
+    protos = []
+    for i, output in enumerate(node.outputs):
+        start = sum(sizes[:i]) if index is None else at
+        name = str(output.name)
+        values = {"start": [start], "end": [start + sizes[i]], "axis": [axis]}
+        values["shape"] = list(shape_of(output))
+        arrays |= {f"{name}/{key}": np.array(value, np.int64) for key, value in values.items()}
+        bounds = [f"{name}/{key}" for key in ("start", "end", "axis")]
+        make = onnx.helper.make_node
+        protos.append(make("Slice", [str(source.name), *bounds], [f"{name}/range"]))
+        protos.append(make("Reshape", [f"{name}/range", f"{name}/shape"], [name]))
+    return protos
 
 
 def _value_info(value: ir.Value) -> onnx.ValueInfoProto:
