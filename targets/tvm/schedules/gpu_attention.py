@@ -132,15 +132,19 @@ def _stride(length: int) -> int:
 
 
 def _tiles(kernel: Attention, mode: Mode) -> Iterator[Tile]:
-    # Channels at a time: all there are, if few.
-    depth = kernel.dim // 4 if mode == "dp4a" else kernel.dim
-    wanted = (16, 32) if mode == "widened" else (8, 16, 32)  # not much under 32 bytes in a row
-    slices = sorted({min(size, -(-depth // 4) * 4) for size in wanted})
+    lanes = 4 if mode == "dp4a" else 1
+    # Channels at a time: not much under 32 bytes in a row, and all there are, if few.
+    depth = -(-kernel.dim // lanes)
+    wanted = (16, 32) if mode == "widened" else (8, 16, 32)
+    channel_slices = sorted({min(size, -(-depth // 4) * 4) for size in wanted})
+    # Values at a time: what adds the least padding, large slices first.
+    weights = -(-kernel.tokens // lanes)
+    value_slices = sorted(range(32, 3, -4), key=lambda size: -(-weights // size) * size)[:3]
     shapes = ((8, 8), (4, 16), (16, 8), (8, 16), (4, 32), (16, 16), (2, 16), (1, 32))
     for (ty, tx), tm, tn in itertools.product(shapes, range(1, 9), range(1, 9)):
         if ty * (tm - 1) >= kernel.tokens or tx * (tn - 1) >= kernel.tokens:
             continue  # whole rounds of rows or keys that do not exist
-        for groups, bk, bt in itertools.product((1, 2), slices, range(4, 33, 4)):
+        for groups, bk, bt in itertools.product((1, 2), channel_slices, value_slices):
             yield Tile(tm=tm, tn=tn, groups=groups, ty=ty, tx=tx, bk=bk, bt=bt)
 
 
@@ -211,7 +215,7 @@ def _registers(tile: Tile, kernel: Attention, mode: Mode, padded_tokens: int) ->
     long_sum = mode == "widened" and kernel.dim > _EXACT_PRODUCTS
     scores = tile.tm * tile.tn * (1 + long_sum) + 4 * tile.tm + 4 + tile.tn
     _, run_pieces = _runs(padded_tokens)
-    softmax = _rows_together(tile) * (4 * run_pieces + 3)
+    softmax = _rows_together(tile) * (4 * run_pieces + 3) + 16
     values = 4 * tile.groups * (tile.tm + 2) + 4 * tile.tm
     return -(-(max(scores, softmax, values) + 32) // 8) * 8
 
