@@ -14,6 +14,7 @@ from gfcompile.targets.tvm.kernel import (
     Dequantize,
     DftFilter,
     GatherRows,
+    InversePermutation,
     Kernel,
     LayerNorm,
     Patchify,
@@ -138,7 +139,11 @@ def _select_tokens(kernel: SelectTokens, a: Mapping[str, Array]) -> Array:
     scores = a["scores"].reshape(kernel.batch, kernel.tokens)
     best = np.argsort(-scores, axis=1, kind="stable")[:, : kernel.kept] + kernel.offset
     leading = np.tile(np.arange(kernel.leading), (kernel.batch, 1))
-    return np.concatenate([leading, best], axis=1).astype(np.int32)
+    return np.concatenate([leading, best], axis=1).astype(kernel.index)
+
+
+def _inverse_permutation(_kernel: InversePermutation, a: Mapping[str, Array]) -> Array:
+    return np.argsort(a["x"], axis=1)
 
 
 def _gather_rows(kernel: GatherRows, a: Mapping[str, Array]) -> Array:
@@ -165,6 +170,7 @@ _KERNELS: dict[type[Kernel], Callable[[Any, Mapping[str, Array]], Array]] = {
     TokenMean: _token_mean,
     Attention: _attention,
     SelectTokens: _select_tokens,
+    InversePermutation: _inverse_permutation,
     GatherRows: _gather_rows,
     Softmax: _softmax,
     Quantize: _quantize,

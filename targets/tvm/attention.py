@@ -243,8 +243,8 @@ def _operand_of(use: ir.Value) -> Operand | None:
     value = use
     while True:
         node = value.producer()
-        if node is None:
-            return None
+        if node is None or not is_standard(node, *_MOVES, "DequantizeLinear"):
+            return Operand(source=value, nodes=tuple(nodes), quantize=quantize)
         if is_standard(node, "DequantizeLinear"):
             source = _operand(node, 0).producer()
             if quantize is not None or source is None or not is_standard(source, "QuantizeLinear"):
@@ -254,11 +254,9 @@ def _operand_of(use: ir.Value) -> Operand | None:
             quantize = source
             nodes += [node, source]
             value = _operand(source, 0)
-        elif is_standard(node, *_MOVES):
+        else:
             nodes.append(node)
             value = _operand(node, 0)
-        else:
-            return Operand(source=value, nodes=tuple(nodes), quantize=quantize)
 
 
 def layout(use: ir.Value, source: ir.Value) -> Array:

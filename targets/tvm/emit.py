@@ -27,6 +27,7 @@ from gfcompile.targets.tvm.kernel import (
     DftFilter,
     GatherRows,
     Generic,
+    InversePermutation,
     Kernel,
     LayerNorm,
     Patchify,
@@ -195,8 +196,10 @@ def kernel_name(kernel: Kernel) -> str:
             return f"attention_{shape}_{_short(kernel.x)}{suffix}"
         case SelectTokens():
             # Leading rows and their offset are part of what is computed.
-            extra = f"{kernel.leading}_{kernel.offset}"
+            extra = f"{kernel.leading}_{kernel.offset}_{kernel.index}"
             return f"select_{kernel.batch}x{kernel.tokens}to{kernel.kept}_{extra}"
+        case InversePermutation():
+            return f"inverse_permutation_{kernel.batch}x{kernel.n}"
         case GatherRows():
             return f"gather_{kernel.batch}x{kernel.tokens}to{kernel.kept}x{kernel.n}"
         case Softmax():

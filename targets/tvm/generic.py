@@ -100,13 +100,31 @@ def _relax_module(
         graph, opset_imports=[onnx.helper.make_opsetid("", graph_version)]
     )
     try:
-        return relax.get_pipeline("zero")(from_onnx(model))
+        return relax.get_pipeline("zero")(_SafeTake.rewrite(from_onnx(model)))
     except Exception as error:
         # TVM raises whatever its front end meets: KeyError, InternalError, OpNotImplemented.
         reason = str(error).strip().splitlines()
         raise CompileError(
             f"TVM cannot lower one of these operators: {ops} ({reason[-1] if reason else error!r})"
         ) from error
+
+
+@relax.expr_functor.mutator
+class _SafeTake(relax.PyExprMutator):  # type: ignore[misc]
+    """Gathers that clamp an index out of bounds: TVM's default reads whatever lies there."""
+
+    @staticmethod
+    def rewrite(module: tvm.IRModule) -> tvm.IRModule:
+        mutator = _SafeTake(module)
+        main = mutator.visit_expr(module["main"])
+        mutator.builder_.update_func(module.get_global_var("main"), main)
+        return mutator.builder_.get()
+
+    def visit_call_(self, call: tvm.ir.Call) -> tvm.ir.Call:
+        call = self.visit_expr_post_order(call)
+        if getattr(call.op, "name", "") != "relax.take":
+            return call
+        return relax.op.take(call.args[0], call.args[1], call.attrs.axis, mode="clip")
 
 
 def _plain(node: ir.Node, arrays: dict[str, Array]) -> list[onnx.NodeProto]:

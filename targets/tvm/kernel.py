@@ -152,7 +152,7 @@ class SelectTokens:
     Equal scores keep the order of their indices. `offset` is added to every index; with `leading`
     l, the indices 0 ... l - 1 come first (class tokens, which are always kept).
 
-    Arguments: scores (batch, tokens) float32; y (batch, leading + kept) int32.
+    Arguments: scores (batch, tokens) float32; y (batch, leading + kept) of `index`.
     """
 
     batch: int
@@ -160,6 +160,19 @@ class SelectTokens:
     kept: int
     offset: int = 0
     leading: int = 0
+    index: Literal["int32", "int64"] = "int32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InversePermutation:
+    """y[b, x[b, i]] = i: where each of n things went.
+
+    Arguments: x (batch, n) int64, a permutation of 0 ... n - 1 per row (anything else is clamped:
+    no access out of bounds); y (batch, n) int64.
+    """
+
+    batch: int
+    n: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +233,7 @@ Kernel = (
     | TokenMean
     | Attention
     | SelectTokens
+    | InversePermutation
     | GatherRows
     | Softmax
     | Quantize

@@ -37,6 +37,7 @@ from gfcompile.targets.tvm.kernel import (
     DftFilter,
     GatherRows,
     Half,
+    InversePermutation,
     Kernel,
     LayerNorm,
     Patchify,
@@ -491,6 +492,7 @@ class _Partitioner:
         """TopK, whatever moves its indices, and the Gather of the rows that they name."""
         match = match_selection(node)
         if match is None:
+            self.indices(node)
             return
         gather = match.covered[-1]
         chosen = f"{node.outputs[1].name}_rows"
@@ -521,6 +523,52 @@ class _Partitioner:
             writes={"y": self.tensor(gather.outputs[0])},
         )
         self.calls[gather] = [select, rows]
+
+    def indices(self, node: ir.Node) -> None:
+        """TopK whose indices go elsewhere than into one Gather of rows."""
+        if not is_standard(node, "TopK") or node.outputs[0].consumers():
+            return
+        scores = _input(node, 0)
+        shape = shape_of(scores)
+        if self.is_inversion(node):
+            self.claimed.add(node)
+            self.calls[node] = [
+                Call(
+                    kernel=InversePermutation(batch=math.prod(shape[:-1]), n=shape[-1]),
+                    label=_label(node),
+                    reads={"x": self.tensor(scores)},
+                    writes={"y": self.tensor(node.outputs[1])},
+                )
+            ]
+            return
+        last = node.attributes.get_int("axis", -1) in (-1, len(shape) - 1)
+        if not last or node.attributes.get_int("largest", 1) != 1:
+            return
+        kept = shape_of(node.outputs[1])[-1]
+        self.claimed.add(node)
+        self.calls[node] = [
+            Call(
+                kernel=SelectTokens(
+                    batch=math.prod(shape[:-1]), tokens=shape[-1], kept=kept, index="int64"
+                ),
+                label=_label(node),
+                reads={"scores": self.tensor(scores)},
+                writes={"y": self.tensor(node.outputs[1])},
+            )
+        ]
+
+    def is_inversion(self, node: ir.Node) -> bool:
+        """Whether a TopK puts all of another TopK's indices into order: their inverse."""
+        order = _input(node, 0)
+        source = order.producer()
+        return (
+            source is not None
+            and is_standard(source, "TopK")
+            and order is source.outputs[1]
+            and shape_of(order) == shape_of(_input(source, 0)) == shape_of(node.outputs[1])
+            and node.attributes.get_int("largest", 1) == 0
+            and node.attributes.get_int("axis", -1) in (-1, len(shape_of(order)) - 1)
+        )
 
     def softmax(self, node: ir.Node) -> None:
         if not is_standard(node, "Softmax"):

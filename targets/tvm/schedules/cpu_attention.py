@@ -16,7 +16,7 @@ points are subtracted before it instead.
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -477,145 +477,234 @@ def _add_columns(
 
 def _attention(plan: _Plan, temps: Any, names: Sequence[str]) -> Any:
     """All after the layout."""
-    kernel, storage = plan.kernel, plan.storage
-    tokens, dim, rows = kernel.tokens, kernel.dim, plan.rows
+    kernel, rows = plan.kernel, plan.rows
     tiles = kernel.batch * kernel.heads * plan.row_tiles
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("attention")
         I.func_attr({"tirx.noalias": True})
         buffers = _buffers(plan, temps, names)
-        params, quant = buffers["params"], buffers.get("quant")
         with I.parallel(plan.workers) as worker:
             first = worker * tiles // plan.workers
             last = (worker + 1) * tiles // plan.workers
-            with I.serial(first, last) as tile:
-                task = I.bind(tile // plan.row_tiles)
-                start = tile % plan.row_tiles * rows
-                start = tirx.min(start, tokens - rows) if tokens % rows else start
-                row = I.bind(task // kernel.heads * tokens + start)
-                column = I.bind(task % kernel.heads * dim)
-                _scores(plan, buffers, task, worker, row, column)
-                # What a row of p @ v is to be multiplied with (float), or v_zero * sum(p) (int8).
-                finals = registers(rows, "int32" if kernel.x == "int8" else "float32")
-                with I.serial(rows) as r:
-                    _softmax(plan, buffers, worker, r, finals)
-
-                def finish(acc: Expr, r: int, finals: Buffer = finals) -> Expr:
-                    if kernel.x == "int8":
-                        exact = acc if plan.widens else acc - finals[r]
-                        value = tirx.Cast("float32", exact) * params[4]
-                    else:
-                        value = acc * finals[r]
-                    return value if quant is None else quantize(value, quant, storage)
-
-                _values(plan, buffers, task, worker, row, column, finish)
+            with I.serial(first, last) as index:
+                task = I.bind(index // plan.row_tiles)
+                start = index % plan.row_tiles * rows
+                if kernel.tokens % rows:  # the last tile overlaps the one before
+                    start = tirx.min(start, kernel.tokens - rows)
+                tile = _RowTile(
+                    plan=plan,
+                    buffers=buffers,
+                    task=task,
+                    worker=worker,
+                    row=I.bind(task // kernel.heads * kernel.tokens + start),
+                    column=I.bind(task % kernel.heads * kernel.dim),
+                )
+                tile.score()
+                tile.combine(tile.softmax())
     return builder.get()
 
 
-def _scores(
-    plan: _Plan, buffers: dict[str, Buffer], task: Expr, worker: Expr, row: Expr, column: Expr
-) -> None:
-    """q @ k.T of one tile of rows, into s."""
-    kernel, product = plan.kernel, plan.product
-    s, x = buffers["s"], buffers["x"]
-    if plan.widens:
-        q = buffers["q"]
-        zero = tirx.Cast("int16", _zero_point(buffers["params"], 1, plan.storage))
-        width = min(16, kernel.dim & -kernel.dim)
-        blocks = kernel.dim // width
-        with I.serial(plan.rows) as r, I.serial(blocks) as i, I.vectorized(width) as lane:
-            value = tirx.Cast("int16", x[row + r, column + i * width + lane]) - zero
-            I.buffer_store(q, value, [worker, r, i * width + lane])
-        left = _View(q, lambda r, k: [worker, r, k])
-    else:
-        left = _View(x, lambda r, k: [row + r, column + k])
-    bias = _View(buffers["k_bias"], lambda at: [task, at]) if plan.sums_keys else _Filled(0)
-    for segment in plan.scores:
-        with I.serial(segment.panels) as panel:
-            at = I.bind((segment.first + panel * segment.vectors) * product.columns)
-            sums = tile_sums(
-                left,
-                _columns(buffers["k"], task, product, segment),
-                bias,
-                0,
-                panel,
-                at,
-                plan.score_groups * product.group,
-                product,
-                Tile(rows=plan.rows, vectors=segment.vectors),
-            )
+@dataclass(frozen=True, kw_only=True)
+class _RowTile:
+    """What is built for one tile of rows of one head.
+
+    Attributes:
+        task: the head, counted over the images.
+        row: of x and y, in which the tile begins.
+        column: of y, and of the queries in x, in which the head begins.
+    """
+
+    plan: _Plan
+    buffers: Mapping[str, Buffer]
+    task: Expr
+    worker: Expr
+    row: Expr
+    column: Expr
+
+    def score(self) -> None:
+        """s = q @ k.T, masked where there are no tokens."""
+        plan, product = self.plan, self.plan.product
+        queries = self._widened_queries() if plan.widens else self._queries()
+        bias: _View | _Filled = _Filled(0)
+        if plan.sums_keys:
+            bias = _View(self.buffers["k_bias"], lambda at: [self.task, at])
+        k = plan.score_groups * product.group
+        for segment, first, sums in self._products(plan.scores, queries, "k", bias, k):
             for r in range(plan.rows):
-                for lane0 in range(0, segment.vectors * product.columns, product.lanes):
+                for at in range(0, segment.vectors * product.columns, product.lanes):
                     with I.vectorized(product.lanes) as lane:
-                        value = tirx.Cast("float32", sums[r][lane0 + lane])
-                        if lane0 + product.lanes > segment.width:
-                            present = lane0 + lane < segment.width
+                        value = tirx.Cast("float32", sums[r][at + lane])
+                        if at + product.lanes > segment.width:
+                            present = at + lane < segment.width
                             value = tirx.Select(present, value, float32(_MASKED))
-                        I.buffer_store(s, value, [worker, r, at + lane0 + lane])
+                        I.buffer_store(
+                            self.buffers["s"], value, [self.worker, r, first + at + lane]
+                        )
 
+    def softmax(self) -> Buffer:
+        """s into exponentials or, for int8, into p.
 
-def _softmax(
-    plan: _Plan, buffers: dict[str, Buffer], worker: Expr, r: Expr, finals: Buffer
-) -> None:
-    """Row r of s into exponentials or, for int8, into p; and what the row's result needs."""
-    lanes, s = plan.product.lanes, buffers["s"]
-    wide = min(_SOFTMAX_VECTORS * lanes, plan.score_columns)
-    peaks, sums = registers(wide, "float32"), registers(wide, "float32")
+        Returns:
+            For each row, what its p @ v is to be multiplied by (float) or lessened by (int8).
+        """
+        # One pass over all rows after the other: each row of a pass ends in a long chain of
+        # dependent operations, which the next row hides.
+        s, exact = self.buffers["s"], self.plan.kernel.x == "int8"
+        factors = registers(self.plan.rows, "float32")
 
-    def each_vector(body: Callable[[Expr, int], None]) -> None:
-        """`body(column, width)` over the whole row."""
-        full, rest = divmod(plan.score_columns, wide)
-        with I.serial(full) as i:
-            body(i * wide, wide)
-        for i in range(0, rest, lanes):
-            body(full * wide + i, lanes)
+        def score(r: Expr, at: Expr) -> Expr:
+            return s[self.worker, r, at]
 
-    def highest(at: Expr, width: int) -> None:
-        with I.vectorized(width) as lane:
-            I.buffer_store(peaks, tirx.max(peaks[lane], s[worker, r, at + lane]), [lane])
+        def exponential(r: Expr, at: Expr) -> Expr:
+            return exp2((s[self.worker, r, at] - factors[r]) * scale)
 
-    def exponential(at: Expr, width: int) -> None:
-        with I.vectorized(width) as lane:
-            value = exp2((s[worker, r, at + lane] - peak) * scale)
-            I.buffer_store(s, value, [worker, r, at + lane])
-        with I.vectorized(width) as lane:
-            I.buffer_store(sums, sums[lane] + s[worker, r, at + lane], [lane])
+        def keep_exponential(r: Expr, at: Expr, value: Expr) -> None:
+            I.buffer_store(s, value, [self.worker, r, at])
 
-    with I.vectorized(wide) as lane:
-        I.buffer_store(peaks, float32(_MASKED), [lane])
-    with I.vectorized(wide) as lane:
-        I.buffer_store(sums, float32(0), [lane])
-    each_vector(highest)
-    peak = I.bind(_folded(peaks, wide, lanes, tirx.max))
-    scale = I.bind(buffers["params"][0] * float32(LOG2_E))
-    each_vector(exponential)
-    total = _folded(sums, wide, lanes, operator.add)
-    if plan.kernel.x == "float32":
-        I.buffer_store(finals, float32(1) / total, [r])
-        return
+        self._reduce_rows(
+            float32(_MASKED),
+            tirx.max,
+            score,
+            None,
+            lambda r, peak: I.buffer_store(factors, peak, [r]),
+        )
+        scale = I.bind(self.buffers["params"][0] * float32(LOG2_E))
+        whole = float32(256 if exact else 1)
+        self._reduce_rows(
+            float32(0),
+            operator.add,
+            exponential,
+            keep_exponential,
+            lambda r, total: I.buffer_store(factors, whole / total, [r]),
+        )
+        return self._levels(factors) if exact else factors
 
-    p, levels = buffers["p"], I.bind(float32(256) / total)
-    counts = registers(wide, "int32")
+    def _levels(self, factors: Buffer) -> Buffer:
+        """p = exponentials times factors, rounded; returns v_zero times the sum of each row's."""
+        s, p, dtype = self.buffers["s"], self.buffers["p"], self.plan.product.x_dtype
+        moved = registers(self.plan.rows, "int32")
+        v_zero = tirx.Cast("int32", self.buffers["params"][3])
 
-    def level(at: Expr, width: int) -> None:
-        with I.vectorized(width) as lane:
-            clipped = tirx.min(s[worker, r, at + lane] * levels, float32(255))
-            I.buffer_store(
-                s, tirx.reinterpret("float32", round_to_int32(clipped)), [worker, r, at + lane]
-            )
-        with I.vectorized(width) as lane:
-            count = tirx.reinterpret("int32", s[worker, r, at + lane])
-            I.buffer_store(counts, counts[lane] + count, [lane])
-        with I.vectorized(width) as lane:
-            stored = tirx.reinterpret("int32", s[worker, r, at + lane]) + plan.p_offset
-            I.buffer_store(p, tirx.Cast(plan.product.x_dtype, stored), [worker, r, at + lane])
+        def level(r: Expr, at: Expr) -> Expr:
+            return round_to_int32(tirx.min(s[self.worker, r, at] * factors[r], float32(255)))
 
-    with I.vectorized(wide) as lane:
-        I.buffer_store(counts, 0, [lane])
-    each_vector(level)
-    count = _folded(counts, wide, lanes, operator.add)
-    v_zero = tirx.Cast("int32", buffers["params"][3])
-    I.buffer_store(finals, count * v_zero, [r])
+        def keep(r: Expr, at: Expr, value: Expr) -> None:
+            stored = tirx.Cast(dtype, value + self.plan.p_offset)
+            I.buffer_store(p, stored, [self.worker, r, at])
+
+        self._reduce_rows(
+            tirx.const(0, "int32"),
+            operator.add,
+            level,
+            keep,
+            lambda r, total: I.buffer_store(moved, total * v_zero, [r]),
+        )
+        return moved
+
+    def combine(self, finals: Buffer) -> None:
+        """y = p @ v, finished."""
+        plan, kernel, product = self.plan, self.plan.kernel, self.plan.product
+        params, quant = self.buffers["params"], self.buffers.get("quant")
+
+        def finish(acc: Expr, r: int) -> Expr:
+            if kernel.x == "float32":
+                value = acc * finals[r]
+            else:
+                exact = acc if plan.widens else acc - finals[r]
+                value = tirx.Cast("float32", exact) * params[4]
+            return value if quant is None else quantize(value, quant, plan.storage)
+
+        p = _View(
+            self.buffers["p" if kernel.x == "int8" else "s"], lambda r, k: [self.worker, r, k]
+        )
+        bias: _View | _Filled = _Filled(0)
+        if plan.p_offset:
+            bias = _View(self.buffers["v_bias"], lambda at: [self.task, at])
+        k = plan.value_groups * product.group
+        for segment, first, sums in self._products(plan.values, p, "v", bias, k):
+            vector = epilogue_width(segment.width, product.lanes, kernel.out)
+            for r in range(plan.rows):
+                for begin in range(0, segment.width, vector):
+                    at = min(begin, segment.width - vector)
+                    with I.vectorized(vector) as lane:
+                        I.buffer_store(
+                            self.buffers["y"],
+                            finish(sums[r][at + lane], r),
+                            [self.row + r, self.column + first + at + lane],
+                        )
+
+    def _queries(self) -> _View:
+        return _View(self.buffers["x"], lambda r, k: [self.row + r, self.column + k])
+
+    def _widened_queries(self) -> _View:
+        """The queries as int16, less their zero point."""
+        x, q, dim = self.buffers["x"], self.buffers["q"], self.plan.kernel.dim
+        zero = tirx.Cast("int16", _zero_point(self.buffers["params"], 1, self.plan.storage))
+        width = min(16, dim & -dim)
+        with (
+            I.serial(self.plan.rows) as r,
+            I.serial(dim // width) as i,
+            I.vectorized(width) as lane,
+        ):
+            value = x[self.row + r, self.column + i * width + lane]
+            at = [self.worker, r, i * width + lane]
+            I.buffer_store(q, tirx.Cast("int16", value) - zero, at)
+        return _View(q, lambda r, k: [self.worker, r, k])
+
+    def _products(
+        self,
+        segments: Sequence[_Segment],
+        left: _View,
+        weights: str,
+        bias: _View | _Filled,
+        k: int,
+    ) -> Iterator[tuple[_Segment, Expr, list[Buffer]]]:
+        """For each segment, within the loop over its panels: their first column, and sums."""
+        product = self.plan.product
+        for segment in segments:
+            columns = _columns(self.buffers[weights], self.task, product, segment)
+            tile = Tile(rows=self.plan.rows, vectors=segment.vectors)
+            with I.serial(segment.panels) as panel:
+                first = I.bind((segment.first + panel * segment.vectors) * product.columns)
+                yield (
+                    segment,
+                    first,
+                    tile_sums(left, columns, bias, 0, panel, first, k, product, tile),
+                )
+
+    def _reduce_rows(
+        self,
+        start: Expr,
+        combine: Callable[[Expr, Expr], Expr],
+        term: Callable[[Expr, Expr], Expr],
+        keep: Callable[[Expr, Expr, Expr], None] | None,
+        finish: Callable[[Expr, Expr], None],
+    ) -> None:
+        """`finish(row, its terms combined)`, after `keep(row, column, term)` for each of them."""
+        lanes, dtype = self.plan.product.lanes, start.ty.dtype
+        wide = min(_SOFTMAX_VECTORS * lanes, self.plan.score_columns)
+        full, rest = divmod(self.plan.score_columns, wide)
+        with I.serial(self.plan.rows) as r:
+            acc, terms = registers(wide, dtype), registers(wide, dtype)
+
+            def add(first: Expr, width: int) -> None:
+                with I.vectorized(width) as lane:
+                    I.buffer_store(terms, term(r, first + lane), [lane])
+                with I.vectorized(width) as lane:
+                    I.buffer_store(acc, combine(acc[lane], terms[lane]), [lane])
+                if keep is not None:
+                    with I.vectorized(width) as lane:
+                        keep(r, first + lane, terms[lane])
+
+            with I.vectorized(wide) as lane:
+                I.buffer_store(acc, start, [lane])
+            with I.serial(full) as i:
+                add(i * wide, wide)
+            for i in range(0, rest, lanes):
+                add(full * wide + i, lanes)
+            vectors = [acc.vload([at], f"{dtype}x{lanes}") for at in range(0, wide, lanes)]
+            total = functools.reduce(combine, vectors)
+            finish(r, fold_lanes(total, lanes, combine, dtype))
 
 
 def schedule_softmax(kernel: Softmax, cpu: Cpu, _storage: ActStorage) -> Scheduled:
@@ -655,47 +744,3 @@ def schedule_softmax(kernel: Softmax, cpu: Cpu, _storage: ActStorage) -> Schedul
                 y[row, full * lanes + i] = y[row, full * lanes + i] * factor
 
     return Scheduled(steps=(Step(func=softmax, args=("x", "y")),))
-
-
-def _folded(
-    buffer: Buffer, elements: int, lanes: int, combine: Callable[[Expr, Expr], Expr]
-) -> Expr:
-    """All elements of a small buffer, combined."""
-    vectors = [buffer.vload([at], f"{buffer.dtype}x{lanes}") for at in range(0, elements, lanes)]
-    return fold_lanes(functools.reduce(combine, vectors), lanes, combine, str(buffer.dtype))
-
-
-def _values(
-    plan: _Plan,
-    buffers: dict[str, Buffer],
-    task: Expr,
-    worker: Expr,
-    row: Expr,
-    column: Expr,
-    finish: Callable[[Expr, int], Expr],
-) -> None:
-    """p @ v of one tile of rows, finished, into y."""
-    kernel, product = plan.kernel, plan.product
-    p = buffers["p" if kernel.x == "int8" else "s"]
-    bias = _View(buffers["v_bias"], lambda at: [task, at]) if plan.p_offset else _Filled(0)
-    for segment in plan.values:
-        with I.serial(segment.panels) as panel:
-            at = I.bind((segment.first + panel * segment.vectors) * product.columns)
-            sums = tile_sums(
-                _View(p, lambda r, k: [worker, r, k]),
-                _columns(buffers["v"], task, product, segment),
-                bias,
-                0,
-                panel,
-                at,
-                plan.value_groups * product.group,
-                product,
-                Tile(rows=plan.rows, vectors=segment.vectors),
-            )
-            vector = epilogue_width(segment.width, product.lanes, kernel.out)
-            for r in range(plan.rows):
-                for begin in range(0, segment.width, vector):
-                    lane0 = min(begin, segment.width - vector)
-                    with I.vectorized(vector) as lane:
-                        value = finish(sums[r][lane0 + lane], r)
-                        I.buffer_store(buffers["y"], value, [row + r, column + at + lane0 + lane])

@@ -4,7 +4,14 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from gfcompile.targets.target import Cpu
-from gfcompile.targets.tvm.kernel import ActStorage, GatherRows, Scheduled, SelectTokens, Step
+from gfcompile.targets.tvm.kernel import (
+    ActStorage,
+    GatherRows,
+    InversePermutation,
+    Scheduled,
+    SelectTokens,
+    Step,
+)
 from gfcompile.targets.tvm.schedules.cpu_tiling import ceil_div, fitting_lanes, row_loop
 from gfcompile.targets.tvm.schedules.math import Expr, let
 
@@ -29,7 +36,7 @@ def schedule_select_tokens(kernel: SelectTokens, cpu: Cpu, _storage: ActStorage)
         scores: T.Buffer((batch, tokens), "float32"),
         keys: T.Buffer((batch, tokens), "int32"),
         ranks: T.Buffer((batch, tokens), "int32"),
-        y: T.Buffer((batch, leading + kept), "int32"),
+        y: T.Buffer((batch, leading + kept), kernel.index),
     ):
         T.func_attr({"tirx.noalias": True})
         for b in row_loop(batch, tokens * tokens):
@@ -50,10 +57,10 @@ def schedule_select_tokens(kernel: SelectTokens, cpu: Cpu, _storage: ActStorage)
                 for lane in T.vectorized(lanes):
                     ranks[b, i + lane] = counts[lane]
             for i in T.serial(leading):
-                y[b, i] = i
+                y[b, i] = T.Cast(kernel.index, i)
             for i in T.serial(tokens):
                 if ranks[b, i] < kept:
-                    y[b, leading + ranks[b, i]] = i + kernel.offset
+                    y[b, leading + ranks[b, i]] = T.Cast(kernel.index, i + kernel.offset)
 
     temps = dict.fromkeys(("keys", "ranks"), ("int32", (batch, tokens)))
     return Scheduled(
@@ -72,6 +79,22 @@ def _ordered(score: Expr) -> Expr:
         return tirx.Select(score == tirx.const(0.0, "float32"), tirx.const(0, "int32"), flipped)
 
     return let(tirx.reinterpret("int32", score), key)
+
+
+def schedule_inverse_permutation(
+    kernel: InversePermutation, _cpu: Cpu, _storage: ActStorage
+) -> Scheduled:
+    """One scattered store per element; far too few of them for more."""
+    batch, n = kernel.batch, kernel.n
+
+    @T.prim_func(s_tir=True)
+    def inverse_permutation(x: T.Buffer((batch, n), "int64"), y: T.Buffer((batch, n), "int64")):
+        T.func_attr({"tirx.noalias": True})
+        for b, i in T.grid(batch, n):
+            to: T.let = T.max(T.min(T.Cast("int32", x[b, i]), n - 1), 0)
+            y[b, to] = T.Cast("int64", i)
+
+    return Scheduled(steps=(Step(func=inverse_permutation, args=("x", "y")),))
 
 
 def schedule_gather_rows(kernel: GatherRows, cpu: Cpu, _storage: ActStorage) -> Scheduled:

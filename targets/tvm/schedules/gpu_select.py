@@ -6,7 +6,14 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from gfcompile.targets.target import Gpu
-from gfcompile.targets.tvm.kernel import ActStorage, GatherRows, Scheduled, SelectTokens, Step
+from gfcompile.targets.tvm.kernel import (
+    ActStorage,
+    GatherRows,
+    InversePermutation,
+    Scheduled,
+    SelectTokens,
+    Step,
+)
 from gfcompile.targets.tvm.schedules.gpu_dense import all_of, within
 from gfcompile.targets.tvm.schedules.math import float32, let
 
@@ -30,7 +37,7 @@ def schedule_select_tokens(kernel: SelectTokens, gpu: Gpu, storage: ActStorage) 
     @T.prim_func(s_tir=True)
     def select_tokens(
         scores: T.Buffer((batch, tokens), "float32"),
-        y: T.Buffer((batch, leading + kept), "int32"),
+        y: T.Buffer((batch, leading + kept), kernel.index),
     ):
         T.func_attr({"tirx.noalias": True})
         block = T.launch_thread("blockIdx.x", -(-max(tokens, leading) // _SELECT_THREADS))
@@ -58,9 +65,9 @@ def schedule_select_tokens(kernel: SelectTokens, gpu: Gpu, storage: ActStorage) 
                     "int32", keys[place] > own[0] or (keys[place] == own[0] and earlier)
                 )
         if token < tokens and rank[0] < kept:
-            y[image, leading + rank[0]] = token + offset
+            y[image, leading + rank[0]] = T.Cast(kernel.index, token + offset)
         if token < leading:
-            y[image, token] = token
+            y[image, token] = T.Cast(kernel.index, token)
 
     return Scheduled(steps=(Step(func=select_tokens, args=("scores", "y")),))
 
@@ -78,6 +85,26 @@ def order_key(score: Any) -> Any:
 
 def _int32(value: int) -> Any:
     return tirx.const(value, "int32")
+
+
+def schedule_inverse_permutation(
+    kernel: InversePermutation, _gpu: Gpu, _storage: ActStorage
+) -> Scheduled:
+    """A thread per element."""
+    batch, n = kernel.batch, kernel.n
+
+    @T.prim_func(s_tir=True)
+    def inverse_permutation(x: T.Buffer((batch, n), "int64"), y: T.Buffer((batch, n), "int64")):
+        T.func_attr({"tirx.noalias": True})
+        block = T.launch_thread("blockIdx.x", -(-n // _SELECT_THREADS))
+        row = T.launch_thread("blockIdx.y", batch)
+        thread = T.launch_thread("threadIdx.x", _SELECT_THREADS)
+        i: T.let = block * _SELECT_THREADS + thread
+        if i < n:
+            to: T.let = tirx.max(tirx.min(T.Cast("int32", x[row, i]), n - 1), 0)
+            y[row, to] = T.Cast("int64", i)
+
+    return Scheduled(steps=(Step(func=inverse_permutation, args=("x", "y")),))
 
 
 def schedule_gather_rows(kernel: GatherRows, gpu: Gpu, storage: ActStorage) -> Scheduled:  # noqa: ARG001
