@@ -121,12 +121,10 @@ def kernels() -> list[Attention]:
         Attention(batch=2, tokens=13, heads=2, dim=32),
         Attention(batch=1, tokens=37, heads=1, dim=20, out="int8"),
         Attention(batch=1, tokens=1, heads=3, dim=5),
-        Attention(batch=1, tokens=68, heads=1, dim=64),
         Attention(batch=2, tokens=13, heads=2, dim=32, x="int8"),
         Attention(batch=1, tokens=37, heads=1, dim=20, x="int8", out="int8"),
         Attention(batch=1, tokens=1, heads=3, dim=5, x="int8"),
         Attention(batch=1, tokens=68, heads=1, dim=64, x="int8", out="int8"),
-        Attention(batch=1, tokens=18, heads=2, dim=48, x="int8"),
     ]
 
 
@@ -203,7 +201,7 @@ SCALAR = re.compile(r"\b(v?(mul|add|sub|max|min|div)ss|f(mul|add|sub|maxnm|minnm
 
 
 @pytest.mark.parametrize("x", ["float32", "int8"])
-@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("cpu", ["sse", "avx2", "avx512_vnni", "a72", "a76"])
 def test_compiled_kernels_are_vectors_and_small(cpu: str, x: Act, tmp_path: Path) -> None:
     import tvm
 

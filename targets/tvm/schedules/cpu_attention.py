@@ -369,9 +369,9 @@ def _lay_out_keys(plan: _Plan, load: Callable[..., Expr], k: Buffer, task: Expr)
                 load(tirx.min(block * 4 + i, tokens - 1), units * (4 * group), 4 * group)
                 for i in range(4)
             ]
-            words = [_reinterpreted(value, f"{word}x4") for value in rows]
+            words = [T.reinterpret(value, dtype=f"{word}x4") for value in rows]
             for i, column in enumerate(_transposed(words)):
-                value = _reinterpreted(column, f"{plan.product.w_dtype}x{4 * group}")
+                value = T.reinterpret(column, dtype=f"{plan.product.w_dtype}x{4 * group}")
                 store(value, units * 4 + i, block * 4, 4 * group)
     else:
         with I.serial(tokens) as token, I.serial(plan.score_groups * group) as channel:
@@ -422,7 +422,7 @@ def _interleaved(rows: Sequence[Expr], dtype: str) -> list[Expr]:
     if len(rows) == 1:
         return list(rows)
     if len(rows) < 16:
-        lanes = 16 // len(rows) if len(rows) == 2 else 16
+        lanes = {2: 8, 4: 16}[len(rows)]
         order = [row * lanes + lane for lane in range(lanes) for row in range(len(rows))]
         return [T.Shuffle(list(rows), order)]
     # 16 x 16 bytes: first four rows at a time into words of a column, then words into columns.
@@ -438,10 +438,6 @@ def _interleaved(rows: Sequence[Expr], dtype: str) -> list[Expr]:
     for lane in range(4):
         columns += _transposed([parts[lane] for parts in words])
     return [T.reinterpret(column, dtype=f"{dtype}x16") for column in columns]
-
-
-def _reinterpreted(value: Expr, dtype: str) -> Expr:
-    return T.reinterpret(value, dtype=dtype)
 
 
 def _add_columns(
