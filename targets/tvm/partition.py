@@ -79,10 +79,21 @@ class Call:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Where the indices of a TopK are: `tensor` (batch, leading + k), each plus `offset`."""
+
+    graph_value: str
+    tensor: str
+    leading: int
+    offset: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Program:
     """A straight line of kernel calls over named tensors.
 
     Attributes:
+        selections: which tokens each TopK of the graph chose.
         stored_in: int8 values of the graph that have no tensor of their layout: the tensor that
             holds them, and the place of each element in it, as flat indices.
     """
@@ -92,6 +103,7 @@ class Program:
     tensors: Mapping[str, Tensor]
     calls: tuple[Call, ...]
     stored_in: Mapping[str, tuple[str, Array]] = field(default_factory=dict)
+    selections: tuple[Selection, ...] = ()
 
 
 def partition(model: ir.Model) -> Program:
@@ -133,6 +145,7 @@ class _Partitioner:
         self.calls: dict[ir.Node, list[Call]] = {}  # at the last node that a call covers
         self.tensors: dict[str, Tensor] = {}
         self.stored_in: dict[str, tuple[str, Array]] = {}
+        self.selections: list[Selection] = []
         # qkv products whose q, k and v are int8 with a scale of their own: name and `quant`.
         self.grouped: dict[ir.Value, tuple[str, Array]] = {}
 
@@ -172,6 +185,7 @@ class _Partitioner:
             tensors=self.tensors,
             calls=_live(calls, outputs),
             stored_in=self.stored_in,
+            selections=tuple(self.selections),
         )
 
     # Values
@@ -499,6 +513,14 @@ class _Partitioner:
         kept = match.leading + match.kept
         self.tensors[chosen] = Tensor(name=chosen, dtype="int32", shape=(match.batch, kept))
         self.claimed.update(match.covered)
+        self.selections.append(
+            Selection(
+                graph_value=str(node.outputs[1].name),
+                tensor=chosen,
+                leading=match.leading,
+                offset=match.offset,
+            )
+        )
         select = Call(
             kernel=SelectTokens(
                 batch=match.batch,
@@ -546,6 +568,8 @@ class _Partitioner:
             return
         kept = shape_of(node.outputs[1])[-1]
         self.claimed.add(node)
+        name = str(node.outputs[1].name)
+        self.selections.append(Selection(graph_value=name, tensor=name, leading=0, offset=0))
         self.calls[node] = [
             Call(
                 kernel=SelectTokens(
