@@ -199,7 +199,7 @@ def settle_as(
 def pack_int4(values: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
     """Integers of [-8, 7], flattened, two to a byte: the earlier one in the low half."""
     flat = values.reshape(-1)
-    assert flat.size == 0 or (-8 <= flat.min() and flat.max() <= 7), "more than four bits"
+    assert flat.size == 0 or (flat.min() >= -8 and flat.max() <= 7), "more than four bits"
     even = np.append(flat, np.int8(0)) if flat.size % 2 else flat
     halves = even.view(np.uint8) & 0x0F
     return np.asarray(halves[0::2] | (halves[1::2] << 4), np.uint8)

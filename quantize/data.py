@@ -5,6 +5,7 @@ number. So a run that is resumed, or shared by several processes, sees the same 
 """
 
 import csv
+import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,6 +48,11 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def fingerprint(self) -> str:
+        """A hash of names and labels, not of what the files hold."""
+        lines = [f"{path}\t{label}" for path, label in zip(self.paths, self.labels, strict=True)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
 
 def read_images(source: Path, *, classes: int, names: Sequence[str] = ()) -> LabelledImages:
     """The images of a folder with a folder for each class, or of a CSV of paths and labels.
@@ -74,11 +80,17 @@ def read_images(source: Path, *, classes: int, names: Sequence[str] = ()) -> Lab
             "or be a CSV with lines `path,label`"
         )
     labels = [label for _, label in samples]
-    if len(known) > classes or max(labels) >= classes or min(labels) < 0:
-        beyond = max(*labels, len(known) - 1) if min(labels) >= 0 else min(labels)
+    for label in (min(labels), max(labels)):
+        if not 0 <= label < classes:
+            raise UserError(
+                f"{source}: label {label} is outside of the model's head, which has {classes} "
+                f"classes (0 to {classes - 1}); use a checkpoint, or --num-classes, with more"
+            )
+    if source.is_dir() and not names and len(known) != classes:
+        # Folders are numbered by their names: with one missing, all labels after it are wrong.
         raise UserError(
-            f"{source}: label {beyond} is outside of the model's head, which has {classes} "
-            f"classes (0 to {classes - 1}); give --num-classes, or a checkpoint with that head"
+            f"{source}: {len(known)} class folders for a head of {classes} classes; for some of "
+            "the classes only, use a CSV with their numbers"
         )
     if len(set(labels)) < 2:
         raise UserError(f"{source}: all images are of one class; training needs at least two")
@@ -122,7 +134,8 @@ def _read_csv(source: Path, names: Sequence[str]) -> tuple[list[tuple[Path, int]
         known = list(names) or sorted(set(texts))
         labels = [_label(text, known, source) for text in texts]
     return [
-        (source.parent / row[0].strip(), label) for (_, row), label in zip(rows, labels, strict=True)
+        (source.parent / row[0].strip(), label)
+        for (_, row), label in zip(rows, labels, strict=True)
     ], known
 
 
@@ -130,7 +143,9 @@ def _label(name: str, known: Sequence[str], source: Path) -> int:
     try:
         return known.index(name)
     except ValueError:
-        raise UserError(f"{source}: class {name!r} is not among those of the training data") from None
+        raise UserError(
+            f"{source}: class {name!r} is not among those of the training data"
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +170,7 @@ class Images:
     files: LabelledImages
     transform: Transform
     max_corrupt: int = 10
-    on_corrupt: Callable[[str], None] = print
+    on_corrupt: Callable[[str], None] = lambda _: None
     threads: int = 4
     corrupt: dict[int, str] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -233,11 +248,14 @@ class Images:
         try:
             image = open_image(path)
             if rng is None:
-                return normalize(crop(image, self.transform), self.transform)[0]
-            return normalize(_random_crop(image, self.transform, rng, augment), self.transform)[0]
+                pixels = crop(image, self.transform)
+            else:
+                pixels = _random_crop(image, self.transform, rng, augment)
         except UserError as error:
             self._passed_over(index, str(error))
             return None
+        values: FloatArray = normalize(pixels, self.transform)[0]
+        return values
 
     def _passed_over(self, index: int, reason: str) -> None:
         with self._lock:

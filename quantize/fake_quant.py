@@ -48,11 +48,11 @@ class ActivationFakeQuant(ActivationObserver):
         self.forget()
         self.frozen = False
 
-    def freeze(self) -> None:
+    def freeze(self, device: torch.device) -> None:
         """Rounds, from now on, to what it settled on."""
         scale, zero_point = self.calculate_qparams()
-        self.scale.copy_(scale)
-        self.zero_point.copy_(zero_point)
+        self.scale = scale.to(device)
+        self.zero_point = zero_point.to(device, torch.int32)
         self.frozen = True
 
     def trained(self) -> QParams:
@@ -66,6 +66,7 @@ class WeightFakeQuant(WeightObserver):
     """The same for a weight, channel by channel."""
 
     scale: Tensor
+    zero_point: Tensor
 
     def __init__(
         self, scheme: TensorScheme, rule: RangeRule, *, learn: bool = False, **_spec: object
@@ -75,7 +76,7 @@ class WeightFakeQuant(WeightObserver):
         self.learn = learn
         # Theirs is a value per channel, so they come with the first weight.
         self.register_buffer("scale", None)
-        self.register_buffer("zeros", None, persistent=False)
+        self.register_buffer("zero_point", None)
         self.growth: nn.Parameter | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ class WeightFakeQuant(WeightObserver):
         low, high = self.scheme.low, self.scheme.high
         if self.growth is None:
             return torch.fake_quantize_per_channel_affine(
-                weight.float(), self.scale, self.zeros, self.ch_axis, low, high
+                weight.float(), self.scale, self.zero_point, self.ch_axis, low, high
             )
         shape = [1] * weight.ndim
         shape[self.ch_axis] = -1
@@ -101,9 +102,9 @@ class WeightFakeQuant(WeightObserver):
 
     def freeze(self, device: torch.device) -> None:
         """Rounds, from now on, to the scales that it has."""
-        scale, zeros = self.calculate_qparams()
+        scale, zero_point = self.calculate_qparams()
         self.scale = scale.to(device)
-        self.zeros = zeros.to(device, torch.int32)
+        self.zero_point = zero_point.to(device, torch.int32)
         if self.learn and self.growth is None:
             self.growth = nn.Parameter(torch.zeros_like(self.scale))
         self.frozen = True

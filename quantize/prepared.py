@@ -67,13 +67,19 @@ class Prepared:
             CompileError: a layer without usable values.
         """
         for layer in self.layers:
-            activation, weight = self.observers(layer)
-            chosen = activation.settle(layer.name)
+            self.observers(layer)[0].settle(layer.name)
             _check_finite(self.constant(layer, 1), f"the weight of {layer.name}")
             if layer.bias is not None:
-                bias = self.constant(layer, 2)
-                _check_finite(bias, f"the bias of {layer.name}")
-                weight.make_room_for_bias(bias, chosen.scale, self.scheme.bias_limit)
+                _check_finite(self.constant(layer, 2), f"the bias of {layer.name}")
+        self.make_room_for_biases()
+
+    def make_room_for_biases(self) -> None:
+        """Raises the scales of weights that are so small that their bias would be saturated."""
+        for layer in self.layers:
+            activation, weight = self.observers(layer)
+            if layer.bias is not None:
+                scale = activation.settle(layer.name).scale
+                weight.make_room_for_bias(self.constant(layer, 2), scale, self.scheme.bias_limit)
 
     def records(self) -> tuple[LayerQuant, ...]:
         """What was settled, layer by layer."""
