@@ -300,7 +300,6 @@ class _Training:
         self.step += 1
         mean_loss, top1, _ = means.tolist()
         self.progress.step(step=self.step, epoch=epoch + 1, loss=mean_loss, top1=top1, lr=rate)
-        return mean_loss, top1
 
     def _rate(self) -> float:
         """The learning rate: a line up, half a cosine down."""
