@@ -90,7 +90,9 @@ def copy_bundle(source: Path, output: Path) -> Bundle:
     check_output(output)
     manifest = read_manifest(source)
     with _sibling(output) as made:
-        shutil.copytree(source, made, dirs_exist_ok=True)
+        for name in (*manifest.files, MANIFEST_NAME):
+            (made / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, made / name)
         if _entries(made) != manifest.files:
             raise BundleError(f"{source} is not what its {MANIFEST_NAME} says; compile it again")
         _put_in_place(made, output)

@@ -138,10 +138,12 @@ def _print_ledger(ledger: Sequence[Mapping[str, Any]]) -> None:
     for entry in ledger:
         int8 = entry.get("int8")
         if int8 is not None:
+            # A count: 8 of ten million would round to 100%.
+            other = round((1 - int8["equal"]) * int8["values"])
             print(
-                f"{entry['stage']}: {int8['equal']:.3%} of {int8['values']:,} int8 activations "
-                f"equal, the rest at most {_count(int8['max_steps'], 'step')} off; "
-                f"logits {int8['logits_max_steps']:.2f} steps at most"
+                f"{entry['stage']}: {other:,} of {int8['values']:,} int8 activations differ, by "
+                f"{_count(int8['max_steps'], 'step')} at most; "
+                f"logits by {int8['logits_max_steps']:.2f} steps at most"
             )
 
 
@@ -149,7 +151,8 @@ def _next_step(bundle: "Bundle", target: "Target") -> str:
     import platform
 
     if target.gpu is not None:
-        return f"copy {bundle.path} to the board, and there: python3 {bundle.path.name}/gfrt.py"
+        name = bundle.path.name
+        return f"copy {bundle.path} to the board, and there: {name}/gfbench {name}"
     if target.cpu.arch == platform.machine():
         return f"gfcompile run {bundle.path} PHOTO"
     return f"gfcompile run {bundle.path} PHOTO --device qemu"
@@ -161,10 +164,14 @@ def _run(options: argparse.Namespace) -> None:
 
     results = []
     with load(options.bundle, device=options.device, threads=options.threads) as session:
+        weights = session.manifest.weights
+        if weights.startswith("random"):
+            _complain(f"note: weights are {weights}, the classes mean nothing")
         for image in options.images:
             top = session.classify(image, top=options.top)
             result = {
                 "image": str(image),
+                "weights": weights,
                 "device": options.device,
                 "top": [{"index": i, "label": label, "probability": p} for i, label, p in top],
             }

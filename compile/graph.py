@@ -174,28 +174,6 @@ def run(model: ir.Model, images: Sequence[Array]) -> list[Array]:
     return [np.asarray(runner.run([OUTPUT], {INPUT: image})[0]) for image in images]
 
 
-def run_with_activations(
-    model: ir.Model, images: Sequence[Array]
-) -> tuple[list[Array], list[Mapping[str, Array]]]:
-    """The logits of each image, and its int8 activations by name."""
-    watched = model.clone()
-    names = [
-        str(node.outputs[0].name)
-        for node in watched.graph
-        if node.op_type == "QuantizeLinear" and node.outputs[0].dtype == ir.DataType.INT8
-    ]
-    for node in watched.graph:
-        if str(node.outputs[0].name) in names:
-            watched.graph.outputs.append(node.outputs[0])
-    runner = session(watched)
-    logits, activations = [], []
-    for image in images:
-        result, *rest = runner.run([OUTPUT, *names], {INPUT: image})
-        logits.append(np.asarray(result))
-        activations.append({n: np.asarray(value) for n, value in zip(names, rest, strict=True)})
-    return logits, activations
-
-
 def _largest(logits: Sequence[Array]) -> float:
     return max(float(np.abs(values).max()) for values in logits)
 

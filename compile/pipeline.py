@@ -312,6 +312,7 @@ class _Job:
             versions=dict(toolchain()),
             extra={
                 "mcpu": target.cpu.mcpu,
+                "qemu_cpu": target.cpu.qemu_cpu,
                 "scheme": graph.scheme,
                 "layers": graph.layers,
                 "kept_float": graph.kept_float,

@@ -54,7 +54,7 @@ def _dense(kernel: Dense, a: Mapping[str, Array]) -> Array:
     if kernel.gelu:
         y = torch.nn.functional.gelu(torch.from_numpy(y)).numpy()
     if kernel.residual_rows:
-        residual = a["residual"].reshape(kernel.residual_rows, kernel.n)
+        residual = _weights(a["residual"]).reshape(kernel.residual_rows, kernel.n)
         y = y + np.tile(residual, (kernel.m // kernel.residual_rows, 1))
     return _finish(y, kernel.out, a)
 

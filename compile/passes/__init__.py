@@ -23,6 +23,7 @@ from gfcompile.compile.passes.recognise_global_filters import (
     recognise_global_filters,
 )
 from gfcompile.compile.passes.remove_dead_code import remove_dead_code
+from gfcompile.compile.passes.simplify import simplify
 from gfcompile.compile.passes.split_gemm import split_gemm
 
 __all__ = ["FftForm", "GlobalFilter", "Lowered", "lower"]
@@ -70,31 +71,24 @@ def lower(
     """
     model = model.clone()
     refusals: list[str] = []
-    filters: list[GlobalFilter] = []
 
     def choose(h: int, w: int, c: int) -> FftForm:
         return choose_form(h, w, c) if fft == "auto" else fft
 
-    def finish(stage: str) -> None:
-        remove_dead_code(model)
-        infer_shapes(model)
-        check_model(model)
-        if on_stage is not None:
-            on_stage(stage, model)
-
     # What is constant must be seen as such by all that follows, the filters' K above all.
     infer_shapes(model)
     fold_constants(model)
-    finish("folded")
+    _finish("folded", model, on_stage)
 
     # While the spectra are as the exporter wrote them. Whole filters first: a DFT is only lone if
     # no filter claims it.
     found, native = recognise_global_filters(model, choose, refusals.append)
-    filters.extend(found)
     if fft != "native":
         lower_lone_dfts(model, native, refusals.append)
-    finish("spectral")
+    _finish("spectral", model, on_stage)
 
+    # After the filters, whose chains it would rearrange, and without which it has less to do.
+    model = simplify(model, refusals.append)
     split_gemm(model, refusals.append)
     order_operands(model)
     # Constants take their final layout (Gemm has just left transposes behind), and only then the
@@ -104,10 +98,19 @@ def lower(
     fold_layer_scale(model)
     merge_layout_changes(model)
     fold_constants(model)
-    finish("canonical")
+    _finish("canonical", model, on_stage)
 
     if half_constants:
         # Last: folding would turn the constants back into float32.
         halve_constants(model, refusals.append)
-        finish("halved")
-    return Lowered(model=model, filters=tuple(filters), refusals=tuple(refusals))
+        _finish("halved", model, on_stage)
+    check_model(model)
+    return Lowered(model=model, filters=tuple(found), refusals=tuple(refusals))
+
+
+def _finish(stage: str, model: ir.Model, on_stage: Callable[[str, ir.Model], None] | None) -> None:
+    remove_dead_code(model)
+    infer_shapes(model)
+    if on_stage is not None:
+        check_model(model)
+        on_stage(stage, model)

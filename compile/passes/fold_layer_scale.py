@@ -19,6 +19,7 @@ from gfcompile.compile.passes.graph import (
     attribute,
     constant,
     input_of,
+    is_constant,
     only_consumer,
     replace,
     shape_of,
@@ -77,21 +78,14 @@ def _match(scale: ir.Node) -> _Layer | None:
 def _constant_operand(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
     """The operand of a commutative node that is constant, perhaps dequantized, and the other."""
     first, second = input_of(node, 0), input_of(node, 1)
-    if _is_constant(first):
+    if is_constant(first):
         return first, second
-    return (second, first) if _is_constant(second) else (None, None)
-
-
-def _is_constant(value: ir.Value) -> bool:
-    node = value.producer()
-    if node is not None and node.op_type == "DequantizeLinear":
-        return all(constant(part) is not None for part in node.inputs if part is not None)
-    return constant(value) is not None
+    return (second, first) if is_constant(second) else (None, None)
 
 
 def _can_scale(value: ir.Value, channels: int) -> bool:
     """Whether the constant `value`, its channels last, can take a factor per channel."""
-    if not _is_constant(value) or shape_of(value)[-1:] not in ((channels,), (1,)):
+    if not is_constant(value) or shape_of(value)[-1:] not in ((channels,), (1,)):
         return False
     node = value.producer()
     if node is None or node.op_type != "DequantizeLinear":

@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from gfcompile.compile.passes.graph import (
+    RESHAPING,
     Array,
     Builder,
     attribute,
@@ -21,14 +22,12 @@ from gfcompile.compile.passes.graph import (
     shape_of,
 )
 
-_RESHAPING = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Flatten"))
-
 
 def fold_transposes(model: ir.Model) -> bool:
     """Moves transposes and reshapes of dequantized constants of `model` into the constants."""
     modified = False
     for node in list(model.graph):
-        if node.op_type not in _RESHAPING | {"Transpose"} or node.inputs[0] is None:
+        if node.op_type not in RESHAPING | {"Transpose"} or node.inputs[0] is None:
             continue
         source = node.inputs[0].producer()
         if source is None or source.op_type != "DequantizeLinear":

@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 Array = npt.NDArray[Any]
 
-_RESHAPING = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Flatten"))
+# What changes the shape and nothing else.
+RESHAPING = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Flatten"))
 
 
 def constant(value: ir.Value | None) -> Array | None:
@@ -19,6 +20,14 @@ def constant(value: ir.Value | None) -> Array | None:
         return None
     tensor = ir.convenience.get_const_tensor(value)
     return None if tensor is None else tensor.numpy()
+
+
+def is_constant(value: ir.Value) -> bool:
+    """Whether `value` never changes: a constant, or a quantized one dequantized."""
+    node = value.producer()
+    if node is not None and node.op_type == "DequantizeLinear":
+        return all(constant(part) is not None for part in node.inputs if part is not None)
+    return constant(value) is not None
 
 
 def shape_of(value: ir.Value) -> tuple[int, ...]:
@@ -60,7 +69,7 @@ def _reshapes(value: ir.Value) -> Iterator[ir.Value]:
     """`value`, what it was reshaped from, and so on."""
     yield value
     node = value.producer()
-    while node is not None and node.op_type in _RESHAPING and node.domain == "":
+    while node is not None and node.op_type in RESHAPING and node.domain == "":
         value = input_of(node, 0)
         yield value
         node = value.producer()

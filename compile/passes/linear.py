@@ -20,10 +20,10 @@ from gfcompile.compile.passes.graph import Array, attribute, constant, input_of
 Signal = npt.NDArray[np.float64]
 
 # Linear in their first input, the others being constants.
-_IN_FIRST = frozenset(
-    ("DFT", "Div", "Neg", "Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
-    + ("Slice", "Gather", "Pad", "Expand", "Split", "ReduceSum")
+_SHAPING = frozenset(
+    ("Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Expand")
 )
+_IN_FIRST = _SHAPING | {"DFT", "Div", "Neg", "Gather", "Pad", "Split", "ReduceSum"}
 # Linear in either input, the other being a constant.
 _IN_EITHER = frozenset(("Mul", "MatMul"))
 # Linear in all inputs together; a constant among them must be zero.

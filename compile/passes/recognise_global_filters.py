@@ -118,15 +118,17 @@ def recognise_global_filters(
     """
     filters: list[GlobalFilter] = []
     native: set[ir.Node] = set()
+    ends: set[ir.Value] = set()  # of the chains that stay
     for y in list(_candidates(model.graph)):
         name = _name_of(y)
         try:
-            chain = _chain_to(y, model.graph)
+            chain = _chain_to(y, model.graph, ends)
             kernel, layout = _kernel_of(chain)
             form = choose_form(*layout.shape[1:])
             _, h, w, c = layout.shape
             if form == "native":
                 native.update(node for node in chain.nodes if node.op_type == "DFT")
+                ends.add(y)
             else:
                 _replace(model, chain, kernel, layout, form)
         except (_RefusedError, NotLinearError) as reason:
@@ -157,13 +159,13 @@ def _candidates(graph: ir.Graph) -> Iterator[ir.Value]:
                     pending[value] = ranks[0]
 
 
-def _chain_to(y: ir.Value, graph: ir.Graph) -> _Chain:
-    """The chain that ends in `y`.
+def _chain_to(y: ir.Value, graph: ir.Graph, ends: set[ir.Value]) -> _Chain:
+    """The chain that ends in `y` and reaches back to no other chain, which end in `ends`.
 
     Raises:
         _RefusedError, NotLinearError: there is none, because of the reason given.
     """
-    spectral = _spectral_values(graph)
+    spectral = _spectral_values(graph, ends)
     nodes: set[ir.Node] = set()
     sources: set[ir.Value] = set()
     pending = [y]
@@ -178,10 +180,11 @@ def _chain_to(y: ir.Value, graph: ir.Graph) -> _Chain:
     if len(sources) != 1:
         raise _RefusedError(f"it reads {len(sources)} inputs")
     (x,) = sources
+    # The inverse may count axes otherwise, if they were permuted in between.
     transforms = [dft_settings(node) for node in nodes if node.op_type == "DFT"]
-    if all(inverse for _, _, inverse, _ in transforms):
+    grid = tuple(sorted({axis for axis, _, inverse, _ in transforms if not inverse}))
+    if not grid:
         raise _RefusedError("there is no forward transform before the inverse one")
-    grid = tuple(sorted({axis for axis, _, _, _ in transforms}))
     if len(grid) > 2:
         raise _RefusedError(f"it transforms {len(grid)} axes")
     if math.prod(shape_of(x)) != math.prod(shape_of(y)):
@@ -189,13 +192,13 @@ def _chain_to(y: ir.Value, graph: ir.Graph) -> _Chain:
     return _Chain(x, y, tuple(node for node in graph if node in nodes), grid)
 
 
-def _spectral_values(graph: ir.Graph) -> set[ir.Value]:
-    """What depends on a DFT through nodes that may be linear: spectra, and what they become."""
+def _spectral_values(graph: ir.Graph, ends: set[ir.Value]) -> set[ir.Value]:
+    """What depends on a DFT through nodes that may be linear, and not by way of `ends`."""
     found: set[ir.Value] = set()
     for node in graph:
         follows = any(value in found for value in node.inputs)
         if node.op_type == "DFT" or (follows and may_be_linear(node)):
-            found.update(node.outputs)
+            found.update(value for value in node.outputs if value not in ends)
     return found
 
 
@@ -264,8 +267,9 @@ def _replace(
     assert last is not None
     stem = f"{chain.y.name}_filter"
     opset = model.opset_imports[""]
-    function = filter_function(form, h, w, opset)
-    model.functions.setdefault(function.identifier(), function)
+    identifier = (DOMAIN, function_name(form, h, w), "")
+    if identifier not in model.functions:
+        model.functions[identifier] = filter_function(form, h, w, opset)
     model.opset_imports.setdefault(DOMAIN, 1)
 
     build = Builder(last)

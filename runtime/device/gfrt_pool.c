@@ -1,5 +1,5 @@
-/* Worker threads that stay: a kernel's parallel loop is cut into one task for each of them. */
-#include <sched.h>
+/* Worker threads that stay. A kernel's parallel loop is cut into one task for each thread; which
+ * thread runs which task is open, so a thread that the system has put aside holds nobody up. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,8 +17,6 @@ typedef struct {
     gfi_caller caller; /* first: the kernel hands back a pointer to it */
     gfi_pool *pool;
     pthread_t thread;
-    int index;
-    int code; /* what its last task returned */
     char *workspace;
     size_t used;
     char message[256];
@@ -33,14 +31,17 @@ struct gfi_pool {
     worker *workers; /* number 0 is the calling thread */
     bool in_task;
 
-    /* The work at hand: written by the caller before it raises `round`. */
+    /* The loop at hand; it does not change while a task of it is open or running. */
     gfi_task task;
     void *closure;
     gfi_parallel group;
 
-    _Alignas(CACHE_LINE) atomic_uint round;
+    /* Number of the loop in the upper half, open tasks in the lower one. A thread takes a task by
+     * counting it down; a thread that comes late finds another number, and takes nothing. */
+    _Alignas(CACHE_LINE) atomic_uint_least64_t open;
+    _Alignas(CACHE_LINE) atomic_int finished;
+    atomic_int code; /* of a task that failed */
     atomic_bool stop;
-    _Alignas(CACHE_LINE) atomic_int pending;
     pthread_mutex_t mutex;
     pthread_cond_t wake, done;
 };
@@ -53,41 +54,61 @@ static void pause_briefly(void) {
 #endif
 }
 
-static int run_task(gfi_pool *pool, worker *w) {
-    return pool->table->call_task(&w->caller, pool->task, w->index, &pool->group, pool->closure);
+static uint32_t open_tasks(gfi_pool *pool) {
+    return (uint32_t)atomic_load_explicit(&pool->open, memory_order_acquire);
+}
+
+/* Runs open tasks until none is left. */
+static void run_tasks(gfi_pool *pool, worker *w) {
+    uint_least64_t open = atomic_load(&pool->open);
+    while ((uint32_t)open > 0) {
+        if (!atomic_compare_exchange_weak(&pool->open, &open, open - 1))
+            continue;
+        int tasks = pool->group.tasks;
+        int code = pool->table->call_task(&w->caller, pool->task, (int)(uint32_t)open - 1,
+                                          &pool->group, pool->closure);
+        if (code != 0)
+            atomic_store(&pool->code, code);
+        if (atomic_fetch_add(&pool->finished, 1) + 1 == tasks) {
+            pthread_mutex_lock(&pool->mutex);
+            pthread_cond_signal(&pool->done);
+            pthread_mutex_unlock(&pool->mutex);
+        }
+        open = atomic_load(&pool->open);
+    }
 }
 
 static void *work(void *argument) {
     worker *w = argument;
     gfi_pool *pool = w->pool;
-    unsigned seen = 0;
-    for (;;) {
-        for (int i = 0; i < SPINS && atomic_load_explicit(&pool->round, memory_order_acquire) == seen;
-             i++)
+    while (!atomic_load(&pool->stop)) {
+        for (int i = 0; i < SPINS && open_tasks(pool) == 0; i++)
             pause_briefly();
-        if (atomic_load_explicit(&pool->round, memory_order_acquire) == seen) {
+        if (open_tasks(pool) == 0) {
             pthread_mutex_lock(&pool->mutex);
-            while (atomic_load(&pool->round) == seen)
+            while (open_tasks(pool) == 0 && !atomic_load(&pool->stop))
                 pthread_cond_wait(&pool->wake, &pool->mutex);
             pthread_mutex_unlock(&pool->mutex);
         }
-        seen++;
-        if (atomic_load(&pool->stop))
-            return NULL;
-        if (w->index < pool->group.tasks)
-            w->code = run_task(pool, w);
-        if (atomic_fetch_sub(&pool->pending, 1) == 1) {
-            pthread_mutex_lock(&pool->mutex);
-            pthread_cond_signal(&pool->done);
-            pthread_mutex_unlock(&pool->mutex);
-        }
+        run_tasks(pool, w);
     }
+    return NULL;
 }
 
-static void start_round(gfi_pool *pool) {
+static void wake_all(gfi_pool *pool) {
     pthread_mutex_lock(&pool->mutex);
-    atomic_fetch_add_explicit(&pool->round, 1, memory_order_release);
     pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->mutex);
+}
+
+static void wait_for(gfi_pool *pool, int tasks) {
+    for (int i = 0; i < SPINS && atomic_load(&pool->finished) < tasks; i++)
+        pause_briefly();
+    if (atomic_load(&pool->finished) == tasks)
+        return;
+    pthread_mutex_lock(&pool->mutex);
+    while (atomic_load(&pool->finished) < tasks)
+        pthread_cond_wait(&pool->done, &pool->mutex);
     pthread_mutex_unlock(&pool->mutex);
 }
 
@@ -105,23 +126,15 @@ static int launch(gfi_caller *caller, gfi_task task, void *closure, int tasks) {
     pool->closure = closure;
     pool->group = (gfi_parallel){NULL, tasks};
     pool->in_task = true;
-    for (uint32_t i = 0; i < pool->threads; i++)
-        pool->workers[i].code = 0;
-    atomic_store(&pool->pending, (int)pool->threads - 1);
-    start_round(pool);
-    int code = run_task(pool, w);
-    for (int i = 0; i < SPINS && atomic_load_explicit(&pool->pending, memory_order_acquire); i++)
-        pause_briefly();
-    if (atomic_load_explicit(&pool->pending, memory_order_acquire)) {
-        pthread_mutex_lock(&pool->mutex);
-        while (atomic_load(&pool->pending))
-            pthread_cond_wait(&pool->done, &pool->mutex);
-        pthread_mutex_unlock(&pool->mutex);
-    }
+    atomic_store(&pool->finished, 0);
+    atomic_store(&pool->code, 0);
+    uint_least64_t number = (atomic_load(&pool->open) >> 32) + 1;
+    atomic_store(&pool->open, number << 32 | (uint32_t)tasks);
+    wake_all(pool);
+    run_tasks(pool, w);
+    wait_for(pool, tasks);
     pool->in_task = false;
-    for (uint32_t i = 1; i < pool->threads && code == 0; i++)
-        code = pool->workers[i].code;
-    return code;
+    return atomic_load(&pool->code);
 }
 
 static void *allocate(gfi_caller *caller, uint64_t size) {
@@ -197,16 +210,16 @@ gfrt_status gfi_pool_create(uint32_t threads, size_t workspace, const gfi_table 
     pool->workspaces = workspaces;
     pool->table = table;
     pool->workers = workers;
-    atomic_init(&pool->round, 0);
+    atomic_init(&pool->open, 0);
+    atomic_init(&pool->finished, 0);
+    atomic_init(&pool->code, 0);
     atomic_init(&pool->stop, false);
-    atomic_init(&pool->pending, 0);
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->wake, NULL);
     pthread_cond_init(&pool->done, NULL);
     for (uint32_t i = 0; i < threads; i++) {
         workers[i].caller = (gfi_caller){launch, allocate, release, complain};
         workers[i].pool = pool;
-        workers[i].index = (int)i;
         workers[i].workspace = workspaces ? workspaces + i * each : NULL;
     }
     for (pool->started = 1; pool->started < threads; pool->started++) {
@@ -225,7 +238,7 @@ gfrt_status gfi_pool_create(uint32_t threads, size_t workspace, const gfi_table 
 
 void gfi_pool_destroy(gfi_pool *pool) {
     atomic_store(&pool->stop, true);
-    start_round(pool);
+    wake_all(pool);
     for (uint32_t i = 1; i < pool->started; i++)
         pthread_join(pool->workers[i].thread, NULL);
     if (pool->workspaces)

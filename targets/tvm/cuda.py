@@ -168,8 +168,7 @@ def cuda_source(funcs: Mapping[str, Any], gpu: Gpu) -> tuple[str, dict[str, _Lau
     module = tvm.tirx.transform.BindTarget(target)(module)
     pipeline, _, finalize_device = tvm.tirx.get_default_tir_pipeline(target)
     _, device_modules = tvm_build.split_host_device_mods(pipeline(module))
-    (device,) = device_modules.values()
-    device = finalize_device()(device)
+    device = finalize_device()(next(iter(device_modules.values()), tvm.IRModule({})))
     device_funcs = {var.name_hint: func for var, func in device.functions.items()}
     launches = {name: _launch_of(name, funcs[name], device_funcs) for name in sorted(funcs)}
     symbols = {launch.symbol for launch in launches.values()}

@@ -16,19 +16,20 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 Act = Literal["float32", "int8"]
+Half = Literal["float32", "float16"]  # of a constant: how it is stored
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dense:
     """y = epilogue(x @ w): (m, k) x (k, n) -> (m, n).
 
-    The epilogue, in this order: times `scale` (int8 only), plus `bias`, GELU (exact, erf form),
+    The epilogue, in this order: plus `bias`, times `scale` (int8 only), GELU (exact, erf form),
     plus `residual` (row r % residual_rows of it), quantized when `out` is int8.
 
     Arguments: x (m, k); w, raw layout (k, n) float32 or int8; with int8 x: scale (n,) float32,
     and bias (n,) int32, which already holds minus zero point times column sums; with float x:
-    bias (n,) float32; with residual_rows: residual (residual_rows, n) float32; with int8 out:
-    quant (4,) float32, see `quant_args`; y (m, n).
+    bias (n,) float32; with residual_rows: residual (residual_rows, n), `residual_dtype` as
+    for DftFilter's k; with int8 out: quant (4,) float32, see `quant_args`; y (m, n).
     """
 
     m: int
@@ -37,6 +38,7 @@ class Dense:
     x: Act = "float32"
     gelu: bool = False
     residual_rows: int = 0
+    residual_dtype: Half = "float32"
     out: Act = "float32"
 
 
@@ -66,7 +68,7 @@ class DftFilter:
     h: int
     w: int
     c: int
-    k_dtype: Literal["float32", "float16"] = "float32"
+    k_dtype: Half = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ class CircularFilter:
     h: int
     w: int
     c: int
-    k_dtype: Literal["float32", "float16"] = "float32"
+    k_dtype: Half = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import gfcompile.runtime.device
 from gfcompile.runtime.errors import CompileError
 from gfcompile.targets.target import Cpu
+from gfcompile.targets.tvm.cortex_a53 import has_erratum_843419
 
 _RUNTIME = Path(gfcompile.runtime.device.__file__).parent
 _RUNTIME_SOURCES = (
@@ -42,7 +43,7 @@ _LINK_FLAGS = (
 
 # What our kernels may make LLVM use, by LLVM's name and by Linux's. AMX is not here: LLVM does not
 # use it by itself, and a kernel that does says so in its own plan.
-_LINUX_FEATURES = {
+LINUX_FEATURES = {
     "x86_64": {
         "ssse3": "ssse3",
         "sse4.1": "sse4_1",
@@ -99,7 +100,7 @@ def cpu_features(cpu: Cpu) -> tuple[str, ...]:
             "mattr": list(cpu.features),
         }
     )
-    known = _LINUX_FEATURES[cpu.arch]
+    known = LINUX_FEATURES[cpu.arch]
     have = {str(name) for name in tvm.target.codegen.llvm_get_cpu_features(target)}
     have |= {name[1:] for name in cpu.features if name.startswith("+")}
     have -= {name[1:] for name in cpu.features if name.startswith("-")}
@@ -133,34 +134,26 @@ def link_library(
         table.write_text(kernel_table(kernels, library_id=library_id, cuda=cuda))
         exports = Path(folder) / "exports.map"
         exports.write_text("{ global: gfrt_*; local: *; };\n")
-        _zig_cc(
+        _link(
             cpu,
+            output,
             "-shared",
             "-fPIC",
             "-fvisibility=hidden",
             f"-Wl,-soname,{output.name}",
             f"-Wl,--version-script={exports}",
             "-Wl,-z,defs",
-            *_LINK_FLAGS,
             *(str(_RUNTIME / name) for name in sources),
             str(table),
             *(str(path) for path in objects),
             *("-lm", "-lpthread", "-ldl"),
-            *("-o", str(output)),
         )
 
 
 def link_bench(cpu: Cpu, output: Path) -> None:
     """Writes the executable gfbench, which loads the library of the bundle it is given."""
-    _zig_cc(
-        cpu,
-        "-fPIE",
-        "-pie",
-        *_LINK_FLAGS,
-        *(str(_RUNTIME / name) for name in _BENCH_SOURCES),
-        "-ldl",
-        *("-o", str(output)),
-    )
+    sources = (str(_RUNTIME / name) for name in _BENCH_SOURCES)
+    _link(cpu, output, "-fPIE", "-pie", *sources, "-ldl")
 
 
 def kernel_table(kernels: Sequence[str], *, library_id: str, cuda: bool) -> str:
@@ -187,7 +180,28 @@ const gfi_device *const gfi_cuda = {device};
 """
 
 
-def _zig_cc(cpu: Cpu, *arguments: str) -> None:
+def _link(cpu: Cpu, output: Path, *arguments: str) -> None:
+    """Links `output`; for a Cortex-A53 so that its erratum 843419 cannot strike."""
+    with tempfile.TemporaryDirectory() as folder:
+        for shift in range(16):
+            padding = Path(folder) / f"padding{shift}.c"
+            # First in the order of linking, so that all other code moves on by 16 bytes.
+            padding.write_text(
+                f'__asm__(".section .text.padding,\\"axR\\"\\n.space {16 * shift}\\n.previous");\n'
+            )
+            first = [str(padding)] if shift else []
+            zig_cc(cpu, *first, *arguments, *_LINK_FLAGS, "-o", str(output))
+            if cpu.mcpu != "cortex-a53" or not has_erratum_843419(output.read_bytes()):
+                return
+    raise CompileError("no layout of the code avoids erratum 843419 of the Cortex-A53")
+
+
+def zig_cc(cpu: Cpu, *arguments: str) -> None:
+    """Runs the C compiler for `cpu` and its glibc, warnings as errors.
+
+    Raises:
+        CompileError: it refuses; the first error is in the message.
+    """
     command = [
         *(sys.executable, "-m", "ziglang", "cc"),
         *("-target", f"{cpu.arch}-linux-gnu.{cpu.glibc}"),

@@ -11,7 +11,6 @@ Views (Reshape and its kin) cost nothing: their output is another name for the s
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -34,6 +33,7 @@ from gfcompile.targets.tvm.kernel import (
     Dense,
     Dequantize,
     DftFilter,
+    Half,
     Kernel,
     LayerNorm,
     Patchify,
@@ -377,6 +377,7 @@ class _Partitioner:
         else:
             gelu = None
         residual_rows = 0
+        residual_dtype: Half = "float32"
         add = self.follower(product.result, "Add")
         operand = None if add is None else self.other_input(add, product.result)
         if add is not None and operand is not None:
@@ -385,7 +386,9 @@ class _Partitioner:
             whole = math.prod(shape_of(add.outputs[0])) == m * n and dtype_of(operand) == "float32"
             if whole and array is not None and shape_of(operand)[-1] == n and m % (size // n) == 0:
                 residual_rows = size // n
-                product.constants["residual"] = array.reshape(-1, n).astype(np.float32)
+                residual_dtype, product.constants["residual"] = _stored(
+                    operand, array.reshape(-1, n)
+                )
             elif whole and array is None and size == m * n:
                 residual_rows = m
                 reads["residual"] = self.tensor(operand)
@@ -400,6 +403,7 @@ class _Partitioner:
                 x=product.act,
                 gelu=gelu is not None,
                 residual_rows=residual_rows,
+                residual_dtype=residual_dtype,
                 out=out,
             ),
             reads,
@@ -446,28 +450,27 @@ class _Partitioner:
         )
 
     def global_filter(self, node: ir.Node) -> None:
-        if node.domain != "gfcompile":
+        forms: dict[str, type[DftFilter | CircularFilter]] = {
+            "GlobalFilterDft": DftFilter,
+            "GlobalFilterCircular": CircularFilter,
+        }
+        kernel_class = forms.get(node.op_type.split("_")[0])
+        if node.domain != "gfcompile" or kernel_class is None:
             return
         x = _input(node, 0)
         batch, h, w, c = shape_of(x)
-        kernel: Kernel
-        names: tuple[str, ...]
-        halves = all(_is_half(_input(node, i)) for i in range(1, len(node.inputs)))
-        k_dtype: Literal["float32", "float16"] = "float16" if halves else "float32"
-        if node.op_type.startswith("GlobalFilterDft_"):
-            kernel = DftFilter(batch=batch, h=h, w=w, c=c, k_dtype=k_dtype)
-            names = ("k_re", "k_im")
-        elif node.op_type.startswith("GlobalFilterCircular_"):
-            kernel = CircularFilter(batch=batch, h=h, w=w, c=c, k_dtype=k_dtype)
-            names = ("kernel",)
-        else:
-            raise CompileError(f"{node.name}: no kernel for the function {node.op_type}")
+        names = ("k_re", "k_im") if kernel_class is DftFilter else ("kernel",)
+        dtypes: set[Half] = set()
         constants: dict[str, Array] = {}
         for name, value in zip(names, node.inputs[1:], strict=True):
+            assert value is not None
             array = constant(value)
             if array is None:
                 raise CompileError(f"{node.name}: the filter's weights must be constants")
-            constants[name] = array.astype(np.float16).view(np.uint16) if halves else array
+            dtype, constants[name] = _stored(value, array)
+            dtypes.add(dtype)
+        (k_dtype,) = dtypes  # the passes store all of a filter alike
+        kernel = kernel_class(batch=batch, h=h, w=w, c=c, k_dtype=k_dtype)
         self.claimed.add(node)
         self.calls[node] = [
             Call(
@@ -595,13 +598,13 @@ def _is_patch_conv(node: ir.Node, weight_shape: tuple[int, ...]) -> bool:
     )
 
 
-def _is_half(value: ir.Value) -> bool:
-    node = value.producer()
-    return (
-        node is not None
-        and is_standard(node, "Cast")
-        and _input(node, 0).dtype == ir.DataType.FLOAT16
-    )
+def _stored(value: ir.Value, array: Array) -> tuple[Half, Array]:
+    """How a float constant is to be stored, and its bits: halves where the graph has halves."""
+    cast = value.producer()
+    halved = cast is not None and is_standard(cast, "Cast") and dtype_of(_input(cast, 0))
+    if halved == "float16":
+        return "float16", array.astype(np.float16).view(np.uint16)
+    return "float32", array.astype(np.float32)
 
 
 def _input(node: ir.Node, index: int) -> ir.Value:

@@ -183,6 +183,32 @@ def test_parents_are_made(tmp_path: Path) -> None:
     check_bundle(tmp_path / "a" / "b" / "out")
 
 
+def test_copy_keeps_programs_executable(tmp_path: Path) -> None:
+    def with_program(folder: Path) -> Manifest:
+        (folder / "gfbench").write_bytes(b"")
+        (folder / "gfbench").chmod(0o755)
+        return build(folder)
+
+    source = write_bundle(with_program, tmp_path / "source")
+    copied = copy_bundle(source.path, tmp_path / "copy")
+    assert os.access(copied.path / "gfbench", os.X_OK)
+
+
+def test_copy_to_a_full_disk_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bundle(build, tmp_path / "source")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(bundle_module.shutil, "copy", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        copy_bundle(tmp_path / "source", tmp_path / "copy")
+    assert caught.value.errno == errno.ENOSPC
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_copy_is_whole_or_refused(tmp_path: Path) -> None:
     write_bundle(build, tmp_path / "source")
     copied = copy_bundle(tmp_path / "source", tmp_path / "copy")

@@ -6,25 +6,72 @@ models is tested in its own files.
 
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
+import numpy as np
 import pytest
 
 from gfcompile.compile import cli, pipeline
 from gfcompile.compile.bundle import Bundle, write_bundle
 from gfcompile.compile.pipeline import CompileConfig
 from gfcompile.compile.progress import Progress
+from gfcompile.runtime import session
 from gfcompile.runtime.bundle import Manifest, Precision, TensorSpec
 from gfcompile.runtime.errors import BundleError, CompileError, UserError
+from gfcompile.runtime.images import imagenet_transform, stand_in_photos
+from gfcompile.runtime.session import Latency
 
 XS_FOR_HOST = ["--model", "gfnet_xs", "--target", "host"]
 
 Run = tuple[int, str, str]
+
+MANIFEST = Manifest(
+    created_by="gfcompile 0.0.0",
+    model="gfnet_xs",
+    target="host",
+    precision=Precision(requested="float32", storage="int8", compute="float32 FFMA"),
+    arch="any",
+    inputs=(TensorSpec(name="image", dtype="float32", shape=(1, 3, 2, 2)),),
+    outputs=(TensorSpec(name="logits", dtype="float32", shape=(1, 2)),),
+    weights="random (seed 0)",
+    notes=("weights are random", "calibrated on stand-in photos"),
+    ledger=(
+        {
+            "stage": "traced",
+            "against": "torch",
+            "images": 4,
+            "max_abs_error": 1.25e-6,
+            "sqnr_db": None,
+            "top1_agreement": 1.0,
+            "how": "ONNX Runtime",
+        },
+        {
+            "stage": "artifact",
+            "against": "quantized",
+            "images": 1,
+            "max_abs_error": 0.01,
+            "sqnr_db": 41.23,
+            "top1_agreement": 1.0,
+            "how": "native",
+            "int8": {
+                "tensors": 26,
+                "values": 2_000_000,
+                "equal": 0.9998,
+                "max_steps": 1,
+                "logits_max_steps": 0.51,
+                "logits_mean_steps": 0.1,
+            },
+        },
+    ),
+)
 
 
 @pytest.fixture
@@ -51,44 +98,11 @@ def fake_compile(config: CompileConfig, progress: Progress | None = None) -> Bun
     with progress.stage("trace"):
         pass
     progress.note("weights are random")
-    manifest = Manifest(
-        created_by="gfcompile 0.0.0",
+    manifest = replace(
+        MANIFEST,
         model=config.model,
         target=config.target,
-        precision=Precision(requested=config.precision, storage="int8", compute="float32 FFMA"),
-        arch="any",
-        inputs=(TensorSpec(name="image", dtype="float32", shape=(1, 3, 2, 2)),),
-        outputs=(TensorSpec(name="logits", dtype="float32", shape=(1, 2)),),
-        weights="random (seed 0)",
-        notes=("weights are random", "calibrated on stand-in photos"),
-        ledger=(
-            {
-                "stage": "traced",
-                "against": "torch",
-                "images": 4,
-                "max_abs_error": 1.25e-6,
-                "sqnr_db": None,
-                "top1_agreement": 1.0,
-                "how": "ONNX Runtime",
-            },
-            {
-                "stage": "artifact",
-                "against": "quantized",
-                "images": 1,
-                "max_abs_error": 0.01,
-                "sqnr_db": 41.23,
-                "top1_agreement": 1.0,
-                "how": "native",
-                "int8": {
-                    "tensors": 26,
-                    "values": 2_000_000,
-                    "equal": 0.9998,
-                    "max_steps": 1,
-                    "logits_max_steps": 0.51,
-                    "logits_mean_steps": 0.1,
-                },
-            },
-        ),
+        precision=replace(MANIFEST.precision, requested=config.precision),
     )
 
     def build(folder: Path) -> Manifest:
@@ -161,8 +175,8 @@ def test_terminal_tells_all_that_the_manifest_does(run: Callable[..., Run]) -> N
         "computed as float32 FFMA",
         "calibrated on stand-in photos",
         "out: 1.0 MB in 2 files",
-        "artifact: 99.980% of 2,000,000 int8 activations equal, the rest at most 1 step off; "
-        "logits 0.51 steps at most",
+        "artifact: 400 of 2,000,000 int8 activations differ, by 1 step at most; "
+        "logits by 0.51 steps at most",
     ):
         assert any(said in line for line in lines), (said, out)
     assert out.count("weights are random") == 1  # noted twice, printed once
@@ -324,6 +338,28 @@ def test_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.Signals, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_interrupted_compiler_leaves_nothing(tmp_path: Path) -> None:
+    """The real one, in the middle of its work, with a cache of its own."""
+    work, cache = tmp_path / "work", tmp_path / "cache"
+    work.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gfcompile", "--model", "gfnet_ti", "--target", "host"],
+        cwd=work,
+        env={**os.environ, "GFCOMPILE_CACHE": str(cache)},
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    assert b" s\n" in process.stderr.readline()  # a first stage has passed
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.decode().splitlines()[-1] == "gfcompile: interrupted; nothing was written"
+    assert not list(work.iterdir())
+    assert not list((cache / "v1" / "building").iterdir())
+
+
 def test_reader_that_leaves_early_is_no_error() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", "import time; time.sleep(0.2); "
@@ -337,6 +373,111 @@ def test_reader_that_leaves_early_is_no_error() -> None:
     assert process.stderr.read() == b""
     assert process.wait(timeout=30) == 0
     process.stderr.close()
+
+
+class FakeSession:
+    """A bundle that sees the same two classes in every image."""
+
+    manifest = replace(
+        MANIFEST,
+        transform=imagenet_transform(64).to_dict(),
+    )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def classify(self, image: Path, top: int) -> list[tuple[int, str, float]]:
+        assert image.name.endswith(".jpg")
+        return [(7, "cat", 0.75), (8, "dog", 0.25)][:top]
+
+    def benchmark(self, array: np.ndarray) -> Latency:
+        assert array.shape == (1, 3, 64, 64)
+        return Latency(median_ms=12.345, min_ms=12.0, p90_ms=13.0, runs=20)
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """Stands in for the runtime; what it was asked to load."""
+    asked: list[tuple[object, ...]] = []
+
+    def load(bundle: Path, *, device: str, threads: int) -> FakeSession:
+        asked.append((bundle, device, threads))
+        return FakeSession()
+
+    monkeypatch.setattr(session, "load", load)
+    return asked
+
+
+def test_run_prints_classes_and_time(
+    run: Callable[..., Run], loaded: list[tuple[object, ...]]
+) -> None:
+    photos = [str(photo) for photo in stand_in_photos()[:2]]
+    code, out, err = run("run", "bundle", *photos, "--threads", "2")
+    assert code == 0
+    assert loaded == [(Path("bundle"), "local", 2)]
+    assert out.splitlines()[:3] == [
+        f"{photos[0]}: 12.35 ms, median of 20 runs on 2 threads",
+        "   75.0%     7  cat",
+        "   25.0%     8  dog",
+    ]
+    assert len(out.splitlines()) == 6
+    assert "the classes mean nothing" in err  # the weights are random
+
+
+def test_run_under_qemu_claims_no_time(
+    run: Callable[..., Run], loaded: list[tuple[object, ...]]
+) -> None:
+    photo = str(stand_in_photos()[0])
+    code, out, _ = run("run", "bundle", photo, "--device", "qemu", "--top", "1")
+    assert code == 0
+    assert loaded == [(Path("bundle"), "qemu", 1)]
+    first, *classes = out.splitlines()
+    assert "not how fast" in first
+    assert " ms" not in first
+    assert len(classes) == 1
+
+
+@pytest.mark.usefixtures("loaded")
+def test_run_as_json_is_json(run: Callable[..., Run]) -> None:
+    photo = str(stand_in_photos()[0])
+    (result,) = json.loads(run("run", "bundle", photo, "--json")[1])
+    assert result["image"] == photo
+    assert result["weights"] == "random (seed 0)"
+    assert result["median_ms"] == 12.345
+    assert result["top"][0] == {"index": 7, "label": "cat", "probability": 0.75}
+
+
+@pytest.mark.slow
+def test_compiled_model_classifies_a_photo_and_is_compiled_once(
+    run: Callable[..., Run], tmp_path: Path
+) -> None:
+    """The whole way, nothing stood in for: compile, compile again from the cache, classify."""
+    compile_it = ["--model", "gfnet_ti", "--target", "host", "--int8", "--image-size", "64"]
+    code, out, err = run(*compile_it, "--output", "first")
+    assert code == 0, err
+    assert "int8 activations differ" in out
+    started = time.perf_counter()
+    code, _, err = run(*compile_it, "--output", "second")
+    assert code == 0, err
+    assert time.perf_counter() - started < 10
+    first, second = (
+        {p.relative_to(tmp_path / name): p.read_bytes() for p in files if p.is_file()}
+        for name, files in ((n, (tmp_path / n).rglob("*")) for n in ("first", "second"))
+    )
+    assert first == second
+
+    photo = str(stand_in_photos()[0])
+    (result,) = json.loads(run("run", "first", photo, "--json")[1])
+    assert len(result["top"]) == 5
+    assert result["median_ms"] > 0
+    assert 0 < sum(entry["probability"] for entry in result["top"]) <= 1
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    code, _, err = run("run", "first", "broken.jpg")
+    assert (code, err.count("\n")) == (2, 2)  # the note on random weights, and the error
+    assert "broken.jpg" in err
 
 
 def test_models_are_listed(run: Callable[..., Run]) -> None:

@@ -12,7 +12,7 @@ from gfcompile.runtime.errors import CompileError
 
 Array = npt.NDArray[Any]
 LOGITS = [np.array([[0.0, 1.0, 2.55]], np.float32)]
-STEP = 0.01  # 2.55 / 255
+STEP = 0.01
 
 
 def entry(actual: list[Array], **more: Any) -> LedgerEntry:
@@ -25,7 +25,7 @@ def moved(*by: float) -> list[Array]:
 
 def int8_entry(acts: list[int], other: list[int], logits: list[Array]) -> LedgerEntry:
     a, b = ({"q": np.array(x, np.int8)} for x in (acts, other))
-    return entry(logits, int8=compare_int8([a], [b], LOGITS, logits))
+    return entry(logits, int8=compare_int8([a], [b], LOGITS, logits, logits_step=STEP))
 
 
 def test_float_artifacts_may_differ_by_their_tolerance() -> None:
@@ -59,7 +59,11 @@ def test_logits_may_be_two_steps_off_and_half_a_step_on_average() -> None:
 
 def test_int8_differences_do_not_wrap_around() -> None:
     result = compare_int8(
-        [{"q": np.array([-128], np.int8)}], [{"q": np.array([127], np.int8)}], LOGITS, LOGITS
+        [{"q": np.array([-128], np.int8)}],
+        [{"q": np.array([127], np.int8)}],
+        LOGITS,
+        LOGITS,
+        logits_step=1.0,
     )
     assert result.max_steps == 255
 

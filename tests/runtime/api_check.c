@@ -8,6 +8,34 @@
 
 static int failures;
 
+/* The linker sends every allocation of the runtime through these (--wrap). */
+static int allocations;
+void *__real_malloc(size_t size);
+void *__real_calloc(size_t count, size_t size);
+void *__real_aligned_alloc(size_t alignment, size_t size);
+void *__real_mmap(void *at, size_t size, int protection, int flags, int file, long offset);
+void *__wrap_malloc(size_t size);
+void *__wrap_calloc(size_t count, size_t size);
+void *__wrap_aligned_alloc(size_t alignment, size_t size);
+void *__wrap_mmap(void *at, size_t size, int protection, int flags, int file, long offset);
+
+void *__wrap_malloc(size_t size) {
+    allocations++;
+    return __real_malloc(size);
+}
+void *__wrap_calloc(size_t count, size_t size) {
+    allocations++;
+    return __real_calloc(count, size);
+}
+void *__wrap_aligned_alloc(size_t alignment, size_t size) {
+    allocations++;
+    return __real_aligned_alloc(alignment, size);
+}
+void *__wrap_mmap(void *at, size_t size, int protection, int flags, int file, long offset) {
+    allocations++;
+    return __real_mmap(at, size, protection, flags, file, offset);
+}
+
 static void expect(gfrt_status want, gfrt_status got, const char *message, int line) {
     if (want == got && (want == GFRT_OK || strstr(gfrt_last_error(), message)))
         return;
@@ -99,7 +127,10 @@ int main(int argc, char **argv) {
     seen s = {context, 0};
     EXPECT(GFRT_OK, "", gfrt_set_observer(context, observe, &s));
     EXPECT(GFRT_OK, "", gfrt_profile_enable(context, 1));
+    int before = allocations;
     EXPECT(GFRT_OK, "", gfrt_run(context, inputs, &in_size, outputs, &out_size));
+    if (before == 0 || allocations != before)
+        printf("%d allocations, %d before the run\n", allocations, before), failures++;
     EXPECT(GFRT_OK, "", gfrt_set_observer(context, NULL, NULL));
     EXPECT(GFRT_OK, "", gfrt_profile_get(context, 1, &profile));
     failures += s.calls != 4 || profile.calls != 1 || strcmp(profile.label, "stem.mix") != 0;

@@ -31,18 +31,21 @@ from gfcompile.targets.tvm.schedules.cpu_dot import (
     act_storage,
     product_of,
 )
-from gfcompile.targets.tvm.schedules.math import Expr, gelu, quantize
+from gfcompile.targets.tvm.schedules.math import Expr, gelu, half_to_float, quantize
 
 __all__ = ["act_storage", "schedule_dense"]
 
 # Tasks to split a kernel into: enough for the 8 to 12 cores of the largest boards.
 _TASKS = 16
-# Half of the smallest first-level cache among the targets: what a panel may take of it.
-_L1_SHARE = 16384
-_VECTOR_PORTS = 2
-_LOAD_PORTS = 2
-_LATENCY = 4  # cycles from one addition to an accumulator to the next
-_TILE_START = 30  # cycles to fill and drain the pipeline around a tile
+# The model of a core that chooses tiles: cycles of a vector instruction, and of a load besides
+# (fitted to some 20 tiles on AVX2 and AVX-512); the least between two additions to one
+# accumulator; what it takes to fill and drain the pipeline around a tile.
+_INSTRUCTION = 0.5
+_LOAD = 0.2
+_LATENCY = 4
+_TILE_START = 30
+# Vectors of accumulators in a tile: more hide no further latency, and every one is code.
+_ACCUMULATORS = 24
 
 
 def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
@@ -69,31 +72,18 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
 
 
 def choose_tile(kernel: Dense, product: Product, registers: int) -> Tile:
-    """The register tile that takes the fewest cycles, by a model of a core.
-
-    Cycles for a group of k are those of the vector ports, of the load ports, of the second-level
-    cache (half a vector each) when a panel does not fit the first, or of the latency of
-    additions, whichever is most.
-    """
+    """The register tile that takes the fewest cycles, by the model above."""
+    groups = ceil(kernel.k / product.group)
 
     def cycles(tile: Tile) -> float:
-        columns = tile.vectors * product.columns
-        tiles = ceil(kernel.m / tile.rows) * ceil(kernel.n / columns)
-        per_multiply, per_vector = product.operations
         multiplies = tile.rows * tile.vectors
+        per_multiply, per_vector = product.operations
         operations = multiplies * per_multiply + tile.vectors * per_vector
-        w_bytes = product.w_elements * np.dtype(product.w_dtype).itemsize
-        panel = tile.vectors * w_bytes * ceil(kernel.k / product.group)
-        step = max(
-            operations / _VECTOR_PORTS,
-            product.loads(tile) / _LOAD_PORTS,
-            2 * tile.vectors * w_bytes / (4 * product.lanes) if panel > _L1_SHARE else 0,
-            _LATENCY,
-        )
-        epilogue = (28 if kernel.gelu else 6) * multiplies * product.columns / product.lanes
-        return tiles * (
-            ceil(kernel.k / product.group) * step + epilogue / _VECTOR_PORTS + _TILE_START
-        )
+        step = max(_INSTRUCTION * operations + _LOAD * product.loads(tile), _LATENCY)
+        outputs = multiplies * product.columns / product.lanes
+        epilogue = _INSTRUCTION * outputs * (28 if kernel.gelu else 6)
+        row_tiles, panels = ceil(kernel.m / tile.rows), _panels(kernel.n, product, tile)
+        return row_tiles * panels * (groups * step + epilogue + _TILE_START)
 
     tiles = [
         Tile(rows=rows, vectors=vectors)
@@ -101,14 +91,19 @@ def choose_tile(kernel: Dense, product: Product, registers: int) -> Tile:
         for vectors in range(product.vector_step, registers, product.vector_step)
         if vectors * product.columns <= kernel.n or vectors == product.vector_step
     ]
-    return min((t for t in tiles if product.registers(t) <= registers), key=cycles)
+    fitting = [
+        tile
+        for tile in tiles
+        if product.registers(tile) <= registers and tile.rows * tile.vectors <= _ACCUMULATORS
+    ]
+    return min(fitting, key=cycles)
 
 
 def _dense(kernel: Dense, k: int, product: Product, tile: Tile, storage: ActStorage) -> Any:
     """The kernel as a PrimFunc; k is rounded up to whole groups."""
     m, n = kernel.m, kernel.n
     columns = tile.vectors * product.columns
-    panels, row_tiles = ceil(n / columns), ceil(m / tile.rows)
+    panels, row_tiles = _panels(n, product, tile), ceil(m / tile.rows)
     blocks = _row_blocks(row_tiles, panels)
     y_dtype = storage.dtype if kernel.out == "int8" else "float32"
 
@@ -121,7 +116,9 @@ def _dense(kernel: Dense, k: int, product: Product, tile: Tile, storage: ActStor
         scale = I.arg("scale", I.buffer((n,))) if kernel.x == "int8" else None
         bias = I.arg("bias", I.buffer((max(n, columns),), product.acc_dtype))
         rows = kernel.residual_rows
-        residual = I.arg("residual", I.buffer((rows, n))) if rows else None
+        halves = kernel.residual_dtype == "float16"
+        residual_buffer = I.buffer((rows, n), "uint16" if halves else "float32") if rows else None
+        residual = I.arg("residual", residual_buffer) if rows else None
         quant = I.arg("quant", I.buffer((4,))) if kernel.out == "int8" else None
         y = I.arg("y", I.buffer((m, n), y_dtype))
 
@@ -129,7 +126,8 @@ def _dense(kernel: Dense, k: int, product: Product, tile: Tile, storage: ActStor
             value = acc if scale is None else tirx.Cast("float32", acc) * scale[column]
             value = gelu(value) if kernel.gelu else value
             if residual is not None:
-                value = value + residual[row if rows >= m else row % rows, column]
+                addend = residual[row if rows >= m else row % rows, column]
+                value = value + (half_to_float(addend) if halves else addend)
             return value if quant is None else quantize(value, quant, storage)
 
         with I.parallel(panels * blocks) as task:
@@ -242,7 +240,7 @@ def _packing(
 ) -> Mapping[str, Callable[[Mapping[str, Array]], Array]]:
     """How the raw constants become those of `_dense`."""
     columns = tile.vectors * product.columns
-    panels = ceil(kernel.n / columns)
+    panels = _panels(kernel.n, product, tile)
     pad_columns = max(0, columns - kernel.n)
 
     def pack_w(raw: Mapping[str, Array]) -> Array:
@@ -267,6 +265,11 @@ def _packing(
     if pad_columns or (kernel.x == "int8" and storage.offset):
         pack["bias"] = pack_bias
     return pack
+
+
+def _panels(n: int, product: Product, tile: Tile) -> int:
+    """Panels of columns, the last one perhaps overlapping."""
+    return ceil(n / (tile.vectors * product.columns))
 
 
 def _row_blocks(row_tiles: int, panels: int) -> int:

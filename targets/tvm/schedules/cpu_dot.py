@@ -114,7 +114,6 @@ class FloatSse(_BroadcastFloat):
     """float32 without a fused multiply-add."""
 
     operations = (2, 0)
-    temporaries = 2
 
 
 class FloatFma(_BroadcastFloat):

@@ -49,13 +49,15 @@ def schedule_layer_norm(kernel: LayerNorm, cpu: Cpu, storage: ActStorage) -> Sch
     ):
         T.func_attr({"tirx.noalias": True})
         for row in row_loop(kernel.rows, n):
-            mean = _row_sum(n, lanes, element(x, row)) * T.float32(1 / n)
-            variance = _row_sum(n, lanes, squared_distance(x, row, mean)) * T.float32(1 / n)
-            scale = T.float32(1) / T.sqrt(variance + T.float32(eps))
+            mean: T.let = _row_sum(n, lanes, element(x, row)) * T.float32(1 / n)
+            variance: T.let = _row_sum(n, lanes, squared_distance(x, row, mean)) * T.float32(1 / n)
+            scale: T.let = T.float32(1) / T.sqrt(variance + T.float32(eps))
             for v in T.serial(ceil_div(n, lanes)):
+                j: T.let = T.min(v * lanes, n - lanes)
                 for lane in T.vectorized(lanes):
-                    j = T.min(v * lanes, n - lanes) + lane
-                    y[row, j] = finished((x[row, j] - mean) * scale * gamma[j] + beta[j], quant)
+                    y[row, j + lane] = finished(
+                        (x[row, j + lane] - mean) * scale * gamma[j + lane] + beta[j + lane], quant
+                    )
 
     args = ("x", "gamma", "beta", *(("quant",) if kernel.out == "int8" else ()), "y")
     return Scheduled(steps=(Step(func=keep_params(layer_norm, args), args=args),))
@@ -65,7 +67,7 @@ def _row_sum(n: int, lanes: int, term: Callable[[Expr], Expr]) -> Expr:
     """Writes the sum of `term` over n elements, whose index is a vector's or a single one."""
     vectors, rest = divmod(n, lanes)
     ways = min(_ACCUMULATORS, vectors)
-    sums = T.alloc_buffer((ways, lanes), "float32", scope="local")
+    sums = T.alloc_buffer((ways, lanes), "float32")
 
     def add(way: int, vector: Expr) -> None:
         value = sums[way, span(0, lanes)] + term(span(vector * lanes, lanes))
@@ -78,7 +80,7 @@ def _row_sum(n: int, lanes: int, term: Callable[[Expr], Expr]) -> Expr:
             add(way, group * ways + way)
     for way in range(vectors % ways):
         add(way, vectors // ways * ways + way)
-    total = T.alloc_buffer((1,), "float32", scope="local")
+    total = T.alloc_buffer((1,), "float32")
     partial = sums[0, span(0, lanes)]
     for way in range(1, ways):
         partial = partial + sums[way, span(0, lanes)]

@@ -48,8 +48,8 @@ def _element_wise(size: int, cpu: Cpu, types: tuple[str, int, str], convert: Any
     ):
         T.func_attr({"tirx.noalias": True})
         for v in row_loop(ceil_div(size, lanes), lanes):
+            i: T.let = T.min(v * lanes, size - lanes)
             for lane in T.vectorized(lanes):
-                i = T.min(v * lanes, size - lanes) + lane
-                y[i] = convert(x[i], params)
+                y[i + lane] = convert(x[i + lane], params)
 
     return element_wise

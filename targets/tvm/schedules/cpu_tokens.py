@@ -58,14 +58,17 @@ def _patchify_nchw(kernel: Patchify, cpu: Cpu, storage: ActStorage) -> Any:
     ):
         T.func_attr({"tirx.noalias": True})
         for patch_row in row_loop(kernel.batch * grid_h, grid_w * columns):
-            b = patch_row // grid_h
-            gy = patch_row % grid_h
+            b: T.let = patch_row // grid_h
+            gy: T.let = patch_row % grid_h
             for gx, channel, dy in T.grid(grid_w, channels, patch_h):
                 for v in T.serial(ceil_div(patch_w, lanes)):
+                    dx: T.let = T.min(v * lanes, patch_w - lanes)
                     for lane in T.vectorized(lanes):
-                        dx = T.min(v * lanes, patch_w - lanes) + lane
-                        y[patch_row * grid_w + gx, (channel * patch_h + dy) * patch_w + dx] = (
-                            finished(x[b, channel, gy * patch_h + dy, gx * patch_w + dx], quant)
+                        y[
+                            patch_row * grid_w + gx,
+                            (channel * patch_h + dy) * patch_w + dx + lane,
+                        ] = finished(
+                            x[b, channel, gy * patch_h + dy, gx * patch_w + dx + lane], quant
                         )
 
     return patchify
@@ -91,11 +94,11 @@ def _patchify_nhwc(kernel: Patchify, cpu: Cpu, storage: ActStorage) -> Any:
     ):
         T.func_attr({"tirx.noalias": True})
         for patch_row in row_loop(kernel.batch * grid_h, grid_w * channels * pixels):
-            b = patch_row // grid_h
-            gy = patch_row % grid_h
+            b: T.let = patch_row // grid_h
+            gy: T.let = patch_row % grid_h
             for gx, v in T.grid(grid_w, ceil_div(channels, lanes)):
-                channel = T.min(v * lanes, channels - lanes)
-                run = T.alloc_buffer((pixels, lanes), dtype, scope="local")
+                channel: T.let = T.min(v * lanes, channels - lanes)
+                run = T.alloc_buffer((pixels, lanes), dtype)
                 for dy in T.unroll(patch_h):
                     for dx in T.unroll(patch_w):
                         for lane in T.vectorized(lanes):
@@ -123,8 +126,8 @@ def _patchify_nhwc_large(kernel: Patchify, storage: ActStorage) -> Any:
     ):
         T.func_attr({"tirx.noalias": True})
         for patch_row in row_loop(kernel.batch * grid_h, grid_w * columns):
-            b = patch_row // grid_h
-            gy = patch_row % grid_h
+            b: T.let = patch_row // grid_h
+            gy: T.let = patch_row % grid_h
             for gx, channel, dy, dx in T.grid(grid_w, channels, patch_h, patch_w):
                 y[patch_row * grid_w + gx, (channel * patch_h + dy) * patch_w + dx] = finished(
                     x[b, gy * patch_h + dy, gx * patch_w + dx, channel], quant
@@ -150,9 +153,9 @@ def schedule_token_mean(kernel: TokenMean, cpu: Cpu, storage: ActStorage) -> Sch
     ):
         T.func_attr({"tirx.noalias": True})
         for task in row_loop(kernel.batch * blocks, tokens * width):
-            b = task // blocks
-            j = T.min(task % blocks * width, n - width)
-            sums = T.alloc_buffer((vectors, lanes), "float32", scope="local")
+            b: T.let = task // blocks
+            j: T.let = T.min(task % blocks * width, n - width)
+            sums = T.alloc_buffer((vectors, lanes), "float32")
             for v in T.unroll(vectors):
                 for lane in T.vectorized(lanes):
                     sums[v, lane] = T.float32(0)

@@ -21,7 +21,7 @@ from tvm.script import tirx as T
 
 from gfcompile.targets.target import Gpu
 from gfcompile.targets.tvm.kernel import ActStorage, Array, Dense, Scheduled, Step
-from gfcompile.targets.tvm.schedules.math import gelu, quantize
+from gfcompile.targets.tvm.schedules.math import gelu, half_to_float, quantize
 
 Mode = Literal["float", "widened", "dp4a"]
 
@@ -76,7 +76,7 @@ def _few_rows(kernel: Dense, storage: ActStorage) -> tuple[Any, Any]:
         w: T.Buffer((k, padded), kernel.x),
         scale: T.Buffer((n,), "float32"),
         bias: T.Buffer((n,), unit),
-        residual: T.Buffer((max(kernel.residual_rows, 1), n), "float32"),
+        residual: T.Buffer((max(kernel.residual_rows, 1), n), _residual_dtype(kernel)),
         quant: T.Buffer((4,), "float32"),
         y: T.Buffer((m, n), kernel.out),
     ):
@@ -137,10 +137,16 @@ def _epilogue(kernel: Dense, storage: ActStorage) -> Any:
             value = gelu(value)
         if kernel.residual_rows:
             aligned = kernel.residual_rows >= kernel.m
-            value = value + residual[row if aligned else row % kernel.residual_rows, column]
+            addend = residual[row if aligned else row % kernel.residual_rows, column]
+            halves = kernel.residual_dtype == "float16"
+            value = value + (half_to_float(addend) if halves else addend)
         return quantize(value, quant, storage) if kernel.out == "int8" else value
 
     return finish
+
+
+def _residual_dtype(kernel: Dense) -> str:
+    return "uint16" if kernel.residual_dtype == "float16" else "float32"
 
 
 def within(index: Any, size: int, always: bool) -> Any:
@@ -303,7 +309,7 @@ def _tiled(kernel: Dense, gpu: Gpu, storage: ActStorage) -> tuple[Any, Any]:
         w: T.Buffer((depth, padded), stored),
         scale: T.Buffer((n,), "float32"),
         bias: T.Buffer((n,), "float32" if mode == "float" else "int32"),
-        residual: T.Buffer((max(kernel.residual_rows, 1), n), "float32"),
+        residual: T.Buffer((max(kernel.residual_rows, 1), n), _residual_dtype(kernel)),
         quant: T.Buffer((4,), "float32"),
         y: T.Buffer((m, n), kernel.out),
     ):

@@ -234,6 +234,41 @@ def _filter_columns(kernel: DftFilter) -> tuple[Any, Array]:
     def coefficient(staged: Any, direct: Any, part: int, q: Any, position: Any) -> Any:
         return staged[part, q, position] if shared else direct[part, q, position]
 
+    def plus_or_minus(total: Any, product: Any, negative: bool) -> Any:
+        return total - product if negative else total + product
+
+    @T.inline
+    def transform(data, staged, coefficients, acc_re, acc_im, block_column, group, first, inverse):
+        # acc = the column times the DFT matrix, or times its conjugate, which is its inverse.
+        values_re = T.alloc_buffer((width,), "float32", scope="local")
+        values_im = T.alloc_buffer((width,), "float32", scope="local")
+        cosines = T.alloc_buffer((padded,), "float32", scope="local")
+        sines = T.alloc_buffer((padded,), "float32", scope="local")
+        for o in T.unroll(size):
+            for v in T.unroll(width):
+                acc_re[o, v] = T.float32(0)
+                acc_im[o, v] = T.float32(0)
+        for q in T.serial(h):
+            for v in T.vectorized(width):
+                values_re[v] = data[block_column, q, 0, first + v]
+            for v in T.vectorized(width):
+                values_im[v] = data[block_column, q, 1, first + v]
+            for quad in T.unroll(padded // 4):
+                for v in T.vectorized(4):
+                    cosines[quad * 4 + v] = coefficient(
+                        staged, coefficients, 0, q, group * padded + quad * 4 + v
+                    )
+                for v in T.vectorized(4):
+                    sines[quad * 4 + v] = coefficient(
+                        staged, coefficients, 1, q, group * padded + quad * 4 + v
+                    )
+            for o in T.unroll(size):
+                for v in T.unroll(width):
+                    acc_re[o, v] = acc_re[o, v] + cosines[o] * values_re[v]
+                    acc_re[o, v] = plus_or_minus(acc_re[o, v], sines[o] * values_im[v], not inverse)
+                    acc_im[o, v] = acc_im[o, v] + cosines[o] * values_im[v]
+                    acc_im[o, v] = plus_or_minus(acc_im[o, v], sines[o] * values_re[v], inverse)
+
     @T.prim_func(s_tir=True)
     def filter_columns(
         x: T.Buffer((batch, half, h, 2, c), "float32"),
@@ -255,8 +290,6 @@ def _filter_columns(kernel: DftFilter) -> tuple[Any, Array]:
         acc_im = T.alloc_buffer((size, width), "float32", scope="local")
         values_re = T.alloc_buffer((width,), "float32", scope="local")
         values_im = T.alloc_buffer((width,), "float32", scope="local")
-        cosines = T.alloc_buffer((padded,), "float32", scope="local")
-        sines = T.alloc_buffer((padded,), "float32", scope="local")
         if shared:
             thread: T.let = (block_column * groups + group) * lanes + lane
             for copy in T.serial(matrix_copies):
@@ -284,30 +317,7 @@ def _filter_columns(kernel: DftFilter) -> tuple[Any, Array]:
                                 b, column, i, part, channel + v
                             ]
         T.tvm_storage_sync("shared")
-        for o in T.unroll(size):
-            for v in T.unroll(width):
-                acc_re[o, v] = T.float32(0)
-                acc_im[o, v] = T.float32(0)
-        for q in T.serial(h):
-            for v in T.vectorized(width):
-                values_re[v] = data[block_column, q, 0, first + v]
-            for v in T.vectorized(width):
-                values_im[v] = data[block_column, q, 1, first + v]
-            for quad in T.unroll(padded // 4):
-                for v in T.vectorized(4):
-                    cosines[quad * 4 + v] = coefficient(
-                        staged, coefficients, 0, q, group * padded + quad * 4 + v
-                    )
-                for v in T.vectorized(4):
-                    sines[quad * 4 + v] = coefficient(
-                        staged, coefficients, 1, q, group * padded + quad * 4 + v
-                    )
-            for o in T.unroll(size):
-                for v in T.unroll(width):
-                    acc_re[o, v] = acc_re[o, v] + cosines[o] * values_re[v]
-                    acc_re[o, v] = acc_re[o, v] - sines[o] * values_im[v]
-                    acc_im[o, v] = acc_im[o, v] + cosines[o] * values_im[v]
-                    acc_im[o, v] = acc_im[o, v] + sines[o] * values_re[v]
+        transform(data, staged, coefficients, acc_re, acc_im, block_column, group, first, False)
         # Everyone has read the column before it is replaced by its filtered spectrum.
         T.tvm_storage_sync("shared")
         if all_of(within(column, half, half % columns == 0), within(channel, c, c % channels == 0)):
@@ -323,31 +333,7 @@ def _filter_columns(kernel: DftFilter) -> tuple[Any, Array]:
                             acc_re[o, v] * values_im[v] + acc_im[o, v] * values_re[v]
                         )
         T.tvm_storage_sync("shared")
-        for o in T.unroll(size):
-            for v in T.unroll(width):
-                acc_re[o, v] = T.float32(0)
-                acc_im[o, v] = T.float32(0)
-        for q in T.serial(h):
-            for v in T.vectorized(width):
-                values_re[v] = data[block_column, q, 0, first + v]
-            for v in T.vectorized(width):
-                values_im[v] = data[block_column, q, 1, first + v]
-            for quad in T.unroll(padded // 4):
-                for v in T.vectorized(4):
-                    cosines[quad * 4 + v] = coefficient(
-                        staged, coefficients, 0, q, group * padded + quad * 4 + v
-                    )
-                for v in T.vectorized(4):
-                    sines[quad * 4 + v] = coefficient(
-                        staged, coefficients, 1, q, group * padded + quad * 4 + v
-                    )
-            # The inverse is the conjugate of the (symmetric) DFT matrix.
-            for o in T.unroll(size):
-                for v in T.unroll(width):
-                    acc_re[o, v] = acc_re[o, v] + cosines[o] * values_re[v]
-                    acc_re[o, v] = acc_re[o, v] + sines[o] * values_im[v]
-                    acc_im[o, v] = acc_im[o, v] + cosines[o] * values_im[v]
-                    acc_im[o, v] = acc_im[o, v] - sines[o] * values_re[v]
+        transform(data, staged, coefficients, acc_re, acc_im, block_column, group, first, True)
         if all_of(within(column, half, half % columns == 0), within(channel, c, c % channels == 0)):
             for o in T.unroll(size):
                 if all_of(within(group * size + o, h, h % size == 0)):

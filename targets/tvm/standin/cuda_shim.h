@@ -13,8 +13,9 @@ typedef unsigned int uint;
 
 #define __global__
 #define __launch_bounds__(...)
-// One section for all shared memory, which is poisoned before each block.
-#define __shared__ static __attribute__((section("gf_shared")))
+// One section for all shared memory, which is poisoned before each block; `used`, or the compiler
+// would take an array that no kernel writes for zeros.
+#define __shared__ static __attribute__((section("gf_shared"), used))
 // `static alignas(64) T x` is no C++; with the GNU spelling it is.
 #define alignas(bytes) __attribute__((aligned(bytes)))
 

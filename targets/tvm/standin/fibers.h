@@ -173,9 +173,10 @@ static void gf_release(int first, int end) {
         gf_fibers[i].state = GF_READY;
 }
 
-static int gf_diverged(const char *name, const char *what, int arrived, int threads) {
-    fprintf(stderr, "stand-in: %s: block (%u, %u, %u): %d of %d threads meet at one %s barrier\n",
-            name, blockIdx.x, blockIdx.y, blockIdx.z, arrived, threads, what);
+static int gf_diverged(const char *name, const char *what, int arrived, int threads, bool same) {
+    fprintf(stderr, "stand-in: %s: block (%u, %u, %u): %d of %d threads wait at %s\n", name,
+            blockIdx.x, blockIdx.y, blockIdx.z, arrived, threads,
+            same ? what : "different barriers");
     return GF_LAUNCH_FAILED;
 }
 
@@ -201,7 +202,7 @@ static int gf_run_warp(const char *name, int first, int end, bool reverse) {
         if (!waiting)
             return 0;
         if (waiting != end - first || !same)
-            return gf_diverged(name, "warp", waiting, end - first);
+            return gf_diverged(name, "a warp's barrier", waiting, end - first, same);
         gf_release(first, end);
     }
 }
@@ -224,7 +225,7 @@ static int gf_run_block(const char *name, int threads, Dim3 block, bool reverse)
         if (!waiting)
             return 0;
         if (waiting != threads || !same)
-            return gf_diverged(name, "block", waiting, threads);
+            return gf_diverged(name, "a block's barrier", waiting, threads, same);
         gf_release(0, threads);
     }
 }

@@ -1,0 +1,241 @@
+"""The compiled artifact against its graph, wherever this machine can run it.
+
+x86-64 artifacts run natively; arm64 ones under QEMU; those for a Jetson's GPU behind a stand-in
+for the CUDA driver that runs the same kernel source on this CPU. What cannot run here is not
+verified, and the bundle says so.
+"""
+
+import dataclasses
+import math
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from gfcompile.compile.graph import run
+from gfcompile.compile.ledger import LedgerEntry, compare, compare_int8, demand
+from gfcompile.compile.trace import INPUT, rounding_tolerance, session
+from gfcompile.runtime.bench import BENCH_NAME, qemu_command, run_bench
+from gfcompile.runtime.device.gfrt import TensorInfo, TraceRecord
+from gfcompile.runtime.errors import CompileError, DeviceError
+from gfcompile.runtime.trace import logical_values
+from gfcompile.targets.host import host_target
+from gfcompile.targets.onnx_values import dtype_of, shape_of
+from gfcompile.targets.target import Gpu, Target
+from gfcompile.targets.tvm import link
+from gfcompile.targets.tvm.emit import Artifact
+from gfcompile.targets.tvm.kernel import Dense, Patchify
+from gfcompile.targets.tvm.partition import Program, Tensor
+from gfcompile.targets.tvm.plan import serialize
+from gfcompile.targets.tvm.standin.build import build_standin
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where an artifact runs: a bundle's folder and how to start its gfbench."""
+
+    folder: Path
+    how: str
+    images: int  # how many inferences it is worth waiting for
+    prefix: Sequence[str] = ()
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def verify(
+    model: ir.Model,
+    program: Program,
+    artifact: Artifact,
+    target: Target,
+    folder: Path,
+    images: Sequence[Array],
+) -> tuple[LedgerEntry | None, list[str]]:
+    """The ledger's entry for the artifact in `folder`, and notes; no entry if it cannot run here.
+
+    Args:
+        model: the graph that was emitted.
+        images: golden inputs (1, 3, H, W); emulated targets take the first one or two.
+
+    Raises:
+        CompileError: the artifact computes something else than the graph.
+    """
+    try:
+        with _place(artifact, target, folder) as place:
+            return _verify_at(place, model, program, list(images[: place.images])), []
+    except DeviceError as error:
+        return None, [f"the artifact was not verified on this machine: {error}"]
+
+
+def _verify_at(
+    place: _Place, model: ir.Model, program: Program, images: Sequence[Array]
+) -> LedgerEntry:
+    int8 = any(tensor.dtype == "int8" for tensor in program.tensors.values())
+    infos = [_tensor_info(program.tensors[name]) for name in program.outputs]
+    try:
+        result = run_bench(
+            place.folder, images, infos, prefix=place.prefix, env=place.env, trace=int8
+        )
+    except DeviceError as error:
+        raise CompileError(
+            f"the compiled artifact does not run ({place.how}): {error}; please report this"
+        ) from error
+    actual = [values[0] for values in result.outputs]
+    expected = run(model, images)
+    agreement = None
+    if int8:
+        traces = [_values(program, records) for records in result.trace]
+        wanted = _recompute(model, traces, images)
+        got = [{name: trace[name] for name in wanted[0]} for trace in traces]
+        agreement = compare_int8(wanted, got, expected, actual, logits_step=_last_scale(program))
+    entry = compare(
+        "artifact",
+        "quantized" if int8 else "lowered",
+        expected,
+        actual,
+        how=place.how,
+        # Two float evaluations of the same graph, in other orders of summation.
+        tolerance=None if int8 else rounding_tolerance(model) * float(np.abs(expected).max()),
+        int8=agreement,
+    )
+    demand(entry, expected, actual)
+    return entry
+
+
+@contextmanager
+def _place(artifact: Artifact, target: Target, folder: Path) -> Iterator[_Place]:
+    """Where the artifact of `target` can run.
+
+    Raises:
+        DeviceError: nowhere on this machine.
+    """
+    cpu = target.cpu
+    if target.gpu is not None:
+        with tempfile.TemporaryDirectory(prefix="gfcompile-") as twin:
+            yield _behind_stand_in(artifact, target.gpu, folder, Path(twin))
+    elif cpu.arch == platform.machine():
+        missing = set(artifact.plan.cpu_features) - _cpu_flags()
+        if missing:
+            raise DeviceError(f"this CPU lacks {', '.join(sorted(missing))}")
+        yield _Place(folder=folder, how="native", images=4)
+    else:
+        yield _Place(
+            folder=folder,
+            how=f"{cpu.arch} library under qemu -cpu {cpu.qemu_cpu}",
+            images=2,
+            prefix=qemu_command(cpu=cpu.qemu_cpu, env={}),
+        )
+
+
+def _behind_stand_in(artifact: Artifact, gpu: Gpu, folder: Path, twin: Path) -> _Place:
+    """The bundle in `folder` made again in `twin` for this machine's CPU and the stand-in driver.
+
+    Only the runtime is another build; plan, weights, PTX and machine code are the bundle's.
+    """
+    cpu = host_target().cpu
+    for name in ("weights.bin", "kernels.ptx", "kernels.cubin"):
+        shutil.copy(folder / name, twin)
+    plan = dataclasses.replace(artifact.plan, arch=cpu.arch)
+    (twin / "plan.bin").write_bytes(serialize(plan))
+    link.link_library([], [], cpu, twin / plan.library, library_id=plan.library_id, cuda=True)
+    link.link_bench(cpu, twin / BENCH_NAME)
+    driver = build_standin(artifact.cuda_source, gpu, cpu.arch, twin / "driver")
+    return _Place(
+        folder=twin,
+        how=f"{gpu.arch} kernels on the CPU, behind a stand-in driver",
+        images=1,
+        env={"LD_LIBRARY_PATH": str(driver)},
+    )
+
+
+def _cpu_flags() -> set[str]:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    return {
+        flag
+        for line in lines
+        if line.startswith(("flags", "Features"))
+        for flag in line.partition(":")[2].split()
+    }
+
+
+def _tensor_info(tensor: Tensor) -> TensorInfo:
+    size = math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+    return TensorInfo(tensor.name, tensor.dtype, tensor.shape, size, 0.0, 0, 0)
+
+
+def _values(program: Program, records: Sequence[TraceRecord]) -> dict[str, Array]:
+    """What one run wrote, by the name of the graph's value, patches put back into the image."""
+    values = {
+        record.tensor.name: logical_values(record)
+        for record in records
+        if record.tensor.name in program.tensors
+    }
+    for call in program.calls:
+        kernel = call.kernel
+        if isinstance(kernel, Patchify):
+            (name,) = call.writes.values()
+            patches = values[name].reshape(
+                kernel.batch,
+                kernel.grid_h,
+                kernel.grid_w,
+                kernel.channels,
+                kernel.patch_h,
+                kernel.patch_w,
+            )
+            values[name] = patches.transpose(0, 3, 1, 4, 2, 5)
+    return values
+
+
+def _last_scale(program: Program) -> float:
+    """The scale of the last int8 activation that a product reads."""
+    scales = [
+        program.tensors[call.reads["x"]].scale
+        for call in program.calls
+        if isinstance(call.kernel, Dense) and call.kernel.x == "int8"
+    ]
+    return scales[-1]
+
+
+def _recompute(
+    model: ir.Model, traces: Sequence[Mapping[str, Array]], images: Sequence[Array]
+) -> list[dict[str, Array]]:
+    """The int8 activations that the graph computes, each from what the artifact had before it.
+
+    The graph is cut at every value that the artifact wrote: what follows reads the artifact's.
+    The arrays come in the shapes of `traces`.
+    """
+    cut = model.clone()
+    given: dict[str, tuple[str, tuple[int, ...]]] = {}  # graph value -> new input, its shape
+    names = []
+    for value in [output for node in cut.graph for output in node.outputs]:
+        name = str(value.name)
+        if name not in traces[0] or value.is_graph_output():
+            continue
+        source = ir.Value(name=f"{name}/given", shape=value.shape, type=value.type)
+        value.replace_all_uses_with(source)
+        cut.graph.inputs.append(source)
+        given[name] = (f"{name}/given", shape_of(value))
+        if dtype_of(value) == "int8":
+            cut.graph.outputs.append(value)
+            names.append(name)
+    runner = session(cut)
+    results = []
+    for trace, image in zip(traces, images, strict=True):
+        feeds = {INPUT: image}
+        feeds |= {source: trace[name].reshape(shape) for name, (source, shape) in given.items()}
+        computed = runner.run(names, feeds)
+        results.append(
+            {
+                name: np.asarray(array).reshape(trace[name].shape)
+                for name, array in zip(names, computed, strict=True)
+            }
+        )
+    return results

@@ -1,0 +1,59 @@
+"""Schedules: for each kernel class, how it is computed on CPUs and on CUDA GPUs."""
+
+from collections.abc import Callable
+from typing import Any
+
+from gfcompile.targets.target import Target
+from gfcompile.targets.tvm.kernel import (
+    ActStorage,
+    CircularFilter,
+    Dense,
+    Dequantize,
+    DftFilter,
+    Generic,
+    Kernel,
+    LayerNorm,
+    Patchify,
+    Quantize,
+    Scheduled,
+    TokenMean,
+)
+from gfcompile.targets.tvm.schedules import (
+    cpu_dense,
+    cpu_filter,
+    cpu_norm,
+    cpu_quant,
+    cpu_tokens,
+    gpu_dense,
+    gpu_filter,
+    gpu_norm,
+    gpu_quant,
+    gpu_tokens,
+)
+from gfcompile.targets.tvm.schedules.generic import schedule_generic_cpu, schedule_generic_gpu
+
+# Kernel class -> its schedule on a CPU, its schedule on a GPU.
+_SCHEDULES: dict[type, tuple[Callable[..., Scheduled], Callable[..., Scheduled]]] = {
+    Dense: (cpu_dense.schedule_dense, gpu_dense.schedule_dense),
+    LayerNorm: (cpu_norm.schedule_layer_norm, gpu_norm.schedule_layer_norm),
+    DftFilter: (cpu_filter.schedule_dft_filter, gpu_filter.schedule_dft_filter),
+    CircularFilter: (cpu_filter.schedule_circular_filter, gpu_filter.schedule_circular_filter),
+    Patchify: (cpu_tokens.schedule_patchify, gpu_tokens.schedule_patchify),
+    TokenMean: (cpu_tokens.schedule_token_mean, gpu_tokens.schedule_token_mean),
+    Quantize: (cpu_quant.schedule_quantize, gpu_quant.schedule_quantize),
+    Dequantize: (cpu_quant.schedule_dequantize, gpu_quant.schedule_dequantize),
+}
+
+
+def act_storage(target: Target) -> ActStorage:
+    """How int8 activations lie in memory on `target`."""
+    return ActStorage() if target.gpu else cpu_dense.act_storage(target.cpu)
+
+
+def schedule(kernel: Kernel, target: Target, storage: ActStorage) -> Scheduled:
+    """The functions that compute `kernel` on `target`."""
+    device: Any = target.gpu or target.cpu
+    if isinstance(kernel, Generic):
+        return (schedule_generic_gpu if target.gpu else schedule_generic_cpu)(kernel, device)
+    on_cpu, on_gpu = _SCHEDULES[type(kernel)]
+    return (on_gpu if target.gpu else on_cpu)(kernel, device, storage)

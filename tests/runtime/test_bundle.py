@@ -1,0 +1,186 @@
+"""Bundles that are not what they should be: each is refused in one line that says what to do."""
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_bundle import Toy, write_manifest
+
+from gfcompile.runtime import load
+from gfcompile.runtime.bundle import FORMAT_VERSION, Manifest, check_bundle, read_manifest
+from gfcompile.runtime.errors import BundleError
+
+
+def refused(folder: Path, match: str) -> None:
+    with pytest.raises(BundleError, match=match) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def edit_manifest(toy: Toy, **changes: Any) -> None:
+    path = toy.folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture
+def mine(toy: Toy, tmp_path: Path) -> Toy:
+    """A bundle to damage."""
+    return toy.copy(tmp_path / "toy")
+
+
+def test_a_manifest_survives_the_file(toy: Toy) -> None:
+    manifest = read_manifest(toy.folder)
+    again = Manifest.from_dict(json.loads(json.dumps(manifest.to_dict())))
+    assert again == manifest
+    assert manifest.files["weights.bin"].size_bytes == 1280
+    assert next(iter(manifest.to_dict())) == "format_version"
+
+
+def test_keys_of_a_later_version_are_kept(mine: Toy) -> None:
+    edit_manifest(mine, colour="blue", extra={"shape": "round"})
+    assert read_manifest(mine.folder).extra == {"colour": "blue", "shape": "round"}
+
+
+def test_no_bundle(tmp_path: Path, toy: Toy) -> None:
+    refused(tmp_path / "none", "is not a bundle: there is no such folder")
+    refused(tmp_path, r"is not a bundle: it has no manifest\.json")
+    refused(toy.folder / "plan.bin", "is not a bundle: there is no such folder")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100000, "\x00\xff"])
+def test_a_manifest_that_is_no_json(mine: Toy, text: str) -> None:
+    (mine.folder / "manifest.json").write_text(text)
+    refused(mine.folder, r"manifest\.json is damaged: .*copy the bundle again")
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"format_version": "1"}', "{}"])
+def test_json_that_is_no_manifest(mine: Toy, text: str) -> None:
+    (mine.folder / "manifest.json").write_text(text)
+    refused(mine.folder, r"is not a gfcompile manifest")
+
+
+def test_a_newer_format(mine: Toy) -> None:
+    edit_manifest(mine, format_version=FORMAT_VERSION + 1)
+    refused(mine.folder, r"newer gfcompile \(format 2, this one reads up to 1\): upgrade")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": None},
+        {"precision": {"wanted": "int8"}},
+        {"inputs": [{"name": "image"}]},
+        {"inputs": 3},
+        {"compute_capability": [6]},
+        {"files": {"plan.bin": {}}},
+        {"files": {"plan.bin": None}},
+    ],
+)
+def test_a_manifest_with_wrong_values(mine: Toy, changes: dict[str, Any]) -> None:
+    edit_manifest(mine, **changes)
+    refused(mine.folder, r"manifest\.json is damaged")
+
+
+def test_a_manifest_without_a_model(mine: Toy) -> None:
+    path = mine.folder / "manifest.json"
+    values = json.loads(path.read_text())
+    del values["model"]
+    path.write_text(json.dumps(values))
+    refused(mine.folder, r"manifest\.json is damaged.*'model'")
+
+
+@pytest.mark.parametrize("files", [{}, [], None])
+def test_a_manifest_without_files(mine: Toy, files: Any) -> None:
+    edit_manifest(mine, files=files)
+    refused(mine.folder, "it lists no files")
+
+
+@pytest.mark.parametrize("name", ["plan.bin", "weights.bin", "libtoy.so", "gfbench", "gfrt.h"])
+def test_a_flipped_byte_is_named_with_its_hash(mine: Toy, name: str) -> None:
+    path = mine.folder / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+    want = read_manifest(mine.folder).files[name].sha256[:16]
+    refused(mine.folder, rf"{name} was changed: its sha256 is \w{{16}}\.\.\., .* {want}\.\.\.")
+
+
+def test_a_truncated_file(mine: Toy) -> None:
+    path = mine.folder / "weights.bin"
+    path.write_bytes(path.read_bytes()[:1000])
+    refused(mine.folder, r"weights\.bin has 1000 bytes instead of 1280: copy the bundle again")
+
+
+def test_a_missing_file(mine: Toy) -> None:
+    (mine.folder / "plan.bin").unlink()
+    refused(mine.folder, r"plan\.bin is missing: copy the bundle again")
+
+
+def test_an_unreadable_manifest(mine: Toy) -> None:
+    (mine.folder / "manifest.json").unlink()
+    (mine.folder / "manifest.json").mkdir()
+    refused(mine.folder, r"manifest\.json cannot be read: Is a directory")
+
+
+@pytest.mark.parametrize(
+    "name", ["../plan.bin", "/etc/passwd", "a/../../b", "a//b", "", ".", "a\\b"]
+)
+def test_a_path_out_of_the_bundle(mine: Toy, name: str) -> None:
+    edit_manifest(mine, files={name: {"sha256": "0" * 64, "size_bytes": 1}})
+    refused(mine.folder, "names a file outside the bundle")
+
+
+def test_a_link_out_of_the_bundle(mine: Toy, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    (mine.folder / "plan.bin").rename(outside)
+    (mine.folder / "plan.bin").symlink_to(outside)
+    refused(mine.folder, "links to a file outside the bundle")
+
+
+@pytest.mark.parametrize("library", ["", "../libtoy.so", "/lib/libc.so", 3])
+def test_a_library_elsewhere_is_not_loaded(mine: Toy, library: Any) -> None:
+    edit_manifest(mine, library=library)
+    refused(mine.folder, "has no library that gfrt could load")
+
+
+def test_a_library_that_is_none(mine: Toy) -> None:
+    mine.library.write_bytes(b"#!/bin/sh\n")
+    write_manifest(mine)
+    refused(mine.folder, r"libtoy\.so cannot be loaded")
+
+
+def test_another_architecture(arm_toy: Toy) -> None:
+    assert platform.machine() == "x86_64"
+    refused(
+        arm_toy.folder,
+        "the bundle is for aarch64, this machine is x86_64: use --device qemu or copy it to the",
+    )
+    assert check_bundle(arm_toy.folder, local=False).arch == "aarch64"
+
+
+def test_another_kind_of_bundle(mine: Toy) -> None:
+    edit_manifest(mine, kind="coreml")
+    refused(mine.folder, "a bundle of kind 'coreml' does not run on this machine")
+
+
+def test_the_runtime_imports_no_heavy_package_and_fast() -> None:
+    code = (
+        "import sys, time; start = time.process_time(); import gfcompile.runtime;"
+        "print(time.process_time() - start);"
+        "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    seconds = []
+    for _ in range(5):
+        result = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        lines = result.stdout.splitlines()
+        seconds.append(float(lines[0]))
+        loaded = set(lines[1].split())
+        assert not loaded & {"torch", "tvm", "onnx", "onnxruntime", "PIL", "coremltools"}
+    # Time of the processor, the quickest of five: other work on the machine only adds to it.
+    assert min(seconds) < 0.150

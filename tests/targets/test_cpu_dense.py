@@ -1,0 +1,227 @@
+"""Dense kernels on CPUs against NumPy in float64, for every instruction set that runs here."""
+
+import re
+import struct
+from dataclasses import dataclass, replace
+from math import erf
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from run_kernel import CPUS, compile_object, host_cpu, poison, run_kernel, tvm_target
+
+from gfcompile.targets.target import Cpu
+from gfcompile.targets.tvm.kernel import Array, Dense, quant_args
+from gfcompile.targets.tvm.schedules.cpu_dense import act_storage, choose_tile, schedule_dense
+from gfcompile.targets.tvm.schedules.cpu_dot import Tile, product_of
+
+EPS = float(np.finfo(np.float32).eps) / 2  # what one float32 operation rounds by, relatively
+Y_SCALE = 0.03
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Arguments of a kernel, with int8 activations as they are stored, and what it must give.
+
+    `value` is the result in exact arithmetic before it is quantized, `bound` how far float32 may
+    be from it.
+    """
+
+    args: dict[str, Array]
+    value: Array
+    bound: Array
+
+
+def problem(kernel: Dense, cpu: Cpu, *, extreme: bool = False) -> Problem:
+    """Random arguments; with `extreme`, the int8 ones that overflow what adds two in 16 bits."""
+    rng = np.random.default_rng(kernel.m * 10007 + kernel.n * 101 + kernel.k)
+    storage = act_storage(cpu)
+    m, n, k = kernel.m, kernel.n, kernel.k
+    args: dict[str, Array] = {}
+    if kernel.x == "int8":
+        x, w = rng.integers(-128, 128, (m, k)), rng.integers(-127, 128, (k, n))
+        if extreme:
+            x, w = np.where(x < 0, -128, 127), np.where(w < 0, -127, 127)
+            x[0], w[:, 0] = -128, -127  # every product positive, and the largest there is
+        bias = rng.integers(-3000, 3000, n)
+        scale = (rng.uniform(0.5, 1.5, n) / 5000 / np.sqrt(k)).astype(np.float32)
+        args["x"] = (x + storage.offset).astype(storage.dtype)
+        args["w"], args["bias"] = w.astype(np.int8), bias.astype(np.int32)
+        args["scale"] = scale
+        value = (x @ w + bias) * scale.astype(np.float64)
+        bound = 2 * EPS * np.abs(value)  # int32 to float32, and the multiplication
+    else:
+        x = rng.standard_normal((m, k)).astype(np.float32)
+        w = (rng.standard_normal((k, n)) / np.sqrt(k)).astype(np.float32)
+        bias = rng.standard_normal(n).astype(np.float32)
+        args |= {"x": x, "w": w, "bias": bias}
+        value = x.astype(np.float64) @ w + bias
+        # A sum of k products and the bias, in any order (Higham's gamma).
+        bound = (k + 1) * EPS * (np.abs(x).astype(np.float64) @ np.abs(w) + np.abs(bias))
+    if kernel.gelu:
+        # GELU's slope is at most 1.13; what its own approximation adds is in test_math.
+        bound = 1.13 * bound + (0.5 * 5e-7 + 4 * EPS) * np.abs(value)
+        value = 0.5 * value * (1 + np.vectorize(erf)(value / np.sqrt(2)))
+    if kernel.residual_rows:
+        stored = np.dtype(kernel.residual_dtype)
+        residual = rng.standard_normal((kernel.residual_rows, n)).astype(stored)
+        args["residual"] = residual.view(np.uint16) if stored.itemsize == 2 else residual
+        value = value + residual[np.arange(m) % kernel.residual_rows]
+        bound = bound + EPS * np.abs(value)
+    if kernel.out == "int8":
+        args["quant"] = quant_args(Y_SCALE, -10)
+    args["y"] = poison((m, n), storage.dtype if kernel.out == "int8" else "float32")
+    return Problem(args, value, bound)
+
+
+def check(kernel: Dense, cpu: Cpu, *, threads: int = 1, extreme: bool = False) -> Array:
+    """Runs the kernel, holds the result against the reference and returns it."""
+    given_problem = problem(kernel, cpu, extreme=extreme)
+    scheduled = schedule_dense(kernel, cpu, act_storage(cpu))
+    after = run_kernel(scheduled, given_problem.args, cpu, threads=threads)
+    y, value, bound = after["y"], given_problem.value, given_problem.bound
+    if kernel.out == "float32":
+        assert (np.abs(y - value) <= bound + 1e-30).all(), np.abs(y - value).max()
+        return y
+    inverse, lowest, highest, zero = (float(v) for v in given_problem.args["quant"])
+    steps = np.clip(value * inverse, lowest, highest)
+    error = np.abs(y.astype(np.int32) - act_storage(cpu).offset - (np.rint(steps) + zero))
+    # Equal, but where rounding may take a value over the tie between two steps.
+    to_tie = np.abs(np.abs(steps - np.trunc(steps)) - 0.5)
+    near_tie = to_tie <= bound * inverse + 4 * EPS * np.abs(steps)
+    assert (error[~near_tie] == 0).all()
+    assert (error <= 1).all()
+    return y
+
+
+def kernels() -> list[Dense]:
+    """Sizes that do not divide by any tile, and those of real layers, with mixed epilogues."""
+    return [
+        Dense(m=1, n=1000, k=48),
+        Dense(m=7, n=10, k=147, residual_rows=7),
+        Dense(m=5, n=1, k=1, gelu=True),
+        Dense(m=13, n=97, k=33, gelu=True, residual_rows=1, out="int8"),
+        Dense(m=49, n=64, k=12, out="int8"),
+        Dense(m=1, n=100, k=64, x="int8"),
+        Dense(m=7, n=10, k=147, x="int8", residual_rows=7),
+        Dense(m=8, n=40, k=20, residual_rows=4, residual_dtype="float16"),
+        Dense(m=5, n=3, k=1, x="int8", gelu=True),
+        Dense(m=13, n=97, k=33, x="int8", gelu=True, residual_rows=1, out="int8"),
+        Dense(m=49, n=64, k=12, x="int8", out="int8"),
+        Dense(m=28, n=48, k=32, x="int8", gelu=True, out="int8"),
+    ]
+
+
+@pytest.mark.parametrize("kernel", kernels(), ids=str)
+@pytest.mark.parametrize("cpu", CPUS)
+def test_every_instruction_set_computes_the_reference(cpu: str, kernel: Dense) -> None:
+    check(kernel, CPUS[cpu], threads=2)
+
+
+@pytest.mark.parametrize("x", ["float32", "int8"])
+@pytest.mark.parametrize("out", ["float32", "int8"])
+@pytest.mark.parametrize("gelu", [False, True], ids=["", "gelu"])
+@pytest.mark.parametrize("residual_rows", [0, 1, 4, 8])
+def test_every_epilogue(x: str, out: str, gelu: bool, residual_rows: int) -> None:
+    kernel = Dense(m=8, n=40, k=20, gelu=gelu, residual_rows=residual_rows)
+    check(replace(kernel, x=x, out=out), host_cpu())  # type: ignore[arg-type]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 120),
+    k=st.integers(1, 70),
+    x=st.sampled_from(["float32", "int8"]),
+    out=st.sampled_from(["float32", "int8"]),
+    threads=st.integers(1, 5),
+)
+def test_every_size(m: int, n: int, k: int, x: str, out: str, threads: int) -> None:
+    kernel = Dense(m=m, n=n, k=k, x=x, out=out)  # type: ignore[arg-type]
+    check(kernel, host_cpu(), threads=threads)
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_int8_products_never_saturate(cpu: str) -> None:
+    kernel = Dense(m=4, n=16, k=64, x="int8")
+    y = check(kernel, CPUS[cpu], extreme=True)
+    expected = problem(kernel, CPUS[cpu], extreme=True).value
+    # The sums are integers below 2**24, so float32 has them exactly and rounds once, by `scale`.
+    np.testing.assert_array_equal(y, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("cpu", ["a72", "a76"])
+def test_layer_of_gfnet_xs_under_qemu(cpu: str) -> None:
+    check(Dense(m=196, n=96, k=384, x="int8", gelu=True, out="int8"), CPUS[cpu])
+
+
+@pytest.mark.parametrize("x", ["float32", "int8"])
+def test_results_do_not_depend_on_threads(x: str) -> None:
+    kernel = Dense(m=25, n=77, k=30, x=x, gelu=True)  # type: ignore[arg-type]
+    results = [check(kernel, host_cpu(), threads=threads) for threads in (1, 3, 16)]
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("x", ["float32", "int8"])
+def test_tiles_fit_the_registers_and_cover_what_they_must(cpu: str, x: str) -> None:
+    for m in (1, 2, 49, 68, 97, 138, 196, 256, 576, 784, 3136):
+        for n, k in ((384, 1536), (1536, 384), (64, 48), (1000, 384), (10, 512)):
+            kernel = Dense(m=m, n=n, k=k, x=x)  # type: ignore[arg-type]
+            product = product_of(kernel, CPUS[cpu])
+            tile = choose_tile(kernel, product, CPUS[cpu].vector_registers)
+            assert product.registers(tile) <= CPUS[cpu].vector_registers
+            assert tile.rows <= m
+            rows = -(-m // tile.rows) * tile.rows
+            assert rows <= 1.1 * m, f"{tile} computes {rows} rows for {m}"
+
+
+def test_tiles_are_those_that_were_measured_best() -> None:
+    mlp = Dense(m=196, n=384, k=1536)
+    chosen = {
+        name: choose_tile(mlp, product_of(mlp, CPUS[name]), CPUS[name].vector_registers)
+        for name in ("avx512", "avx2", "sse", "a72")
+    }
+    assert chosen == {
+        "avx512": Tile(rows=4, vectors=6),
+        "avx2": Tile(rows=4, vectors=3),
+        "sse": Tile(rows=4, vectors=3),
+        "a72": Tile(rows=7, vectors=3),
+    }
+
+
+# Arithmetic on one float32, which an epilogue must not contain: x86, then ARM.
+SCALAR = re.compile(r"\b(v?(mul|add|sub|max|min|div)ss|f(mul|add|sub|maxnm|minnm)\s+s\d)\b")
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("x", ["float32", "int8"])
+def test_compiled_kernels_are_vectors_and_small(cpu: str, x: str, tmp_path: Path) -> None:
+    import tvm
+
+    kernel = Dense(m=196, n=1536, k=384, x=x, gelu=True, residual_rows=196, out="int8")  # type: ignore[arg-type]
+    scheduled = schedule_dense(kernel, CPUS[cpu], act_storage(CPUS[cpu]))
+    func = scheduled.steps[-1].func.with_attr("global_symbol", "main")
+    module = tvm.compile(tvm.IRModule({"main": func}), tvm_target(CPUS[cpu])).mod
+    assembly = module.inspect_source("asm")
+    assert not SCALAR.search(assembly)
+    assert "erff" not in assembly
+    compile_object(scheduled, CPUS[cpu], tmp_path / "kernel.o")
+    # Some 30 kernels of a model have to fit 600 KB with the runtime.
+    assert loaded_bytes(tmp_path / "kernel.o") < 20_000
+
+
+def loaded_bytes(path: Path) -> int:
+    """Bytes of an ELF object's sections that end up in memory."""
+    elf = path.read_bytes()
+    (offset,) = struct.unpack_from("<Q", elf, 40)
+    entry, count = struct.unpack_from("<HH", elf, 58)
+    headers = [struct.unpack_from("<QQQQ", elf, offset + i * entry + 8) for i in range(count)]
+    return sum(size for flags, _, _, size in headers if flags & 2)  # SHF_ALLOC
+
+
+def test_only_vnni_stores_activations_unsigned() -> None:
+    assert {name for name in CPUS if act_storage(CPUS[name]).offset} == {"avx512_vnni"}

@@ -1,0 +1,161 @@
+"""The filter's CPU kernels against numpy's FFT in float64, on every instruction set at hand."""
+
+import re
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tvm
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from run_kernel import CPUS, host_cpu, run_kernel, tvm_target
+
+from gfcompile.targets.target import Cpu
+from gfcompile.targets.tvm.kernel import ActStorage, CircularFilter, DftFilter
+from gfcompile.targets.tvm.schedules.cpu_filter import (
+    schedule_circular_filter,
+    schedule_dft_filter,
+)
+
+Floats = npt.NDArray[np.float32]
+EPS = np.finfo(np.float32).eps
+
+NATIVE = ("sse", "avx2", "avx512")
+ARM = ("a53", "a72", "a76")
+
+
+def _input(batch: int, h: int, w: int, c: int) -> Floats:
+    rng = np.random.default_rng(h * 100 + w)
+    return rng.standard_normal((batch, h, w, c)).astype(np.float32)
+
+
+def _spectral_weight(h: int, w: int, c: int) -> npt.NDArray[np.complex64]:
+    """A random K whose first and, for even w, last column are Hermitian along h."""
+    rng = np.random.default_rng(h * 100 + w + 1)
+    k = rng.standard_normal((h, w // 2 + 1, c)) + 1j * rng.standard_normal((h, w // 2 + 1, c))
+    for column in {0, w // 2} if w % 2 == 0 else {0}:
+        mirror = np.roll(k[::-1, column], 1, axis=0)
+        k[:, column] = (k[:, column] + mirror.conj()) / 2
+    return k.astype(np.complex64)
+
+
+def _tolerance(h: int, w: int, x: Floats, k: npt.NDArray[np.generic]) -> float:
+    """Six deviations of the rounding of an output.
+
+    Four transforms of h or w terms, and half a dozen operations more in each: as many roundings,
+    each of a partial sum whose size is that of the output, at most the largest |K| |x|.
+    """
+    roundings = 2 * (h + w) + 24
+    return float(6 * EPS * np.sqrt(roundings) * np.abs(k).max() * max(1, np.abs(x).max()))
+
+
+def _check_dft(
+    shape: tuple[int, int, int, int], cpu: Cpu, *, half: bool = False, threads: int = 1
+) -> None:
+    batch, h, w, c = shape
+    x, k = _input(*shape), _spectral_weight(h, w, c)
+    constants = {"k_re": k.real, "k_im": k.imag}
+    if half:
+        constants = {name: value.astype(np.float16) for name, value in constants.items()}
+        k = constants["k_re"] + 1j * constants["k_im"].astype(np.float32)
+        constants = {name: value.view(np.uint16) for name, value in constants.items()}
+    kernel = DftFilter(batch=batch, h=h, w=w, c=c, k_dtype="float16" if half else "float32")
+    scheduled = schedule_dft_filter(kernel, cpu, ActStorage())
+    after = run_kernel(
+        scheduled, {"x": x, **constants, "y": np.zeros_like(x)}, cpu, threads=threads
+    )
+    spectrum = np.fft.rfft2(x.astype(np.float64), axes=(1, 2)) * k
+    expected = np.fft.irfft2(spectrum, s=(h, w), axes=(1, 2))
+    np.testing.assert_allclose(after["y"], expected, rtol=0, atol=_tolerance(h, w, x, k))
+
+
+def _check_circular(
+    shape: tuple[int, int, int, int], cpu: Cpu, *, half: bool = False, threads: int = 1
+) -> None:
+    batch, h, w, c = shape
+    x = _input(*shape)
+    weight = np.random.default_rng(5).standard_normal((h, w, c)).astype(np.float32)
+    if half:
+        weight = weight.astype(np.float16)
+    kernel = CircularFilter(batch=batch, h=h, w=w, c=c, k_dtype="float16" if half else "float32")
+    scheduled = schedule_circular_filter(kernel, cpu, ActStorage())
+    constant = weight.view(np.uint16) if half else weight
+    args = {"x": x, "kernel": constant, "y": np.zeros_like(x)}
+    after = run_kernel(scheduled, args, cpu, threads=threads)
+    expected = np.zeros(shape)
+    for p in range(h):
+        for q in range(w):
+            expected += np.roll(x.astype(np.float64), (p, q), axis=(1, 2)) * weight[p, q]
+    # h * w products summed one after the other, a partial sum at most about 4 sqrt(h w) large.
+    tolerance = 6 * EPS * np.sqrt(h * w) * 4 * np.sqrt(h * w)
+    np.testing.assert_allclose(after["y"], expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", NATIVE + ARM)
+def test_dft_filter_equals_numpy(name: str) -> None:
+    _check_dft((1, 14, 14, 48), CPUS[name])
+
+
+@pytest.mark.parametrize("name", NATIVE + ARM)
+def test_circular_filter_equals_numpy(name: str) -> None:
+    _check_circular((1, 7, 7, 48), CPUS[name])
+
+
+# Odd, even, non-square, single rows and columns; channels that fill no vector, or not the last.
+GRIDS = [(7, 7, 33), (5, 8, 24), (1, 9, 3), (9, 1, 5), (1, 1, 1), (2, 2, 4), (13, 6, 17)]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "x".join(map(str, grid)))
+@pytest.mark.parametrize("name", ["avx2", "a72"])
+def test_dft_filter_on_any_grid(name: str, grid: tuple[int, int, int]) -> None:
+    _check_dft((2, *grid), CPUS[name])
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "x".join(map(str, grid)))
+def test_circular_filter_on_any_grid(grid: tuple[int, int, int]) -> None:
+    _check_circular((2, *grid), CPUS["avx2"])
+
+
+@pytest.mark.parametrize("grid", [(56, 56, 16), (28, 28, 16)], ids=["56", "28"])
+def test_dft_filter_on_the_large_grids_of_the_pyramids(grid: tuple[int, int, int]) -> None:
+    _check_dft((1, *grid), host_cpu())
+
+
+@settings(deadline=None, max_examples=6, derandomize=True, phases=[Phase.generate])
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 40))
+def test_dft_filter_on_grids_that_hypothesis_chooses(h: int, w: int, c: int) -> None:
+    _check_dft((1, h, w, c), host_cpu())
+
+
+@pytest.mark.parametrize("name", ["avx512", "sse", "a76"])
+def test_float16_weights_are_exactly_their_values(name: str) -> None:
+    _check_dft((1, 6, 7, 20), CPUS[name], half=True)
+    _check_circular((1, 4, 5, 20), CPUS[name], half=True)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_any_split_into_threads_gives_the_whole_result(threads: int) -> None:
+    _check_dft((2, 5, 4, 40), CPUS["avx2"], threads=threads)
+    _check_circular((2, 5, 4, 40), CPUS["avx2"], threads=threads)
+
+
+@pytest.mark.parametrize(
+    ("name", "vector", "single"),
+    [
+        ("avx512", r"vfmadd\d+ps\s.*zmm", r"vfn?m(add|sub)\d+ss"),
+        ("avx2", r"vfmadd\d+ps\s.*ymm", r"vfn?m(add|sub)\d+ss"),
+        ("a72", r"fmla\s+v\d+\.4s", r"fmadd\s+s\d+"),
+    ],
+)
+def test_every_product_is_a_vector_product(name: str, vector: str, single: str) -> None:
+    cpu = CPUS[name]
+    for scheduled in (
+        schedule_dft_filter(DftFilter(batch=1, h=14, w=14, c=64), cpu, ActStorage()),
+        schedule_circular_filter(CircularFilter(batch=1, h=7, w=7, c=64), cpu, ActStorage()),
+    ):
+        func = scheduled.steps[0].func.with_attr("global_symbol", "filter")
+        assembly = tvm.compile(tvm.IRModule({"filter": func}), tvm_target(cpu)).mod.inspect_source(
+            "asm"
+        )
+        assert len(re.findall(vector, assembly)) > 40
+        assert not re.findall(single, assembly)
