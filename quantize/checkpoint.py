@@ -20,6 +20,7 @@ from torch import nn
 from gfcompile.quantize._pt2e import quiet
 from gfcompile.quantize.calibration import Calibrated
 from gfcompile.quantize.files import write_atomically
+from gfcompile.quantize.metadata import KEY, read_header
 from gfcompile.quantize.prepared import LayerQuant, Prepared, one_thread, prepare
 from gfcompile.quantize.qparams import QParams, dequantize, quantize
 from gfcompile.quantize.quantizer import KeptFloat
@@ -28,13 +29,11 @@ from gfcompile.runtime.errors import UserError
 
 __all__ = [
     "QuantizedCheckpoint",
-    "is_quantized",
     "load_quantized",
     "read_quantized",
     "write_quantized",
 ]
 
-_KEY = "gfcompile.quantized"
 _FORMAT = 1
 _SCALE = ".scale"
 
@@ -90,15 +89,10 @@ def write_quantized(checkpoint: QuantizedCheckpoint, path: Path) -> None:
         "images": checkpoint.images,
         "training": checkpoint.training,
     }
-    metadata = {_KEY: json.dumps(header)}
+    metadata = {KEY: json.dumps(header)}
     write_atomically(
         path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata)
     )
-
-
-def is_quantized(path: Path) -> bool:
-    """Whether `path` is a quantized checkpoint."""
-    return _metadata(path) is not None
 
 
 def read_quantized(path: Path) -> QuantizedCheckpoint:
@@ -109,7 +103,7 @@ def read_quantized(path: Path) -> QuantizedCheckpoint:
     """
     import safetensors.torch
 
-    text = _metadata(path)
+    text = read_header(path)
     if text is None:
         raise UserError(f"{path}: no quantized checkpoint; `gfcompile quantize` writes them")
     try:
@@ -210,18 +204,6 @@ def unpack_int4(packed: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> npt.ND
     halves = np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(-1)
     signed = ((halves ^ 8).astype(np.int16) - 8).astype(np.int8)  # sign bit 3
     return signed[: int(np.prod(shape))].reshape(shape)
-
-
-def _metadata(path: Path) -> str | None:
-    import safetensors
-
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            return (file.metadata() or {}).get(_KEY)
-    except (safetensors.SafetensorError, OSError):
-        return None
 
 
 def _column(scales: npt.NDArray[np.float32], ndim: int) -> npt.NDArray[np.float32]:

@@ -11,22 +11,22 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from gfcompile.quantize.train_config import Augment
 from gfcompile.runtime.errors import UserError
 from gfcompile.runtime.images import Transform, crop, normalize, open_image
 
-__all__ = ["Augment", "Batch", "Images", "LabelledImages", "read_images"]
+__all__ = ["Batch", "Images", "LabelledImages", "read_images"]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 # A crop takes at least this share of the image, and is at most this much wider than high.
 _LEAST_AREA = 0.35
 _MOST_ASPECT = 4 / 3
 
-Augment = Literal["none", "crop", "crop-flip"]
 FloatArray = npt.NDArray[np.float32]
 
 

@@ -6,7 +6,7 @@ quantizes whatever it finds; the mean of the image, which is one bin, sets the s
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,18 +17,19 @@ from gfcompile.quantize._pt2e import quiet
 from gfcompile.quantize.calibration import check_images
 from gfcompile.quantize.observers import ActivationObserver, WeightObserver
 from gfcompile.quantize.prepared import export, one_thread
-from gfcompile.quantize.quantizer import QuantNode, find_layers
+from gfcompile.quantize.quantizer import KeptFloat, QuantNode, find_layers
 from gfcompile.quantize.scheme import OpKind, QuantScheme, TensorScheme
 from gfcompile.runtime.errors import UserError
 from gfcompile.runtime.exactness import sqnr_db
 
-__all__ = ["Sensitivity", "analyze", "most_sensitive"]
+__all__ = ["Sensitivity", "analyze", "choose_float", "explain", "most_sensitive"]
 
 aten = torch.ops.aten
 Kind = OpKind | Literal["filter as circular int8", "filter on int8 spectra"]
 Edit = Callable[..., Any]
 
 _BATCH = 16
+_AUTO = "auto:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,43 @@ def most_sensitive(results: Iterable[Sensitivity], count: int) -> tuple[str, ...
         )
     worst = sorted(layers, key=lambda result: (-result.loss, result.sqnr_db))
     return tuple(result.name for result in worst[:count])
+
+
+def choose_float(
+    scheme: QuantScheme, module: nn.Module, batches: Sequence[Tensor]
+) -> tuple[QuantScheme, tuple[Sensitivity, ...]]:
+    """The scheme with names in place of "auto:K" in `keep_float`, and the analysis behind them.
+
+    Without "auto:K" it is the scheme as it was, and nothing is analysed.
+
+    Raises:
+        UserError: a K that is no number, or too large.
+    """
+    named = tuple(name for name in scheme.keep_float if not name.startswith(_AUTO))
+    wanted = [name.removeprefix(_AUTO) for name in scheme.keep_float if name.startswith(_AUTO)]
+    if not wanted:
+        return scheme, ()
+    if len(wanted) > 1 or not wanted[0].isdecimal():
+        raise UserError(f"--keep-float {_AUTO}{wanted[-1]}: give it once, with a number, as auto:2")
+    scheme = replace(scheme, keep_float=named)
+    results = analyze(module, batches, scheme)
+    chosen = most_sensitive(results, int(wanted[0]))
+    return replace(scheme, keep_float=(*named, *chosen)), results
+
+
+def explain(kept: Iterable[KeptFloat], results: Iterable[Sensitivity]) -> tuple[KeptFloat, ...]:
+    """The layers kept in float, with what the analysis found where it chose them."""
+    found = {result.name: result for result in results}
+    return tuple(
+        replace(
+            layer,
+            reason=f"quantized alone, it leaves {found[layer.name].sqnr_db:.1f} dB "
+            f"and costs {found[layer.name].loss:.2g} in loss",
+        )
+        if layer.name in found
+        else layer
+        for layer in kept
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,75 +22,20 @@ from torch.nn import functional as F
 from gfcompile.quantize._pt2e import quiet
 from gfcompile.quantize.calibration import check_images
 from gfcompile.quantize.checkpoint import QuantizedCheckpoint, settle_as
-from gfcompile.quantize.data import Augment, Batch, Images
+from gfcompile.quantize.data import Batch, Images
 from gfcompile.quantize.distributed import Group
 from gfcompile.quantize.prepared import one_thread, prepare, prepare_training
 from gfcompile.quantize.qparams import dequantize, quantize
 from gfcompile.quantize.scheme import QuantScheme
+from gfcompile.quantize.train_config import TrainConfig
 from gfcompile.quantize.training_state import TrainingState, fingerprint
 from gfcompile.runtime.errors import CompileError, UserError
 
-__all__ = ["EpochRecord", "SilentTraining", "TrainConfig", "TrainProgress", "train"]
+__all__ = ["EpochRecord", "SilentTraining", "TrainProgress", "accuracy", "train"]
 
 _LARGEST_GRADIENT = 1.0  # norm, over all parameters
 _LEAST_RATE = 0.01  # of the learning rate, at the end of the cosine
 _SAVE_SECONDS = 600.0  # within an epoch; at its end the state is saved anyway
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How to train.
-
-    Attributes:
-        batch_size: of all processes together.
-        lr: the highest learning rate; `warmup` is the fraction of all steps that lead up to it, a
-            cosine leads down again.
-        range_epochs: the fraction of epochs that begin with a new calibration of ranges; from then
-            on they are frozen.
-        learn_scales: learned step sizes instead; ranges are calibrated once, then trained.
-        distill: how much of the loss is the distance from the float model's logits.
-        temperature: that logits are divided by for it.
-        mixup: the parameter of its beta distribution; 0 mixes nothing.
-        ema: what the average of weights, which is the result, keeps of itself at each step.
-        amp: bfloat16 on a GPU that has it; ranges and rounding stay in float32.
-        calibration_images: how many of the training images the ranges are calibrated on.
-    """
-
-    epochs: int = 10
-    batch_size: int = 64
-    lr: float = 1e-4
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    range_epochs: float = 0.5
-    learn_scales: bool = False
-    distill: float = 0.9
-    temperature: float = 2.0
-    label_smoothing: float = 0.1
-    mixup: float = 0.0
-    ema: float = 0.998
-    augment: Augment = "crop-flip"
-    amp: bool = True
-    calibration_images: int = 256
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least, most in (
-            ("epochs", 0, math.inf),
-            ("batch_size", 1, math.inf),
-            ("lr", 0, math.inf),
-            ("warmup", 0, 1),
-            ("weight_decay", 0, math.inf),
-            ("range_epochs", 0, 1),
-            ("distill", 0, 1),
-            ("label_smoothing", 0, 1),
-            ("mixup", 0, math.inf),
-            ("ema", 0, 1),
-            ("calibration_images", 1, math.inf),
-        ):
-            value = getattr(self, name)
-            if not least <= value <= most:
-                option = name.replace("_", "-")
-                raise UserError(f"--{option} {value} is not in [{least}, {most}]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +114,24 @@ def train(
         run.resume()
         run.go()
         return run.result()
+
+
+def accuracy(module: nn.Module, images: Images, group: Group, *, batch_size: int = 64) -> float:
+    """Top-1 of the module, which is on the group's device, on images that the processes share.
+
+    Raises:
+        UserError: not one image can be read.
+    """
+    right = torch.zeros(2, dtype=torch.float64, device=group.device)
+    with torch.no_grad():
+        for batch in images.evaluate(batch_size, rank=group.rank, world=group.world):
+            logits = module(torch.from_numpy(batch.images).to(group.device))
+            hits = logits.argmax(1).cpu() == torch.from_numpy(batch.labels)
+            right += right.new_tensor([int(hits.sum()), len(hits)])
+    hit, seen = group.total(right).tolist()
+    if seen == 0:
+        raise UserError(f"{images.files.source}: not one image can be read")
+    return float(hit / seen)
 
 
 class _Training:
@@ -354,18 +317,10 @@ class _Training:
         """Top-1 of the averaged weights, rounded, on the validation images."""
         if self.validation is None:
             return None
-        counts = torch.zeros(2, device=self.group.device)
-        with self.averaged(), torch.no_grad():
-            for batch in self.validation.evaluate(
-                self.config.batch_size, rank=self.group.rank, world=self.group.world
-            ):
-                logits = self.graph(torch.from_numpy(batch.images).to(self.group.device))
-                hits = logits.argmax(1).cpu() == torch.from_numpy(batch.labels)
-                counts += torch.tensor([float(hits.sum()), len(hits)], device=counts.device)
-        right, seen = self.group.total(counts).tolist()
-        if seen == 0:
-            raise UserError(f"{self.validation.files.source}: not one image can be read")
-        return float(right / seen)
+        with self.averaged():
+            return accuracy(
+                self.graph, self.validation, self.group, batch_size=self.config.batch_size
+            )
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
