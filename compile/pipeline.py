@@ -105,9 +105,7 @@ def compile_model(
             bundle = job.write(output, cache)
         else:
             # A bundle that was made before from the same inputs is this one.
-            made = cache.lookup(job.key())
-            if made is None:
-                made = cache.folder(job.key(), lambda folder: job.keep(folder, cache))
+            made = cache.folder(job.key(), lambda folder: job.keep(folder, cache))
             with progress.stage("write the bundle"):
                 bundle = copy_bundle(made / "bundle", output)
     for note in bundle.manifest.notes:
@@ -158,9 +156,22 @@ class _Job:
 
     def key(self) -> Mapping[str, object]:
         """All that the bundle depends on."""
-        return {"bundle": self.graph_key(), "target": self.target, "labels": self.config.labels}
+        return {
+            "bundle": self.source_key(),
+            "fft": self.config.fft,
+            "target": self.target,
+            "labels": self.config.labels,
+        }
 
-    def graph_key(self) -> Mapping[str, object]:
+    def graph_key(self, loaded: "_Loaded") -> Mapping[str, object]:
+        """All that the graph depends on: of the target, the forms it gives to filters alone."""
+        chosen = {"auto": [choose_form(self.target, *grid) for grid in loaded.filters]}
+        return {
+            "graph": self.source_key(),
+            "forms": chosen.get(self.config.fft, self.config.fft),
+        }
+
+    def source_key(self) -> Mapping[str, object]:
         config = self.config
         return {
             "model": config.model,
@@ -169,9 +180,6 @@ class _Job:
             "image_size": config.image_size,
             "num_classes": config.num_classes,
             "seed": config.seed,
-            "fft": config.fft,
-            # The forms of filters are chosen by cost on the target.
-            "target": self.target if config.fft == "auto" else None,
             "calibration": self.calibration_files() if config.precision == "int8" else None,
         }
 
@@ -208,11 +216,9 @@ class _Job:
         else:
             from gfcompile.compile.graph import Graph
 
-            made = cache.lookup(self.graph_key())
-            if made is None:
-                made = cache.folder(
-                    self.graph_key(), lambda folder: self.graph(loaded, golden).write(folder)
-                )
+            made = cache.folder(
+                self.graph_key(loaded), lambda folder: self.graph(loaded, golden).write(folder)
+            )
             graph = Graph.read(made)
         return write_bundle(lambda folder: self.emit(loaded, graph, golden, folder), output)
 
@@ -238,6 +244,7 @@ class _Job:
             transform=model.transform,
             weights=model.weights,
             is_random=model.is_random,
+            filters=model.spec.filters,
         )
 
     def graph(self, loaded: "_Loaded", golden: _Golden) -> "Graph":
@@ -359,6 +366,7 @@ class _Loaded:
     transform: Transform
     weights: str
     is_random: bool
+    filters: tuple[tuple[int, int, int], ...] = ()
 
 
 class _Dump:

@@ -31,6 +31,10 @@ class GFNetSpec(ModelSpec):
         """Rows (and columns) of tokens in each stage."""
         return tuple(self.image_size // self.patch_size >> stage for stage in range(len(self.dims)))
 
+    @property
+    def filters(self) -> tuple[tuple[int, int, int], ...]:
+        return tuple((side, side, dim) for side, dim in zip(self.sides, self.dims, strict=True))
+
     def _stages(self) -> Iterable[tuple[int, tuple[int, int, int]]]:
         return enumerate(zip(self.dims, self.depths, self.sides, strict=True))
 

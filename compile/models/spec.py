@@ -61,6 +61,11 @@ class ModelSpec(ABC):
     def macs(self) -> int:
         """Multiply-accumulates of one image, additions and normalizations not counted."""
 
+    @property
+    def filters(self) -> tuple[tuple[int, int, int], ...]:
+        """Rows, columns and channels of each kind of global filter in the model."""
+        return ()
+
     @abstractmethod
     def trained_as(self, shapes: Shapes) -> Self:
         """This model at the size and class count of a state dict of these shapes.
