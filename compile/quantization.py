@@ -14,9 +14,12 @@ from gfcompile.runtime.errors import UserError
 from gfcompile.runtime.images import Transform, imagenet_transform
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from torch import nn
 
     from gfcompile.compile.training_progress import ConsoleTraining
+    from gfcompile.quantize import Calibrated
     from gfcompile.quantize.data import Images, LabelledImages
     from gfcompile.quantize.distributed import Group
     from gfcompile.quantize.sensitivity import Sensitivity
@@ -87,6 +90,30 @@ class Quantized:
     float_top1: float | None
     top1: float | None
     kept_float: Sequence[tuple[str, str]]
+
+
+def calibrate_model(
+    module: "nn.Module",
+    images: "Sequence[npt.NDArray[np.float32]]",
+    *,
+    weight_bits: int,
+    keep_float: tuple[str, ...],
+) -> "Calibrated":
+    """The module with the ranges that the images bring about, `keep_float` as in `QuantizeConfig`.
+
+    Args:
+        images: inputs (1, 3, H, W).
+    """
+    import torch
+
+    from gfcompile.quantize import calibrate
+    from gfcompile.quantize.sensitivity import choose_float, explain
+
+    batches = [torch.from_numpy(image) for image in images]
+    scheme = QuantScheme.with_weight_bits(weight_bits, keep_float=keep_float)
+    scheme, results = choose_float(scheme, module, batches[:ANALYSED_IMAGES])
+    calibrated = calibrate(module, batches, scheme)
+    return replace(calibrated, kept_float=explain(calibrated.kept_float, results))
 
 
 def quantize_model(

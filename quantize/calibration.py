@@ -1,7 +1,8 @@
 """Post-training calibration: a float module and a few images in, a QDQ module out."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ class Calibrated:
         layers: the quantized layers in the order in which they run.
         kept_float: the layers with weights that are not quantized, and why.
         images: how many calibration images were seen.
+        training: how the weights were trained for this, JSON values; empty if they were not.
     """
 
     module: nn.Module
@@ -32,6 +34,7 @@ class Calibrated:
     layers: tuple[LayerQuant, ...]
     kept_float: tuple[KeptFloat, ...]
     images: int
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 def calibrate(

@@ -175,6 +175,7 @@ def load_quantized(path: Path, module: nn.Module, example: torch.Tensor) -> Cali
             layers=checkpoint.layers,
             kept_float=checkpoint.kept_float,
             images=checkpoint.images,
+            training=checkpoint.training,
         )
 
 
