@@ -18,7 +18,7 @@ from rich.progress import (
 from gfcompile.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from gfcompile.quantize.training import EpochRecord, TrainProgress
+    from gfcompile.quantize.training import EpochRecord, StepRecord, TrainProgress
 
 
 class ConsoleTraining:
@@ -52,13 +52,13 @@ class ConsoleTraining:
             self._console.print(f"  goes on after step {done} of {steps}", markup=False)
         self._task = self._bar.add_task("train", total=steps, completed=done, loss=0.0, top1=0.0)
 
-    def step(self, *, step: int, epoch: int, loss: float, top1: float, lr: float) -> None:  # noqa: ARG002 - the protocol's
+    def step(self, record: "StepRecord") -> None:
         self._bar.update(
             self._task,
-            completed=step,
-            description=f"epoch {epoch}/{self._epochs}",
-            loss=loss,
-            top1=top1,
+            completed=record.step,
+            description=f"epoch {record.epoch}/{self._epochs}",
+            loss=record.loss,
+            top1=record.top1,
         )
 
     def epoch(self, record: "EpochRecord") -> None:
@@ -87,9 +87,9 @@ class TensorBoardLog:
     def begin(self, *, steps: int, done: int) -> None:
         pass
 
-    def step(self, *, step: int, epoch: int, loss: float, top1: float, lr: float) -> None:  # noqa: ARG002 - the protocol's
-        for name, value in (("loss", loss), ("top1", top1), ("lr", lr)):
-            self._writer.add_scalar(f"train/{name}", value, step)
+    def step(self, record: "StepRecord") -> None:
+        for name, value in (("loss", record.loss), ("top1", record.top1), ("lr", record.lr)):
+            self._writer.add_scalar(f"train/{name}", value, record.step)
 
     def epoch(self, record: "EpochRecord") -> None:
         if record.val_top1 is not None:
@@ -107,9 +107,9 @@ class Several:
         for listener in self._listeners:
             listener.begin(steps=steps, done=done)
 
-    def step(self, *, step: int, epoch: int, loss: float, top1: float, lr: float) -> None:
+    def step(self, record: "StepRecord") -> None:
         for listener in self._listeners:
-            listener.step(step=step, epoch=epoch, loss=loss, top1=top1, lr=lr)
+            listener.step(record)
 
     def epoch(self, record: "EpochRecord") -> None:
         for listener in self._listeners:

@@ -31,11 +31,22 @@ from gfcompile.quantize.train_config import TrainConfig
 from gfcompile.quantize.training_state import TrainingState, fingerprint
 from gfcompile.runtime.errors import CompileError, UserError
 
-__all__ = ["EpochRecord", "SilentTraining", "TrainProgress", "accuracy", "train"]
+__all__ = ["EpochRecord", "SilentTraining", "StepRecord", "TrainProgress", "accuracy", "train"]
 
 _LARGEST_GRADIENT = 1.0  # norm, over all parameters
 _LEAST_RATE = 0.01  # of the learning rate, at the end of the cosine
 _SAVE_SECONDS = 600.0  # within an epoch; at its end the state is saved anyway
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """A step: its number from 1 on, and the batch's loss and top-1 over all processes."""
+
+    step: int
+    epoch: int
+    loss: float
+    top1: float
+    lr: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +65,8 @@ class TrainProgress(Protocol):
     def begin(self, *, steps: int, done: int) -> None:
         """Training starts, or goes on after `done` of its steps."""
 
-    def step(self, *, step: int, epoch: int, loss: float, top1: float, lr: float) -> None:
-        """A step was made; loss and top-1 are the batch's."""
+    def step(self, record: StepRecord) -> None:
+        """A step was made."""
 
     def epoch(self, record: EpochRecord) -> None:
         """An epoch is over."""
@@ -67,7 +78,7 @@ class SilentTraining:
     def begin(self, *, steps: int, done: int) -> None:
         pass
 
-    def step(self, *, step: int, epoch: int, loss: float, top1: float, lr: float) -> None:
+    def step(self, record: StepRecord) -> None:
         pass
 
     def epoch(self, record: EpochRecord) -> None:
@@ -235,8 +246,8 @@ class _Training:
         # Whatever the module may draw depends on the step alone.
         torch.manual_seed((config.seed << 32) + (self.step << 8) + self.group.rank)
         rate = self._rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate
         images = torch.from_numpy(batch.images).to(self.group.device)
         labels = torch.from_numpy(batch.labels).to(self.group.device)
         share = self._mixup_share()
@@ -262,7 +273,10 @@ class _Training:
         self._follow()
         self.step += 1
         mean_loss, top1, _ = means.tolist()
-        self.progress.step(step=self.step, epoch=epoch + 1, loss=mean_loss, top1=top1, lr=rate)
+        self.sums = [self.sums[0] + mean_loss, self.sums[1] + top1]
+        self.progress.step(
+            StepRecord(step=self.step, epoch=epoch + 1, loss=mean_loss, top1=top1, lr=rate)
+        )
 
     def _rate(self) -> float:
         """The learning rate: a line up, half a cosine down."""
@@ -293,11 +307,8 @@ class _Training:
         """Moves the average of weights; young averages follow faster."""
         keep = min(self.config.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.average.values()),
-                [p.detach() for p in self.parameters.values()],
-                1 - keep,
-            )
+            for name, parameter in self.parameters.items():
+                self.average[name].lerp_(parameter, 1 - keep)
 
     def _mixed_precision(self) -> torch.autocast:
         device = self.group.device.type
