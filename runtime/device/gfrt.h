@@ -47,7 +47,8 @@ typedef enum gfrt_dtype {
     GFRT_INT32 = 3,
     GFRT_UINT16 = 4,
     GFRT_INT64 = 5,
-    GFRT_BOOL = 6
+    GFRT_BOOL = 6,
+    GFRT_INT16 = 7
 } gfrt_dtype;
 
 #define GFRT_MAX_DIMS 6

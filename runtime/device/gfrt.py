@@ -114,8 +114,8 @@ def _check_file(bundle: Path, name: str, entry: Any) -> None:
 # ---- the library ----
 
 _VERIFY = 1  # GFRT_VERIFY
-DTYPES = ("float32", "int8", "uint8", "int32", "uint16", "int64", "bool")  # gfrt_dtype
-_FORMATS = ("f", "b", "B", "i", "H", "q", "?")  # of the struct module
+DTYPES = ("float32", "int8", "uint8", "int32", "uint16", "int64", "bool", "int16")
+_FORMATS = ("f", "b", "B", "i", "H", "q", "?", "h")  # of the struct module
 
 
 class _Info(ctypes.Structure):

@@ -44,7 +44,8 @@ def lower(nodes: Sequence[ir.Node]) -> Iterator[GenericCall]:
     Raises:
         CompileError: TVM cannot take one of the operators.
     """
-    produced = {output for node in nodes for output in node.outputs}
+    # A dict for its order: the functions, and so the bundle, are the same every time.
+    produced = dict.fromkeys(output for node in nodes for output in node.outputs)
     inputs: dict[str, ir.Value] = {}
     constants: dict[str, ir.Value] = {}
     for node in nodes:
@@ -64,13 +65,17 @@ def lower(nodes: Sequence[ir.Node]) -> Iterator[GenericCall]:
     known_values: dict[relax.Var, ir.Value | str] = dict(
         zip(main.params, inputs.values(), strict=True)
     )
+    bindings = [binding for block in main.body.blocks for binding in block.bindings]
     result = main.body.body
+    # Several results are a tuple, which is bound to a variable before it is returned.
+    tuples = {b.var: b.value for b in bindings if isinstance(b.value, tvm.ir.Tuple)}
+    result = tuples.get(result, result)
     fields = list(result.fields) if isinstance(result, tvm.ir.Tuple) else [result]
     for var, value in zip(fields, outputs.values(), strict=True):
         known_values[var] = value
     stem = nodes[0].name or str(nodes[0].outputs[0].name)
-    for block in main.body.blocks:
-        for binding in block.bindings:
+    for binding in bindings:
+        if binding.var not in tuples:
             yield _call(module, binding, known_values, stem)
 
 

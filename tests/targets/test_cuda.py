@@ -116,6 +116,15 @@ def test_no_product_of_the_zoo_spills(arch: str) -> None:
     assert all(kernel.stack_bytes == 0 for kernel in kernels)
 
 
+def test_a_small_ragged_product_does_not_spill() -> None:
+    """ptxas once unrolled the few steps of such a sum and ran out of registers."""
+    gpu = GPUS["sm_53"]
+    named = {
+        x: schedule_dense(Dense(m=5, n=10, k=45, x=x), gpu, STORAGE) for x in ("float32", "int8")
+    }
+    compile_cuda(funcs(named), gpu)  # raises where one spills
+
+
 def test_ptx_is_of_the_version_that_the_board_s_driver_reads() -> None:
     for gpu in GPUS.values():
         ptx = compile_cuda(

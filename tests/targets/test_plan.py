@@ -22,7 +22,9 @@ def any_plan(draw: st.DrawFn) -> Plan:
     tensors = tuple(
         PlanTensor(
             name=name,
-            dtype=draw(st.sampled_from(["float32", "int8", "uint8", "int32", "uint16", "int64"])),
+            dtype=draw(
+                st.sampled_from(["float32", "int8", "uint8", "int32", "uint16", "int64", "int16"])
+            ),
             shape=draw(st.lists(st.integers(1, 9), max_size=4).map(tuple)),
             offset=64 * draw(st.integers(0, 1000)),
             scale=draw(float32),

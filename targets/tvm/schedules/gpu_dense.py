@@ -92,7 +92,7 @@ def _few_rows(kernel: Dense, storage: ActStorage) -> tuple[Any, Any]:
         for v in T.unroll(width):
             acc[v] = T.Cast(unit, 0)
         if first < padded:
-            for step in T.serial(steps):
+            for step in T.serial(steps, unroll=4):
                 if all_of(within(step * _GEMV_SPLITS + split, k, k % _GEMV_SPLITS == 0)):
                     for v in T.unroll(width):
                         acc[v] = acc[v] + T.Cast(unit, x[row, step * _GEMV_SPLITS + split]) * (
@@ -331,11 +331,12 @@ def _tiled(kernel: Dense, gpu: Gpu, storage: ActStorage) -> tuple[Any, Any]:
             for i in T.unroll(tile.tm):
                 for j in T.unroll(tile.tn):
                     sums[i, j] = 0
-        for chunk in T.serial(chunks):
+        for chunk in T.serial(chunks, unroll=False):
             for i in T.unroll(tile.tm):
                 for j in T.unroll(tile.tn):
                     acc[i, j] = T.Cast(unit, 0)
-            for step in T.serial(chunk_steps):
+            # Unrolled further, ptxas would load several steps ahead and run out of registers.
+            for step in T.serial(chunk_steps, unroll=False):
                 start: T.let = (chunk * chunk_steps + step) * tile.bk
                 T.tvm_storage_sync("shared")
                 for copy in T.unroll(x_copies):
@@ -371,7 +372,7 @@ def _tiled(kernel: Dense, gpu: Gpu, storage: ActStorage) -> tuple[Any, Any]:
                             for v in T.vectorized(4):
                                 ws[w_row, w_col + v] = T.Cast(unit, 0)
                 T.tvm_storage_sync("shared")
-                for quad in T.serial(tile.bk // 4):
+                for quad in T.serial(tile.bk // 4, unroll=False):
                     for i in T.unroll(tile.tm):
                         for v in T.vectorized(4):
                             a[i, v] = xs[i * tile.ty + ty, quad * 4 + v]

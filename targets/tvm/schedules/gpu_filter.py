@@ -153,7 +153,7 @@ def _transform_lines(
         factors = T.alloc_buffer((padded,), "float32", scope="local")
         if shared:
             thread: T.let = (block_line * block_groups + block_group) * lanes + lane
-            for copy in T.serial(copies):
+            for copy in T.serial(copies, unroll=4):
                 position: T.let = copy * threads + thread
                 if position < packed.size:
                     staged[position // packed.shape[1], position % packed.shape[1]] = coefficients[
@@ -171,7 +171,7 @@ def _transform_lines(
             for o in T.unroll(size):
                 for v in T.unroll(width):
                     acc[o, v] = T.float32(0)
-            for q in T.serial(inputs):
+            for q in T.serial(inputs, unroll=2):
                 for v in T.vectorized(width):
                     values[v] = x[(*source_at(line // count, line % count, q), channel + v)]
                 for quad in T.unroll(padded // 4):
@@ -248,7 +248,7 @@ def _filter_columns(kernel: DftFilter) -> tuple[Any, Array]:
             for v in T.unroll(width):
                 acc_re[o, v] = T.float32(0)
                 acc_im[o, v] = T.float32(0)
-        for q in T.serial(h):
+        for q in T.serial(h, unroll=False):
             for v in T.vectorized(width):
                 values_re[v] = data[block_column, q, 0, first + v]
             for v in T.vectorized(width):
@@ -292,7 +292,7 @@ def _filter_columns(kernel: DftFilter) -> tuple[Any, Array]:
         values_im = T.alloc_buffer((width,), "float32", scope="local")
         if shared:
             thread: T.let = (block_column * groups + group) * lanes + lane
-            for copy in T.serial(matrix_copies):
+            for copy in T.serial(matrix_copies, unroll=4):
                 position: T.let = copy * threads + thread
                 if position < packed.size:
                     staged[
@@ -308,7 +308,7 @@ def _filter_columns(kernel: DftFilter) -> tuple[Any, Array]:
         first: T.let = lane * width
         channel: T.let = channel_block * channels + first
         if all_of(within(column, half, half % columns == 0), within(channel, c, c % channels == 0)):
-            for copy in T.serial(copies):
+            for copy in T.serial(copies, unroll=4):
                 i: T.let = copy * groups + group
                 if all_of(within(i, h, h % groups == 0)):
                     for part in T.unroll(2):
@@ -388,8 +388,8 @@ def schedule_circular_filter(kernel: CircularFilter, gpu: Gpu, storage: ActStora
             j: T.let = line % stretches * size
             for o in T.unroll(size):
                 acc[o] = T.float32(0)
-            for p in T.serial(h):
-                for stretch in T.serial(stretches):
+            for p in T.serial(h, unroll=False):
+                for stretch in T.serial(stretches, unroll=False):
                     for t in T.unroll(2 * size - 1):
                         window[t] = x[
                             b,

@@ -94,7 +94,7 @@ def schedule_layer_norm(kernel: LayerNorm, gpu: Gpu, storage: ActStorage) -> Sch
 
 def loop(unrolled: bool, extent: int) -> Any:
     """A loop over pieces: unrolled where each piece has registers of its own."""
-    return T.unroll(extent) if unrolled else T.serial(extent)
+    return T.unroll(extent) if unrolled else T.serial(extent, unroll=4)
 
 
 def slot(held: bool, piece: Any, width: int) -> Any:

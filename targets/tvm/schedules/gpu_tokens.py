@@ -90,7 +90,7 @@ def schedule_token_mean(kernel: TokenMean, gpu: Gpu, storage: ActStorage) -> Sch
         column: T.let = block * 32 + lane
         total[0] = T.float32(0)
         if all_of(within(column, n, n % 32 == 0)):
-            for step in T.serial(steps):
+            for step in T.serial(steps, unroll=8):
                 token: T.let = step * _SPLITS + split
                 if all_of(within(token, tokens, tokens % _SPLITS == 0)):
                     total[0] = total[0] + x[image, token, column]
