@@ -8,7 +8,7 @@ from gfcompile.quantize.observers import ActivationObserver, WeightObserver
 from gfcompile.quantize.qparams import QParams
 from gfcompile.quantize.scheme import RangeRule, TensorScheme
 
-__all__ = ["ActivationFakeQuant", "WeightFakeQuant"]
+__all__ = ["ActivationFakeQuant", "BiasFakeQuant", "WeightFakeQuant"]
 
 
 class ActivationFakeQuant(ActivationObserver):
@@ -40,8 +40,11 @@ class ActivationFakeQuant(ActivationObserver):
             return torch.fake_quantize_per_tensor_affine(
                 x.float(), self.scale, self.zero_point, low, high
             )
-        scale = self.scale * self.growth.exp()
-        return _learned(x.float(), scale, low - self.zero_point, high - self.zero_point)
+        return _learned(x.float(), self.step(), low - self.zero_point, high - self.zero_point)
+
+    def step(self) -> Tensor:
+        """The scale as it is now: (1,)."""
+        return self.scale if self.growth is None else self.scale * self.growth.exp()
 
     def watch(self) -> None:
         """Watches, from now on, and forgets what it saw before."""
@@ -57,9 +60,7 @@ class ActivationFakeQuant(ActivationObserver):
 
     def trained(self) -> QParams:
         """What it rounds to."""
-        growth = torch.zeros(1) if self.growth is None else self.growth.detach().cpu()
-        scale = self.scale.cpu() * growth.exp()
-        return QParams(scale.item(), int(self.zero_point.item()))
+        return QParams(self.step().item(), int(self.zero_point.item()))
 
 
 class WeightFakeQuant(WeightObserver):
@@ -91,9 +92,12 @@ class WeightFakeQuant(WeightObserver):
             )
         shape = [1] * weight.ndim
         shape[self.ch_axis] = -1
-        scale = (self.scale * self.growth.exp()).reshape(shape)
-        bounds = scale.new_tensor([low, high])
-        return _learned(weight.float(), scale, bounds[0], bounds[1])
+        bounds = self.scale.new_tensor([low, high])
+        return _learned(weight.float(), self.step().reshape(shape), bounds[0], bounds[1])
+
+    def step(self) -> Tensor:
+        """The scales as they are now: (channels,)."""
+        return self.scale if self.growth is None else self.scale * self.growth.exp()
 
     def watch(self) -> None:
         """Takes the scales anew from the next weight."""
@@ -111,10 +115,27 @@ class WeightFakeQuant(WeightObserver):
 
     def trained(self) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
         """The scales that it rounds to."""
-        scale = self.scale.cpu()
-        if self.growth is not None:
-            scale = scale * self.growth.detach().cpu().exp()
-        return np.asarray(scale.numpy(), np.float32)
+        return np.asarray(self.step().detach().cpu().numpy(), np.float32)
+
+
+class BiasFakeQuant(nn.Module):
+    """Rounds a bias to multiples of the scale of its layer's products, once those are frozen.
+
+    Coarse activations make that scale coarse as well.
+    """
+
+    def __init__(self, activation: ActivationFakeQuant, weight: WeightFakeQuant) -> None:
+        super().__init__()
+        self._products = (activation, weight)  # in a tuple, they are no submodules of this one
+
+    def forward(self, bias: Tensor) -> Tensor:
+        """The bias itself; once frozen, the bias rounded."""
+        activation, weight = self._products
+        if not (activation.frozen and weight.frozen):
+            return bias
+        scale = (activation.step() * weight.step()).detach()
+        rounded = (bias / scale).round() * scale
+        return bias.float() + (rounded - bias).detach()
 
 
 def _learned(x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from gfcompile.quantize._pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e, quiet
-from gfcompile.quantize.fake_quant import ActivationFakeQuant, WeightFakeQuant
+from gfcompile.quantize.fake_quant import ActivationFakeQuant, BiasFakeQuant, WeightFakeQuant
 from gfcompile.quantize.observers import ActivationObserver, WeightObserver
 from gfcompile.quantize.qparams import dequantize, quantize
 from gfcompile.quantize.quantizer import KeptFloat, QuantNode, SchemeQuantizer, find_layers
@@ -176,7 +176,14 @@ def prepare_training(
             scheme, ActivationFakeQuant, WeightFakeQuant, learn=learn_scales
         )
         graph = prepare_qat_pt2e(exported, quantizer)
-    return Prepared(graph=graph, scheme=scheme, layers=layers, kept_float=kept_float)
+    prepared = Prepared(graph=graph, scheme=scheme, layers=layers, kept_float=kept_float)
+    for layer in layers:
+        if layer.bias is not None:
+            # PT2E's own module for it derives the scale at the end and rounds nothing before.
+            graph.set_submodule(
+                str(layer.bias.target), BiasFakeQuant(*prepared.fake_quants(layer)), strict=True
+            )
+    return prepared
 
 
 def export(module: nn.Module, example: torch.Tensor, *, any_batch: bool = False) -> fx.GraphModule:

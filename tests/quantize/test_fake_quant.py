@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from gfcompile.quantize.fake_quant import ActivationFakeQuant, WeightFakeQuant
+from gfcompile.quantize.fake_quant import ActivationFakeQuant, BiasFakeQuant, WeightFakeQuant
 from gfcompile.quantize.qparams import QParams, dequantize, quantize
 from gfcompile.quantize.scheme import QuantScheme
 
@@ -89,3 +89,16 @@ def test_watching_again_forgets_what_was_seen() -> None:
     fake.settle("layer")
     fake.freeze(CPU)
     assert fake.trained().scale == pytest.approx(2 / 255, rel=1e-3)
+
+
+def test_a_bias_is_rounded_to_the_scale_of_the_products_and_gets_its_gradient() -> None:
+    activation = frozen(QParams(4.0, 0))
+    weight = WeightFakeQuant(SCHEME.weight, "minmax")
+    weight.settle_as(np.array([0.01, 0.5], np.float32))
+    weight.freeze(CPU)
+    bias = torch.tensor([0.1234, -2.9], requires_grad=True)
+    rounded = BiasFakeQuant(activation, weight)(bias)
+    assert rounded.tolist() == pytest.approx([0.12, -2.0])
+    rounded.sum().backward()
+    assert bias.grad is not None
+    assert bias.grad.tolist() == [1, 1]
