@@ -403,8 +403,9 @@ class _Job:
 
         place = folder / "golden"
         place.mkdir()
-        golden.pixels[0].tofile(place / "image.u8")
-        run(graph.model, golden.inputs[:1])[0].astype("<f4").tofile(place / "logits.f32")
+        (place / "image.u8").write_bytes(golden.pixels[0].tobytes())
+        logits = run(graph.model, golden.inputs[:1])[0].astype("<f4")
+        (place / "logits.f32").write_bytes(logits.tobytes())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,7 +134,7 @@ def test_each_fault_of_a_plan_is_named(opener: Path, toy: Toy, tmp_path: Path) -
         (field(good, 320, "<I", 2**31), 3, "its counts"),
         (field(good, 320, "<I", 9), 3, "its sections"),
         (field(good, tensors, "<I", 2**20), 3, "the name of tensor 0"),
-        (field(good, tensors + 4, "<I", 7), 3, "the type of tensor 0"),
+        (field(good, tensors + 4, "<I", 99), 3, "the type of tensor 0"),
         (field(good, tensors + 16, "<q", -1), 3, "the shape of tensor 0"),
         (field(good, tensors + 16, "<2q", 2**39, 2**39), 3, "the shape of tensor 0"),
         (field(good, tensors + 64, "<Q", 8), 3, "the place of tensor 0"),
