@@ -341,7 +341,7 @@ class _Job:
             target=target.name,
             precision=Precision(
                 requested=config.precision,
-                storage="int8 products, float16 filters" if int8 else "float32",
+                storage=_storage(graph, artifact.plan.packed_bytes) if int8 else "float32",
                 compute=target.int8_compute if int8 else "float32",
             ),
             arch=target.cpu.arch,
@@ -438,6 +438,18 @@ def _golden(transform: Transform) -> _Golden:
     photos = [open_image(path) for path in stand_in_photos()[:GOLDEN_IMAGES]]
     pixels = [crop(photo, transform) for photo in photos]
     return _Golden(pixels=pixels, inputs=[normalize(image, transform) for image in pixels])
+
+
+def _storage(graph: "Graph", packed_bytes: int) -> str:
+    """What an int8 bundle holds."""
+    four_bits = graph.scheme["weight"]["high"] <= 7
+    if four_bits and packed_bytes:
+        weights = "int4 weights (expanded to int8 when loaded), int8 activations"
+    elif four_bits:
+        weights = "weights of 4 bits as int8, int8 activations"
+    else:
+        weights = "int8 products"
+    return f"{weights}, float16 filters"
 
 
 def _read_labels(path: Path, classes: int) -> list[str]:

@@ -20,6 +20,7 @@ from torch import nn
 from gfcompile.quantize._pt2e import quiet
 from gfcompile.quantize.calibration import Calibrated
 from gfcompile.quantize.files import write_atomically
+from gfcompile.quantize.int4 import pack_int4, unpack_int4
 from gfcompile.quantize.metadata import KEY, read_header
 from gfcompile.quantize.prepared import LayerQuant, Prepared, one_thread, prepare
 from gfcompile.quantize.qparams import QParams, dequantize, quantize
@@ -189,22 +190,6 @@ def settle_as(
         activation, weight = prepared.observers(layer)
         activation.settle_as(chosen)
         weight.settle_as(scales[prepared.constant_name(layer, 1)])
-
-
-def pack_int4(values: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
-    """Integers of [-8, 7], flattened, two to a byte: the earlier one in the low half."""
-    flat = values.reshape(-1)
-    assert flat.size == 0 or (flat.min() >= -8 and flat.max() <= 7), "more than four bits"
-    even = np.append(flat, np.int8(0)) if flat.size % 2 else flat
-    halves = even.view(np.uint8) & 0x0F
-    return np.asarray(halves[0::2] | (halves[1::2] << 4), np.uint8)
-
-
-def unpack_int4(packed: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> npt.NDArray[np.int8]:
-    """The inverse of `pack_int4`, for an array of this shape."""
-    halves = np.stack([packed & 0x0F, packed >> 4], axis=-1).reshape(-1)
-    signed = ((halves ^ 8).astype(np.int16) - 8).astype(np.int8)  # sign bit 3
-    return signed[: int(np.prod(shape))].reshape(shape)
 
 
 def _column(scales: npt.NDArray[np.float32], ndim: int) -> npt.NDArray[np.float32]:

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gfcompile.quantize import is_quantized, load_quantized, read_quantized, write_quantized
-from gfcompile.quantize.checkpoint import QuantizedCheckpoint, pack_int4, unpack_int4
+from gfcompile.quantize.checkpoint import QuantizedCheckpoint
 from gfcompile.quantize.data import Images, read_images
 from gfcompile.quantize.distributed import open_group
+from gfcompile.quantize.int4 import pack_int4, unpack_int4
 from gfcompile.quantize.scheme import QuantScheme
 from gfcompile.quantize.train_config import TrainConfig
 from gfcompile.quantize.training import train
