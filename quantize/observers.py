@@ -12,6 +12,7 @@ from gfcompile.quantize.qparams import (
     QParams,
     from_range,
     minimize_squared_error,
+    mse_scales,
     symmetric_scales,
 )
 from gfcompile.quantize.scheme import RangeRule, TensorScheme
@@ -61,7 +62,7 @@ class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is unty
 
     def histogram(self) -> tuple[Float64Array, Float64Array]:
         """The centres of the bins that are not empty, ascending, and how many values each has."""
-        counts = self.counts.numpy()
+        counts = self.counts.cpu().numpy()
         occupied = np.flatnonzero(counts)
         centres = _bin_centres(occupied)
         order = np.argsort(centres, kind="stable")
@@ -100,6 +101,16 @@ class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is unty
             self._settled = minimize_squared_error(*self.histogram(), self.scheme)
         return self._settled
 
+    def settle_as(self, params: QParams) -> None:
+        """Takes these parameters, whatever was seen."""
+        self._settled = params
+
+    def forget(self) -> None:
+        """Starts to watch anew."""
+        self.low, self.high = np.inf, -np.inf
+        self.counts.zero_()
+        self._settled = None
+
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point as tensors of one element, for PT2E."""
         assert self._settled is not None, "settle() comes before convert_pt2e()"
@@ -133,11 +144,18 @@ class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is unty
 class WeightObserver(ObserverBase):  # type: ignore[misc]  # torchao is untyped
     """Symmetric scales of a constant weight, one per output channel."""
 
-    def __init__(self, scheme: TensorScheme, channel_axis: int = 0, **_spec: object) -> None:
+    def __init__(
+        self,
+        scheme: TensorScheme,
+        rule: RangeRule = "minmax",
+        channel_axis: int = 0,
+        **_spec: object,
+    ) -> None:
         super().__init__(dtype=torch.int8)
         assert scheme.symmetric, scheme
         assert scheme.per_channel, scheme
         self.scheme = scheme
+        self.rule = rule
         # Read by convert_pt2e.
         self.qscheme = torch.per_channel_symmetric
         self.quant_min, self.quant_max = scheme.low, scheme.high
@@ -147,8 +165,18 @@ class WeightObserver(ObserverBase):  # type: ignore[misc]  # torchao is untyped
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight itself; a constant, so its scales are taken the first time only."""
         if self.scales is None:
-            self.scales = symmetric_scales(weight.detach().numpy(), self.ch_axis, self.scheme)
+            choose = mse_scales if self.rule == "mse" else symmetric_scales
+            values = weight.detach().cpu().numpy()
+            self.scales = choose(values, self.ch_axis, self.scheme)
         return weight
+
+    def settle_as(self, scales: Float32Array) -> None:
+        """Takes these scales, whatever the weight is."""
+        self.scales = scales
+
+    def forget(self) -> None:
+        """Takes the scales anew the next time."""
+        self.scales = None
 
     def make_room_for_bias(
         self, bias: npt.NDArray[np.float32], input_scale: float, limit: int

@@ -94,7 +94,14 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
     or a residual addition reaches those in float.
     """
 
-    def __init__(self, scheme: QuantScheme) -> None:
+    def __init__(
+        self,
+        scheme: QuantScheme,
+        activation_observer: type[ActivationObserver] = ActivationObserver,
+        weight_observer: type[WeightObserver] = WeightObserver,
+        **options: object,
+    ) -> None:
+        """`options` go to both kinds of observer."""
         super().__init__()
         self.scheme = scheme
         activation, weight = scheme.activation, scheme.weight
@@ -102,15 +109,17 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
             dtype=torch.int8,
             quant_min=activation.low,
             quant_max=activation.high,
-            observer_or_fake_quant_ctr=ActivationObserver.with_args(
-                scheme=activation, rule=scheme.activation_range
+            observer_or_fake_quant_ctr=activation_observer.with_args(
+                scheme=activation, rule=scheme.activation_range, **options
             ),
         )
         self._weight = QuantizationSpec(
             dtype=torch.int8,
             quant_min=weight.low,
             quant_max=weight.high,
-            observer_or_fake_quant_ctr=WeightObserver.with_args(scheme=weight),
+            observer_or_fake_quant_ctr=weight_observer.with_args(
+                scheme=weight, rule=scheme.weight_range, **options
+            ),
         )
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
