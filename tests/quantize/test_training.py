@@ -123,8 +123,9 @@ def test_a_killed_training_goes_on_to_the_same_bits(
     config = replace(CONFIG, epochs=3, learn_scales=learn_scales, mixup=0.2, augment="crop-flip")
     wanted = content(trained(square_gfnet, data, config), tmp_path)
     state = tmp_path / "state"
-    # Killed in an epoch whose state was saved at its start only, and right after a save within.
-    for step, seconds in ((5, 600.0), (8, 0.0)):
+    # Killed in an epoch whose state was saved at its start only, then with saves after each step:
+    # within an epoch of three, and after its last step.
+    for step, seconds in ((5, 600.0), (8, 0.0), (9, 0.0)):
         monkeypatch.setattr(training, "_SAVE_SECONDS", seconds)
         with pytest.raises(Killed):
             trained(square_gfnet, data, config, state_file=state, progress=KilledAt(step))
