@@ -13,20 +13,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gfcompile import __version__
-from gfcompile.quantize import TrainConfig
-from gfcompile.quantize.train_config import Augment
+from gfcompile.compile.training_options import (
+    add_quantization_arguments,
+    add_training_arguments,
+    check_training_arguments,
+    quantize_config,
+)
 from gfcompile.runtime.errors import GfcompileError, UserError
 
 if TYPE_CHECKING:
     from gfcompile.compile.bundle import Bundle
     from gfcompile.compile.progress import Progress
-    from gfcompile.compile.quantization import QuantizeConfig, Quantized
+    from gfcompile.compile.quantization import Quantized
     from gfcompile.targets.target import Target
 
 _EPILOG = """\
@@ -50,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.command(options)
             sys.stdout.flush()
         return 0
-    except KeyboardInterrupt:
-        _complain("interrupted; nothing was written")
+    except KeyboardInterrupt as interrupt:
+        _complain(f"interrupted; {interrupt if interrupt.args else 'nothing was written'}")
         return 128 + (ended_by[0] if ended_by else signal.SIGINT)
     except GfcompileError as error:
         _raise_again_if(debug)
@@ -81,10 +84,10 @@ def _compile(options: argparse.Namespace) -> None:
     from gfcompile.targets.target import find_target
 
     started = time.perf_counter()
-    progress = SilentProgress() if options.quiet else ConsoleProgress()
+    quiet = options.quiet or not _is_first_process()
+    progress = SilentProgress() if quiet else ConsoleProgress()
+    check_training_arguments(options)
     if options.train_data is not None:
-        if not options.int8:
-            raise UserError("--train-data trains for --int8: add it")
         find_target(options.target)
         options.checkpoint = _train(options, progress, output=None).path
         if not _is_first_process():
@@ -208,21 +211,21 @@ def _train(
     from gfcompile.compile.quantization import quantize_model
     from gfcompile.compile.training_progress import ConsoleTraining
 
-    config = _quantize_config(options, output)
+    config = quantize_config(options, output)
     shown = None if options.quiet else ConsoleTraining(config.training.epochs)
     try:
         return quantize_model(config, progress, shown)
     except KeyboardInterrupt:
-        if config.state_path.exists():
-            _complain(f"{config.state_path}: the same command goes on from here")
-        raise
+        if not config.state_path.exists():
+            raise
+        raise KeyboardInterrupt(f"the same command goes on from {config.state_path}") from None
 
 
 def _analyze(options: argparse.Namespace, progress: "Progress") -> None:
     from gfcompile.compile.quantization import ANALYSED_IMAGES, analyze_model
     from gfcompile.quantize.sensitivity_plot import plot
 
-    results = analyze_model(_quantize_config(options, options.output), progress)
+    results = analyze_model(quantize_config(options, options.output), progress)
     _print_table(
         ("quantized alone", "what", "SQNR dB", "loss", "same top-1"),
         [
@@ -236,28 +239,6 @@ def _analyze(options: argparse.Namespace, progress: "Progress") -> None:
     print(
         f"\nover up to {ANALYSED_IMAGES} images; filters stay in float, the rows show what int8 "
         f"would cost them\n{path}: the plot"
-    )
-
-
-def _quantize_config(options: argparse.Namespace, output: Path | None) -> "QuantizeConfig":
-    from gfcompile.compile.quantization import QuantizeConfig
-
-    names = {field.name for field in fields(TrainConfig)} & vars(options).keys()
-    return QuantizeConfig(
-        model=options.model,
-        checkpoint=options.checkpoint,
-        train_data=options.train_data,
-        val_data=options.val_data,
-        output=output,
-        image_size=options.image_size,
-        num_classes=options.num_classes,
-        weight_bits=options.weight_bits,
-        keep_float=tuple(options.keep_float),
-        training=TrainConfig(**{name: getattr(options, name) for name in names}),
-        device=options.device,
-        max_corrupt=options.max_corrupt,
-        threads=options.data_threads,
-        tensorboard=options.tensorboard,
     )
 
 
@@ -414,99 +395,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
+def _compile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="one of `gfcompile models`")
+    parser.add_argument("--target", required=True, help="one of `gfcompile targets`")
+    parser.add_argument("--int8", action="store_true", help="quantize to int8")
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="trained weights (default: random)"
     )
     parser.add_argument("--image-size", type=int, metavar="N", help="default: the model's own")
     parser.add_argument("--num-classes", type=int, metavar="N", help="default: the model's own")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of whatever is random")
-    parser.add_argument("--quiet", action="store_true", help="print only the path of the result")
-
-
-def _training_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    quantization = parser.add_argument_group("quantization")
-    quantization.add_argument(
-        "--weight-bits", type=int, default=8, metavar="8|4", help="of weights (default: 8)"
-    )
-    quantization.add_argument(
-        "--keep-float",
-        action="append",
-        default=[],
-        metavar="NAME|auto:K",
-        help="a layer to leave in float, or the K that int8 alone hurts most; may be repeated",
-    )
-    training = parser.add_argument_group("training for int8")
-    training.add_argument(
-        "--train-data",
-        type=Path,
-        metavar="DIR|CSV",
-        required=required,
-        help="a folder of images per class, or a CSV of paths and labels",
-    )
-    training.add_argument("--val-data", type=Path, metavar="DIR|CSV", help="to report top-1 on")
-    default = TrainConfig()
-    for name, kind, text in (
-        ("epochs", int, "0 calibrates only"),
-        ("batch_size", int, "over all processes"),
-        ("lr", float, "highest learning rate"),
-        ("warmup", float, "fraction of steps until it is reached"),
-        ("weight_decay", float, "of AdamW"),
-        ("range_epochs", float, "fraction of epochs before ranges are frozen"),
-        ("distill", float, "share of the loss that the float model's logits have"),
-        ("temperature", float, "of the distillation"),
-        ("label_smoothing", float, "of the rest of the loss"),
-        ("mixup", float, "parameter of its beta distribution; 0 is off"),
-        ("ema", float, "decay of the average of weights"),
-        ("calibration_images", int, "training images that ranges are calibrated on"),
-    ):
-        value = getattr(default, name)
-        training.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=kind,
-            default=value,
-            metavar="N" if kind is int else "X",
-            help=f"{text} (default: {value})",
-        )
-    training.add_argument(
-        "--learn-scales", action="store_true", help="learned step sizes (LSQ) for every range"
-    )
-    training.add_argument(
-        "--augment",
-        choices=get_args(Augment),
-        default=default.augment,
-        help=f"random crops, and mirror images (default: {default.augment})",
-    )
-    training.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
-    training.add_argument(
-        "--no-amp", dest="amp", action="store_false", help="float32 on a GPU, not bfloat16"
-    )
-    training.add_argument(
-        "--max-corrupt", type=int, default=10, metavar="N", help="unreadable images to pass over"
-    )
-    training.add_argument("--data-threads", type=_positive, default=4, metavar="N")
-    training.add_argument("--tensorboard", type=Path, metavar="DIR", help="write a log there")
-
-
-def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
-    _model_arguments(parser)
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: MODEL-intBITS.safetensors"
-    )
-    parser.add_argument(
-        "--analyze", action="store_true", help="only show what int8 costs, layer by layer"
-    )
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="of --analyze (default: MODEL-sensitivity.svg)"
-    )
-    _training_arguments(parser, required=True)
-
-
-def _compile_arguments(parser: argparse.ArgumentParser) -> None:
-    _model_arguments(parser)
-    parser.add_argument("--target", required=True, help="one of `gfcompile targets`")
-    parser.add_argument("--int8", action="store_true", help="quantize to int8")
     parser.add_argument(
         "--keep-ratio",
         type=_keep_ratio,
@@ -530,9 +427,32 @@ def _compile_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, metavar="DIR", help="default: MODEL-TARGET-PRECISION"
     )
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write each stage's ONNX there")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="class names, one per line")
     parser.add_argument("--no-cache", action="store_true", help="build everything, keep nothing")
-    _training_arguments(parser, required=False)
+    parser.add_argument("--quiet", action="store_true", help="print only the bundle's path")
+    add_quantization_arguments(parser)
+    add_training_arguments(parser, required=False)
+
+
+def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="one of `gfcompile models`")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="trained float weights")
+    parser.add_argument("--image-size", type=int, metavar="N", help="default: the checkpoint's")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="default: the checkpoint's")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: MODEL-intBITS.safetensors"
+    )
+    parser.add_argument(
+        "--analyze", action="store_true", help="only show what int8 costs, layer by layer"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="of --analyze (default: MODEL-sensitivity.svg)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of order and crops")
+    parser.add_argument("--quiet", action="store_true", help="print only the checkpoint's path")
+    add_quantization_arguments(parser)
+    add_training_arguments(parser, required=True)
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -394,8 +394,8 @@ class _Job:
         if config.precision == "int8":
             if graph.training:
                 notes.append(
-                    f"trained for int8: {graph.training['epochs']} epochs on "
-                    f"{graph.training['images']} images"
+                    f"from a quantized checkpoint: epochs of training {graph.training['epochs']}, "
+                    f"images {graph.training['images']}"
                 )
             elif config.calibration_data is None:
                 notes.append(

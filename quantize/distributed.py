@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gfcompile.runtime.errors import UserError
 
-__all__ = ["Group", "choose_device", "is_first_process", "open_group"]
+__all__ = ["Group", "choose_device", "open_group"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +73,6 @@ def open_group(device: str = "auto") -> Iterator[Group]:
         yield Group(rank=dist.get_rank(), world=world, device=chosen)
     finally:
         dist.destroy_process_group()
-
-
-def is_first_process() -> bool:
-    """Whether this is the process that writes and reports; known before the group is open."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def choose_device(name: str) -> torch.device:

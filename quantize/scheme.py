@@ -45,7 +45,9 @@ class QuantScheme:
 
     A quantized layer is y = dq(q(x)) @ dq(weight) + dq(bias): its input, weight and bias are
     integers, its output is not. Everything else (normalization, GELU, softmax, spectra, means,
-    residual additions) stays in float.
+    residual additions) stays in float. A tensor that several layers read has one scale. So all
+    scales are settled here: none is left that an emitter would have to choose or change, as it
+    would for an int8 concatenation or addition (equal on all sides).
 
     Attributes:
         ops: the kinds of layer to quantize. "linear" is a Linear with a constant weight;

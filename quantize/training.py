@@ -218,7 +218,8 @@ class _Training:
             saved = time.monotonic()
             for batch in batches:
                 self.train_step(batch, epoch)
-                if time.monotonic() - saved > _SAVE_SECONDS:
+                in_epoch = self.step % self.steps_per_epoch > 0  # at its end comes the record first
+                if in_epoch and time.monotonic() - saved > _SAVE_SECONDS:
                     self.save()
                     saved = time.monotonic()
             loss, top1 = (total / self.steps_per_epoch for total in self.sums)

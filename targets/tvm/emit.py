@@ -310,8 +310,8 @@ class _PlanBuilder:
         for name in self.program.outputs:
             assert name in self.index_of, f"nothing writes the output {name}"
         for index in self._packed_tensors:  # they come after the others
-            tensor = self._tensors[index]
-            self._tensors[index] = dataclasses.replace(tensor, offset=self.plain_bytes + tensor.offset)
+            offset = self.plain_bytes + self._tensors[index].offset
+            self._tensors[index] = dataclasses.replace(self._tensors[index], offset=offset)
         return tuple(steps), tuple(self._tensors), arena
 
     @property

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,8 @@ def test_a_quantized_checkpoint_is_trained_and_then_compiled(
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["extra"]["training"]["epochs"] == 2
     assert manifest["extra"]["calibration_images"] == 18
-    assert "trained for int8: 2 epochs on 18 images" in manifest["notes"]
+    note = "from a quantized checkpoint: epochs of training 2, images 18"
+    assert note in manifest["notes"]
     assert main(arguments) == 2
     assert "is a quantized checkpoint: add --int8" in capsys.readouterr().err
     assert main([*arguments, "--int8", "--weight-bits", "4"]) == 2
@@ -128,6 +130,7 @@ def test_layers_are_kept_in_float_where_int8_is_only_calibrated(
         (["quantize", *command(*TRAINING, "--keep-float", "haed")], 2, "no layer is called"),
         (command(*TRAINING, "--target", "host"), 2, "--train-data trains for --int8"),
         (command("--target", "host", "--weight-bits", "4"), 2, "are for --int8"),
+        (command("--target", "host", "--int8", "--lr", "1"), 2, "--lr is for --train-data"),
     ],
 )
 def test_mistakes_are_said_in_one_line(
@@ -177,3 +180,31 @@ def test_under_torchrun_one_process_writes_and_speaks(workplace: Path) -> None:
 
 def _paths() -> str:
     return os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+
+
+@pytest.mark.slow
+def test_an_interrupted_training_goes_on_by_the_same_command(workplace: Path) -> None:
+    script = workplace / "main.py"
+    script.write_text(_MAIN)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _paths()}
+    arguments = [sys.executable, str(script), "quantize", *command(*TRAINING)]
+    arguments += ["--epochs", "500"]
+    running = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
+    assert running.stderr is not None
+    for line in running.stderr:
+        if "epoch 2/500" in line:
+            break
+    running.send_signal(signal.SIGINT)
+    last = running.stderr.read().splitlines()[-1]
+    assert running.wait() == 130
+    state = "gfnet_mini-int8.safetensors.training"
+    assert last == f"gfcompile: interrupted; the same command goes on from {state}"
+    again = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
+    assert again.stderr is not None
+    for line in again.stderr:
+        if "epoch" in line:
+            pytest.fail("it began anew")
+        if "goes on after step" in line:
+            break
+    again.kill()
+    again.wait()

@@ -15,6 +15,7 @@ from gfcompile.quantize import load_quantized, training, write_quantized
 from gfcompile.quantize.checkpoint import QuantizedCheckpoint
 from gfcompile.quantize.data import Images, read_images
 from gfcompile.quantize.distributed import choose_device, open_group
+from gfcompile.quantize.prepared import prepare_training
 from gfcompile.quantize.scheme import QuantScheme
 from gfcompile.quantize.train_config import TrainConfig
 from gfcompile.quantize.training import EpochRecord, SilentTraining, StepRecord, accuracy, train
@@ -122,8 +123,9 @@ def test_a_killed_training_goes_on_to_the_same_bits(
     config = replace(CONFIG, epochs=3, learn_scales=learn_scales, mixup=0.2, augment="crop-flip")
     wanted = content(trained(square_gfnet, data, config), tmp_path)
     state = tmp_path / "state"
-    # Killed in an epoch whose state was saved at its start only, and right after a save within.
-    for step, seconds in ((5, 600.0), (8, 0.0)):
+    # Killed in an epoch whose state was saved at its start only, then with saves after each step:
+    # within an epoch of three, and after its last step.
+    for step, seconds in ((5, 600.0), (8, 0.0), (9, 0.0)):
         monkeypatch.setattr(training, "_SAVE_SECONDS", seconds)
         with pytest.raises(Killed):
             trained(square_gfnet, data, config, state_file=state, progress=KilledAt(step))
@@ -220,6 +222,32 @@ def test_validation_needs_an_image_that_can_be_read(square_gfnet: nn.Module, dat
     data.corrupt[0] = "broken"
     with open_group("cpu") as group, pytest.raises(UserError, match="not one image can be read"):
         accuracy(square_gfnet, data, group)
+
+
+@pytest.mark.parametrize("learn_scales", [False, True])
+def test_under_mixed_precision_ranges_and_spectra_stay_in_float32(
+    square_gfnet: nn.Module, learn_scales: bool
+) -> None:
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    prepared = prepare_training(square_gfnet, images, QuantScheme(), learn_scales=learn_scales)
+    with torch.no_grad():
+        prepared.graph(images)
+    prepared.settle()
+    for layer in prepared.layers:
+        for fake in prepared.fake_quants(layer):
+            fake.freeze(torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = prepared.graph(images)
+    assert logits.dtype == torch.bfloat16
+    with torch.no_grad():
+        wanted = prepared.graph(images)
+    # bfloat16 has 8 bits; seven layers of it.
+    assert (logits - wanted).abs().max() < 7 * 2**-8 * wanted.abs().max()
+    logits.float().sum().backward()
+    gradient = prepared.graph.get_parameter("first.filter.weight").grad
+    assert gradient is not None
+    assert gradient.dtype == torch.float32
+    assert gradient.abs().max() > 0
 
 
 _TOGETHER = """
