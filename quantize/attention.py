@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-__all__ = ["Attention", "Edge", "find_attentions"]
+__all__ = ["Attention", "Edge", "find_attentions", "module_name"]
 
 aten = torch.ops.aten
 Part = Literal["q", "k", "v"]
@@ -80,7 +80,7 @@ def find_attentions(graph: fx.Graph) -> Iterator[Attention]:
         values = Edge(user=weights.user, index=1)
         if values.source.op == "get_attr":
             continue
-        name = _module_name(node)
+        name = module_name(node)
         if name in names:
             name = f"{name}.{node.name}"
         names.add(name)
@@ -133,13 +133,16 @@ def _before_transposition(edge: Edge) -> Edge:
     match node.target, node.args:
         case aten.transpose.int, (_, int(one), int(other)):
             order[one], order[other] = order[other], order[one]
+        case aten.mT.default, _:
+            order[-2:] = rank - 1, rank - 2
         case aten.permute.default, (_, [*axes]):
             order = [axis % rank for axis in axes if isinstance(axis, int)]
     exchanged = [*range(rank - 2), rank - 1, rank - 2]
     return Edge(user=node, index=0) if order == exchanged else edge
 
 
-def _module_name(node: fx.Node) -> str:
+def module_name(node: fx.Node) -> str:
+    """The name of the module whose code the node comes from."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
     return (paths[-1] if paths else "") or node.name

@@ -11,7 +11,7 @@ from gfcompile.quantize._pt2e import (
     QuantizationSpec,
     Quantizer,
 )
-from gfcompile.quantize.attention import Attention, find_attentions
+from gfcompile.quantize.attention import Attention, find_attentions, module_name
 from gfcompile.quantize.observers import ActivationObserver, FixedObserver, WeightObserver
 from gfcompile.quantize.scheme import OpKind, QuantScheme
 from gfcompile.runtime.errors import UserError
@@ -89,6 +89,9 @@ def find_layers(
                 ]
             else:
                 kept.append(KeptFloat(name=attention.name, reason=reason))
+            continue
+        if node.target == aten.scaled_dot_product_attention.default:
+            kept.append(KeptFloat(name=module_name(node), reason="attention in a single call"))
             continue
         if node.target == aten.linear.default:
             op: OpKind | None = "linear"
