@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -149,6 +151,28 @@ def test_tensorboard_is_asked_for_by_name_if_it_is_missing(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert main(["quantize", *command(*TRAINING, "--tensorboard", "log")]) == 2
     assert "pip install tensorboard" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("workplace")
+def test_tensorboard_is_told_of_steps_and_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Writer:
+        seen: ClassVar[list[tuple[str, int]]] = []
+
+        def __init__(self, folder: str) -> None:
+            assert folder == "log"
+
+        def add_scalar(self, name: str, _value: float, step: int) -> None:
+            self.seen.append((name, step))
+
+        def flush(self) -> None:
+            pass
+
+    module = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    more = ("--val-data", "data", "--tensorboard", "log", "--quiet")
+    assert main(["quantize", *command(*TRAINING, *more)]) == 0
+    assert [step for name, step in Writer.seen if name == "train/loss"] == [1, 2, 3, 4, 5, 6]
+    assert [step for name, step in Writer.seen if name == "val/top1"] == [1, 2]
 
 
 _MAIN = """
