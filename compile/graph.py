@@ -19,6 +19,8 @@ from gfcompile.runtime.errors import CompileError
 if TYPE_CHECKING:
     from torch import nn
 
+    from gfcompile.quantize import Calibrated
+
 Array = npt.NDArray[Any]
 FftForm = Literal["native", "dft", "circular"]
 
@@ -31,8 +33,9 @@ class Graph:
         model: float, or QDQ after calibration; canonical, see `passes.lower`.
         ledger: one entry per stage, JSON values.
         filters: the form that each global filter took.
-        layers, kept_float: what calibration decided, JSON values; empty without int8.
-        weight_notes: what is to be told of the graph.
+        layers, kept_float: what quantization decided, JSON values; empty without int8.
+        calibration_images: how many the ranges were calibrated on.
+        training: how the weights were trained for int8, JSON values; empty if they were not.
     """
 
     model: ir.Model
@@ -41,6 +44,8 @@ class Graph:
     layers: Sequence[Mapping[str, Any]] = ()
     kept_float: Sequence[Mapping[str, Any]] = ()
     scheme: Mapping[str, Any] = field(default_factory=dict)
+    calibration_images: int = 0
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Writes the graph into an empty folder, for `read`."""
@@ -51,6 +56,8 @@ class Graph:
             "layers": self.layers,
             "kept_float": self.kept_float,
             "scheme": self.scheme,
+            "calibration_images": self.calibration_images,
+            "training": self.training,
         }
         (folder / "graph.json").write_text(json.dumps(records), encoding="utf-8")
 
@@ -65,20 +72,18 @@ def build_graph(
     module: "nn.Module",
     images: Sequence[Array],
     *,
-    calibration: Sequence[Array] | None,
-    keep_float: Sequence[str] = (),
+    quantize: "Callable[[nn.Module], Calibrated] | None",
     fft: FftForm | Literal["auto"],
     choose_form: Callable[[int, int, int], FftForm],
     progress: Progress,
     on_stage: Callable[[str, ir.Model], None],
 ) -> Graph:
-    """Traces and lowers `module`; with `calibration` quantizes it to int8 as well.
+    """Traces and lowers `module`; with `quantize`, in the form that this gives it.
 
     Args:
         module: float, in eval mode.
         images: golden inputs (1, 3, H, W), for the ledger; the first one is the traced example.
-        calibration: inputs to calibrate int8 with; None for a float graph.
-        keep_float: layers that int8 leaves in float, see `QuantScheme`.
+        quantize: the QDQ form of the float module, which comes frozen; None for a float graph.
         fft, choose_form: see `passes.lower`.
         on_stage: given a name and the graph after each stage.
 
@@ -137,19 +142,15 @@ def build_graph(
                 f"{entry.max_abs_error:.3g}, rounding explains {entry.tolerance:.3g}; "
                 "please report this"
             )
-    if calibration is None:
+    if quantize is None:
         return Graph(
             model=lowered.model,
             ledger=[entry.to_dict() for entry in ledger],
             filters=_filter_records(lowered),
         )
 
-    from gfcompile.quantize import QuantScheme, calibrate
-
-    with progress.stage("calibrate"):
-        scheme = QuantScheme(keep_float=tuple(keep_float))
-        batches = [torch.from_numpy(image) for image in calibration]
-        calibrated = calibrate(module, batches, scheme)
+    with progress.stage("quantize"):
+        calibrated = quantize(module)
     with progress.stage("trace and lower the quantized model"):
         quantized = lower(
             trace(calibrated.module, example),
@@ -174,6 +175,8 @@ def build_graph(
         layers=[_json(layer) for layer in calibrated.layers],
         kept_float=[_json(layer) for layer in calibrated.kept_float],
         scheme=dict(calibrated.scheme.to_dict()),
+        calibration_images=calibrated.images,
+        training=calibrated.training,
     )
 
 

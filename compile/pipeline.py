@@ -20,6 +20,7 @@ from gfcompile.compile.bundle import (
 from gfcompile.compile.cache import Cache, open_cache, toolchain
 from gfcompile.compile.models import KeepRatio, LoadedModel, load_model, model_spec
 from gfcompile.compile.progress import Progress, SilentProgress
+from gfcompile.quantize import QuantScheme, is_quantized
 from gfcompile.runtime.bundle import Manifest, Precision, TensorSpec
 from gfcompile.runtime.errors import UserError
 from gfcompile.runtime.images import (
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gfcompile.compile.graph import Graph
+    from gfcompile.quantize import Calibrated
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 GOLDEN_IMAGES = 4
@@ -51,12 +53,14 @@ class CompileConfig:
         model: a name of the zoo (`gfcompile models`), or, for a module of one's own, any name.
         target: a name that `gfcompile targets` lists.
         precision: int8 quantizes weights and activations of every product.
-        checkpoint: trained weights; None for random ones drawn from `seed`.
+        checkpoint: trained weights; None for random ones drawn from `seed`. A quantized checkpoint
+            brings its scales along.
         image_size, num_classes: None for those of the checkpoint, or as published.
         keep_ratio: share of the patches that a pruning model keeps, see `ModelSpec.pruned`; None
             as published.
         fft: the form of the global filters; "auto" chooses by cost on the target.
         calibration_data: a folder of images for int8; None for the photos that gfcompile ships.
+        weight_bits, keep_float: see `QuantizeConfig`; a quantized checkpoint has them decided.
         output: the bundle's folder; None for one named after model, target and precision.
         dump: a folder for the graph after each stage, as ONNX files.
         labels: a text file with one class name per line, copied into the bundle.
@@ -72,6 +76,8 @@ class CompileConfig:
     keep_ratio: KeepRatio | None = None
     fft: Literal["auto", "native", "dft", "circular"] = "auto"
     calibration_data: Path | None = None
+    weight_bits: int = 8
+    keep_float: tuple[str, ...] = ()
     output: Path | None = None
     dump: Path | None = None
     labels: Path | None = None
@@ -158,6 +164,28 @@ class _Job:
             if config.precision != "int8":
                 raise UserError("--calibration-data is for --int8; add it or leave this out")
             self.calibration_files()
+        default = (config.weight_bits, config.keep_float) == (8, ())
+        if config.precision != "int8" and not default:
+            raise UserError("--weight-bits and --keep-float are for --int8")
+        QuantScheme.with_weight_bits(config.weight_bits)
+        if self.is_quantized:
+            if config.precision != "int8":
+                raise UserError(f"{config.checkpoint} is a quantized checkpoint: add --int8")
+            if config.calibration_data is not None or not default:
+                raise UserError(
+                    f"{config.checkpoint} is a quantized checkpoint, which has its scales: leave "
+                    "out --calibration-data, --weight-bits and --keep-float"
+                )
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether scales come with the checkpoint."""
+        return self.config.checkpoint is not None and is_quantized(self.config.checkpoint)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether scales come from images."""
+        return self.config.precision == "int8" and not self.is_quantized
 
     def key(self) -> Mapping[str, object]:
         """All that the bundle depends on."""
@@ -186,7 +214,9 @@ class _Job:
             "num_classes": config.num_classes,
             "keep_ratio": config.keep_ratio,
             "seed": config.seed,
-            "calibration": self.calibration_files() if config.precision == "int8" else None,
+            "calibration": self.calibration_files() if self.is_calibrated else None,
+            "weight_bits": config.weight_bits,
+            "keep_float": config.keep_float,
         }
 
     def calibration_files(self) -> list[Path]:
@@ -259,19 +289,32 @@ class _Job:
 
     def graph(self, loaded: "_Loaded", golden: _Golden) -> "Graph":
         from gfcompile.compile.graph import build_graph
+        from gfcompile.compile.quantization import calibrate_model
+        from gfcompile.quantize import load_quantized
 
-        calibration = None
-        if self.config.precision == "int8":
-            calibration = [
+        def quantize(module: "nn.Module") -> "Calibrated":
+            import torch
+
+            config = self.config
+            if self.is_quantized:
+                assert config.checkpoint is not None
+                return load_quantized(config.checkpoint, module, torch.from_numpy(golden.inputs[0]))
+            images = [
                 normalize(crop(open_image(path), loaded.transform), loaded.transform)
                 for path in self.calibration_files()
             ]
+            return calibrate_model(
+                module,
+                images,
+                weight_bits=config.weight_bits,
+                keep_float=(*loaded.float_layers, *config.keep_float),
+            )
+
         dump = _Dump(self.config.dump)
         return build_graph(
             loaded.module,
             golden.inputs,
-            calibration=calibration,
-            keep_float=loaded.float_layers,
+            quantize=quantize if self.config.precision == "int8" else None,
             fft=self.config.fft,
             choose_form=lambda h, w, c: choose_form(self.target, h, w, c),
             progress=self.progress,
@@ -316,7 +359,7 @@ class _Job:
             target=target.name,
             precision=Precision(
                 requested=config.precision,
-                storage="int8 products, float16 filters" if int8 else "float32",
+                storage=_storage(graph, artifact.plan.packed_bytes) if int8 else "float32",
                 compute=target.int8_compute if int8 else "float32",
             ),
             arch=target.cpu.arch,
@@ -341,7 +384,8 @@ class _Job:
                 "kept_float": graph.kept_float,
                 "arena_bytes": artifact.arena.size_bytes,
                 "arena_lower_bound_bytes": artifact.arena.lower_bound_bytes,
-                "calibration_images": len(self.calibration_files()) if int8 else 0,
+                "calibration_images": graph.calibration_images,
+                "training": graph.training,
             },
         )
 
@@ -355,7 +399,12 @@ class _Job:
                 "give --checkpoint"
             )
         if config.precision == "int8":
-            if config.calibration_data is None:
+            if graph.training:
+                notes.append(
+                    f"from a quantized checkpoint: epochs of training {graph.training['epochs']}, "
+                    f"images {graph.training['images']}"
+                )
+            elif config.calibration_data is None:
                 notes.append(
                     f"calibrated on the {len(self.calibration_files())} photos that gfcompile "
                     "ships, a stand-in: give --calibration-data DIR with images of yours"
@@ -410,6 +459,18 @@ def _golden(transform: Transform) -> _Golden:
     photos = [open_image(path) for path in stand_in_photos()[:GOLDEN_IMAGES]]
     pixels = [crop(photo, transform) for photo in photos]
     return _Golden(pixels=pixels, inputs=[normalize(image, transform) for image in pixels])
+
+
+def _storage(graph: "Graph", packed_bytes: int) -> str:
+    """What an int8 bundle holds."""
+    four_bits = graph.scheme["weight"]["high"] <= 7
+    if four_bits and packed_bytes:
+        weights = "int4 weights (expanded to int8 when loaded), int8 activations"
+    elif four_bits:
+        weights = "weights of 4 bits as int8, int8 activations"
+    else:
+        weights = "int8 products"
+    return f"{weights}, float16 filters"
 
 
 def _read_labels(path: Path, classes: int) -> list[str]:
