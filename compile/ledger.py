@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,10 @@ MIN_EQUAL_ACTIVATIONS = 0.99
 MAX_ACTIVATION_STEPS = 1
 MAX_LOGIT_STEPS = 2.0
 MEAN_LOGIT_STEPS = 0.5
+# A deep graph carries a tie that fell to the other side further than that. How far is told by two
+# evaluations in ONNX Runtime, as it is written and optimized: the artifact is a third one, and two
+# of three may lie on opposite sides of the other.
+SPREAD = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,8 @@ class Int8Agreement:
         max_steps: the largest difference of two activations, in steps of their scale.
         logits_max_steps, logits_mean_steps: difference of logits, end to end, in steps of
             `logits_step`, the scale of the activation that the last product reads.
+        own_max_steps, own_mean_steps: the same between ONNX Runtime with and without its
+            optimizations; 0 where it was not needed.
     """
 
     tensors: int
@@ -45,6 +51,20 @@ class Int8Agreement:
     logits_step: float
     logits_max_steps: float
     logits_mean_steps: float
+    own_max_steps: float = 0.0
+    own_mean_steps: float = 0.0
+
+    @property
+    def logits_agree(self) -> bool:
+        """Whether the logits are as close as rounding ties leave them."""
+        return self.logits_max_steps <= max(
+            MAX_LOGIT_STEPS, SPREAD * self.own_max_steps
+        ) and self.logits_mean_steps <= max(MEAN_LOGIT_STEPS, SPREAD * self.own_mean_steps)
+
+    def with_own_spread(self, one: Sequence[Array], other: Sequence[Array]) -> "Int8Agreement":
+        """This, knowing the logits of two evaluations of the graph itself."""
+        steps = np.abs(np.concatenate(one) - np.concatenate(other)) / self.logits_step
+        return replace(self, own_max_steps=float(steps.max()), own_mean_steps=float(steps.mean()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,14 +191,12 @@ def demand(entry: LedgerEntry, reference: Sequence[Array], actual: Sequence[Arra
                 f"{what}: {int8.equal:.2%} of {int8.values} int8 activations are equal and the "
                 f"worst is {int8.max_steps} steps off; please report this"
             )
-        if same_tokens and not (
-            int8.logits_max_steps <= MAX_LOGIT_STEPS and int8.logits_mean_steps <= MEAN_LOGIT_STEPS
-        ):
+        if same_tokens and not int8.logits_agree:
             raise CompileError(
                 f"{what} by {int8.logits_max_steps:.2f} int8 steps at the logits "
                 f"({int8.logits_mean_steps:.2f} on average); please report this"
             )
-        margin = MAX_LOGIT_STEPS * int8.logits_step
+        margin = int8.logits_step * max(MAX_LOGIT_STEPS, SPREAD * int8.own_max_steps)
     if not same_tokens:
         return
     for wanted, got in zip(np.concatenate(reference), np.concatenate(actual), strict=True):
