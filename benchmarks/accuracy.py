@@ -132,9 +132,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_digits(folder / "digits")
         jobs = [(kind, seed) for seed in range(options.seeds) for kind in SPECS]
         results: list[Result] = []
-        # The models are too small for two threads; two at a time keep two cores busy.
+        # The models are too small for two threads; two at a time keep two cores busy. Tracing and
+        # TVM keep what they allocate, so each measurement has a process of its own.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=context, max_tasks_per_child=1) as pool:
             futures = [
                 pool.submit(measure, kind, seed, folder, options.quick) for kind, seed in jobs
             ]
