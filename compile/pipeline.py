@@ -346,6 +346,12 @@ class _Job:
             entry, notes = verify(
                 graph.model, program, artifact, target, folder, golden.inputs, pruning
             )
+        if program.unscheduled:
+            operators = ", ".join(program.unscheduled)
+            notes.append(
+                f"{operators}: some have no schedule of gfcompile's own yet and run several times "
+                "slower than they could"
+            )
         inputs = [program.tensors[name] for name in program.inputs]
         outputs = [program.tensors[name] for name in program.outputs]
         self.write_golden(graph, golden, folder)

@@ -48,6 +48,8 @@ from gfcompile.targets.tvm.kernel import (
     quant_args,
 )
 
+_HEAVY = ("Conv", "MatMul", "Gemm")  # what takes time wherever it stands
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
@@ -93,6 +95,7 @@ class Program:
     """A straight line of kernel calls over named tensors.
 
     Attributes:
+        unscheduled: kinds of products and convolutions that no schedule of ours covers.
         selections: which tokens each TopK of the graph chose.
         stored_in: int8 values of the graph that have no tensor of their layout: the tensor that
             holds them, and the place of each element in it, as flat indices.
@@ -104,6 +107,7 @@ class Program:
     calls: tuple[Call, ...]
     stored_in: Mapping[str, tuple[str, Array]] = field(default_factory=dict)
     selections: tuple[Selection, ...] = ()
+    unscheduled: tuple[str, ...] = ()
 
 
 def partition(model: ir.Model) -> Program:
@@ -146,6 +150,7 @@ class _Partitioner:
         self.tensors: dict[str, Tensor] = {}
         self.stored_in: dict[str, tuple[str, Array]] = {}
         self.selections: list[Selection] = []
+        self.unscheduled: set[str] = set()
         # qkv products whose q, k and v are int8 with a scale of their own: name and `quant`.
         self.grouped: dict[ir.Value, tuple[str, Array]] = {}
 
@@ -186,6 +191,7 @@ class _Partitioner:
             calls=_live(calls, outputs),
             stored_in=self.stored_in,
             selections=tuple(self.selections),
+            unscheduled=tuple(sorted(self.unscheduled)),
         )
 
     # Values
@@ -715,6 +721,7 @@ class _Partitioner:
     def leftover(self, run: list[ir.Node]) -> list[Call]:
         """The calls for nodes that no schedule class takes, lowered by Relax."""
         calls = []
+        self.unscheduled.update(node.op_type for node in run if is_standard(node, *_HEAVY))
         for lowered in generic.lower(run) if run else ():
             for name, (dtype, shape) in lowered.temporaries.items():
                 self.tensors[name] = Tensor(name=name, dtype=dtype, shape=shape)

@@ -4,6 +4,8 @@ They are right on any function and decent on element-wise work; what takes time 
 a class of its own.
 """
 
+import math
+
 import tvm
 from tvm import s_tir
 from tvm.s_tir import dlight
@@ -13,7 +15,7 @@ from gfcompile.targets.tvm.kernel import Generic, Scheduled, Step
 
 
 def schedule_generic_cpu(kernel: Generic, cpu: Cpu) -> Scheduled:
-    """Element-wise blocks inlined, outer loops parallel, the innermost vectorized."""
+    """Element-wise blocks inlined, outer loops parallel, the innermost spatial one vectorized."""
     schedule = s_tir.Schedule(kernel.func)
     for info in _inlined(schedule):
         loops = schedule.get_loops(info.block_rv)
@@ -22,12 +24,18 @@ def schedule_generic_cpu(kernel: Generic, cpu: Cpu) -> Scheduled:
             spatial += 1
         if spatial == 0:
             continue
-        outer = schedule.fuse(*loops[:spatial])
-        extent = int(schedule.get(outer).extent)
-        if spatial == len(loops) and extent % cpu.float_lanes == 0:
-            outer, inner = schedule.split(outer, [None, cpu.float_lanes])
-            schedule.vectorize(inner)
-        schedule.parallel(outer)
+        *outer, last = loops[:spatial]
+        sums = loops[spatial:]
+        extent = int(schedule.get(last).extent)
+        # Vectors, as many as divide the innermost extent: their sums stay in registers.
+        lanes = math.gcd(extent, 4 * cpu.float_lanes)
+        first, inner = schedule.split(last, [None, lanes])
+        if sums:
+            schedule.reorder(first, *sums, inner)
+        schedule.vectorize(inner)
+        schedule.parallel(schedule.fuse(*outer, first))
+        if sums:
+            schedule.decompose_reduction(info.block_rv, sums[0])
     return Scheduled(steps=(_step(schedule.mod["main"]),))
 
 
