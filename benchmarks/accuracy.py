@@ -327,9 +327,8 @@ def run_fake_quantized(module: nn.Module, path: Path, images: torch.Tensor) -> A
     prepared = prepare_training(own, images[:2], checkpoint.scheme, learn_scales=False)
     ranges = [QParams(x.activation_scale, x.activation_zero_point) for x in checkpoint.layers]
     settle_as(prepared, ranges, checkpoint.scales)
-    for layer in prepared.layers:
-        for fake in prepared.fake_quants(layer):
-            fake.freeze(torch.device("cpu"))
+    for fake in prepared.fake_quants():
+        fake.freeze(torch.device("cpu"))
     with torch.no_grad():
         return np.asarray(prepared.graph(images).numpy())
 

@@ -100,6 +100,7 @@ def _compile(options: argparse.Namespace) -> None:
         checkpoint=options.checkpoint,
         image_size=options.image_size,
         num_classes=options.num_classes,
+        keep_ratio=options.keep_ratio,
         fft=options.fft,
         calibration_data=options.calibration_data,
         weight_bits=options.weight_bits,
@@ -288,23 +289,25 @@ def _models(options: argparse.Namespace) -> None:
 
     specs = [model_spec(name) for name in model_names()]
     if options.json:
-        keys = ("name", "image_size", "num_classes", "parameters", "macs", "top1_percent")
+        sizes = ("name", "image_size", "num_classes", "parameters", "macs", "top1_percent")
+        keys = (*sizes, "keep_ratios", "kept_patches", "parent")
         rows = [{key: getattr(s, key) for key in keys} | {"paper": str(s.paper)} for s in specs]
         print(json.dumps(rows, indent=2))
         return
     _print_table(
-        ("model", "size", "parameters", "MACs", "top-1 as published"),
+        ("model", "size", "parameters", "MACs", "patches kept", "top-1 as published"),
         [
             (
                 spec.name,
                 str(spec.image_size),
                 f"{spec.parameters / 1e6:.2f} M",
                 f"{spec.macs / 1e9:.2f} G",
+                " ".join(map(str, spec.kept_patches)) or "all",
                 "-" if spec.top1_percent is None else f"{spec.top1_percent:.1f}%",
             )
             for spec in specs
         ],
-        right={1, 2, 3, 4},
+        right={1, 2, 3, 4, 5},
     )
     for paper in dict.fromkeys(str(spec.paper) for spec in specs):
         print(f"\n{paper}")
@@ -402,6 +405,13 @@ def _compile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=int, metavar="N", help="default: the model's own")
     parser.add_argument("--num-classes", type=int, metavar="N", help="default: the model's own")
     parser.add_argument(
+        "--keep-ratio",
+        type=_keep_ratio,
+        metavar="R[,R...]",
+        help="share of the patches that a pruning model keeps, or one share per pruning stage "
+        "(default: as published)",
+    )
+    parser.add_argument(
         "--fft",
         choices=("auto", "native", "dft", "circular"),
         default="auto",
@@ -477,6 +487,15 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
+
+
+def _keep_ratio(text: str) -> float | tuple[float, ...]:
+    try:
+        ratios = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        message = f"{text!r} is no number, nor numbers with commas between"
+        raise argparse.ArgumentTypeError(message) from None
+    return ratios[0] if len(ratios) == 1 else ratios
 
 
 def _unknown_command(word: str) -> str:

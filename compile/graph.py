@@ -83,7 +83,7 @@ def build_graph(
     Args:
         module: float, in eval mode.
         images: golden inputs (1, 3, H, W), for the ledger; the first one is the traced example.
-        quantize: the QDQ form of the float module; None for a float graph.
+        quantize: the QDQ form of the float module, which comes frozen; None for a float graph.
         fft, choose_form: see `passes.lower`.
         on_stage: given a name and the graph after each stage.
 
@@ -92,11 +92,16 @@ def build_graph(
     """
     import torch
 
+    from gfcompile.compile.prune import freeze
+
     example = torch.from_numpy(images[0])
     with torch.no_grad():
         expected = [module(torch.from_numpy(image)).numpy() for image in images]
 
     with progress.stage("trace"):
+        # From here on the frozen module stands for the one given; what it computes is compared
+        # with the given one's logits.
+        module = freeze(module)
         traced = trace(module, example)
         on_stage("traced", traced)
         # `lower` may work in place, and the ledger wants both.
@@ -175,9 +180,9 @@ def build_graph(
     )
 
 
-def run(model: ir.Model, images: Sequence[Array]) -> list[Array]:
-    """The logits of each image, node by node in ONNX Runtime."""
-    runner = session(model)
+def run(model: ir.Model, images: Sequence[Array], *, optimize: bool = False) -> list[Array]:
+    """The logits of each image in ONNX Runtime: node by node, or as it optimizes the graph."""
+    runner = session(model, optimize=optimize)
     return [np.asarray(runner.run([OUTPUT], {INPUT: image})[0]) for image in images]
 
 

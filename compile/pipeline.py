@@ -18,7 +18,7 @@ from gfcompile.compile.bundle import (
     write_bundle,
 )
 from gfcompile.compile.cache import Cache, open_cache, toolchain
-from gfcompile.compile.models import LoadedModel, load_model, model_spec
+from gfcompile.compile.models import KeepRatio, LoadedModel, load_model, model_spec
 from gfcompile.compile.progress import Progress, SilentProgress
 from gfcompile.quantize import QuantScheme, is_quantized
 from gfcompile.runtime.bundle import Manifest, Precision, TensorSpec
@@ -56,6 +56,8 @@ class CompileConfig:
         checkpoint: trained weights; None for random ones drawn from `seed`. A quantized checkpoint
             brings its scales along.
         image_size, num_classes: None for those of the checkpoint, or as published.
+        keep_ratio: share of the patches that a pruning model keeps, see `ModelSpec.pruned`; None
+            as published.
         fft: the form of the global filters; "auto" chooses by cost on the target.
         calibration_data: a folder of images for int8; None for the photos that gfcompile ships.
         weight_bits, keep_float: see `QuantizeConfig`; a quantized checkpoint has them decided.
@@ -71,6 +73,7 @@ class CompileConfig:
     checkpoint: Path | None = None
     image_size: int | None = None
     num_classes: int | None = None
+    keep_ratio: KeepRatio | None = None
     fft: Literal["auto", "native", "dft", "circular"] = "auto"
     calibration_data: Path | None = None
     weight_bits: int = 8
@@ -142,10 +145,12 @@ class _Job:
         """
         config = self.config
         if self.module is None:
-            spec = model_spec(config.model)
+            spec = model_spec(config.model, config.keep_ratio)
             spec.resized(image_size=config.image_size, num_classes=config.num_classes)
         elif config.image_size is None:
             raise UserError("a module of your own needs CompileConfig.image_size")
+        elif config.keep_ratio is not None:
+            raise UserError("a keep ratio is for models of the zoo, not for a module of your own")
         if config.fft == "native":
             raise UserError(
                 f"--fft native: {self.target.name} has no FFT of its own; "
@@ -207,6 +212,7 @@ class _Job:
             "checkpoint": config.checkpoint,
             "image_size": config.image_size,
             "num_classes": config.num_classes,
+            "keep_ratio": config.keep_ratio,
             "seed": config.seed,
             "calibration": self.calibration_files() if self.is_calibrated else None,
             "weight_bits": config.weight_bits,
@@ -267,6 +273,7 @@ class _Job:
             checkpoint=config.checkpoint,
             image_size=config.image_size,
             num_classes=config.num_classes,
+            keep_ratio=config.keep_ratio,
             seed=config.seed,
         )
         return _Loaded(
@@ -275,6 +282,9 @@ class _Job:
             weights=model.weights,
             is_random=model.is_random,
             filters=model.spec.filters,
+            float_layers=model.spec.float_layers,
+            kept_patches=model.spec.kept_patches,
+            chooses_anew=model.spec.chooses_anew,
         )
 
     def graph(self, loaded: "_Loaded", golden: _Golden) -> "Graph":
@@ -294,7 +304,10 @@ class _Job:
                 for path in self.calibration_files()
             ]
             return calibrate_model(
-                module, images, weight_bits=config.weight_bits, keep_float=config.keep_float
+                module,
+                images,
+                weight_bits=config.weight_bits,
+                keep_float=(*loaded.float_layers, *config.keep_float),
             )
 
         dump = _Dump(self.config.dump)
@@ -310,7 +323,7 @@ class _Job:
 
     def emit(self, loaded: "_Loaded", graph: "Graph", golden: _Golden, folder: Path) -> Manifest:
         """Fills the bundle's folder, verifies what was made, and describes it."""
-        from gfcompile.compile.verify import verify
+        from gfcompile.compile.verify import Pruning, verify
         from gfcompile.targets.tvm.emit import emit
         from gfcompile.targets.tvm.partition import partition
 
@@ -326,8 +339,13 @@ class _Job:
                 mean=loaded.transform.mean,
                 std=loaded.transform.std,
             )
+        pruning = None
+        if loaded.kept_patches:
+            pruning = Pruning(kept=loaded.kept_patches, chosen_anew=loaded.chooses_anew)
         with self.progress.stage("verify the artifact"):
-            entry, notes = verify(graph.model, program, artifact, target, folder, golden.inputs)
+            entry, notes = verify(
+                graph.model, program, artifact, target, folder, golden.inputs, pruning
+            )
         inputs = [program.tensors[name] for name in program.inputs]
         outputs = [program.tensors[name] for name in program.outputs]
         self.write_golden(graph, golden, folder)
@@ -415,6 +433,9 @@ class _Loaded:
     weights: str
     is_random: bool
     filters: tuple[tuple[int, int, int], ...] = ()
+    float_layers: tuple[str, ...] = ()
+    kept_patches: tuple[int, ...] = ()
+    chooses_anew: bool = False
 
 
 class _Dump:

@@ -187,9 +187,9 @@ def settle_as(
 ) -> None:
     """Settles every layer on what is given: ranges by position, weight scales by name."""
     for layer, chosen in zip(prepared.layers, ranges, strict=True):
-        activation, weight = prepared.observers(layer)
-        activation.settle_as(chosen)
-        weight.settle_as(scales[prepared.constant_name(layer, 1)])
+        prepared.activation(layer).settle_as(chosen)
+    for layer in prepared.weighted:
+        prepared.weight(layer).settle_as(scales[prepared.constant_name(layer, 1)])
 
 
 def _column(scales: npt.NDArray[np.float32], ndim: int) -> npt.NDArray[np.float32]:

@@ -4,11 +4,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gfcompile.quantize.observers import ActivationObserver, WeightObserver
+from gfcompile.quantize.observers import ActivationObserver, FixedObserver, WeightObserver
 from gfcompile.quantize.qparams import QParams
 from gfcompile.quantize.scheme import RangeRule, TensorScheme
 
-__all__ = ["ActivationFakeQuant", "BiasFakeQuant", "WeightFakeQuant"]
+__all__ = ["ActivationFakeQuant", "BiasFakeQuant", "FixedFakeQuant", "WeightFakeQuant"]
 
 
 class ActivationFakeQuant(ActivationObserver):
@@ -61,6 +61,17 @@ class ActivationFakeQuant(ActivationObserver):
     def trained(self) -> QParams:
         """What it rounds to."""
         return QParams(self.step().item(), int(self.zero_point.item()))
+
+
+class FixedFakeQuant(FixedObserver):
+    """Rounds to its parameters, which nobody has to watch for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x rounded."""
+        scale, zero_point = self.params.scale, self.params.zero_point
+        return torch.fake_quantize_per_tensor_affine(
+            x.float(), scale, zero_point, self.scheme.low, self.scheme.high
+        )
 
 
 class WeightFakeQuant(WeightObserver):

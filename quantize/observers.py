@@ -18,7 +18,7 @@ from gfcompile.quantize.qparams import (
 from gfcompile.quantize.scheme import RangeRule, TensorScheme
 from gfcompile.runtime.errors import CompileError
 
-__all__ = ["ActivationObserver", "WeightObserver"]
+__all__ = ["ActivationObserver", "FixedObserver", "WeightObserver"]
 
 # A bin is the floats that share sign, exponent and the first 9 bits of the mantissa: at the top of
 # an int8 range it is a quarter of a step wide, and finer below.
@@ -139,6 +139,31 @@ class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is unty
         if noise == 0.0:
             return float("inf")
         return float(10 * np.log10(float((counts * values**2).sum()) / noise))
+
+
+class FixedObserver(ObserverBase):  # type: ignore[misc]  # torchao is untyped
+    """A scale and zero point that follow from what a tensor is, not from its values."""
+
+    def __init__(
+        self, scheme: TensorScheme, scale: float, zero_point: int, **_spec: object
+    ) -> None:
+        super().__init__(dtype=torch.int8)
+        self.scheme = scheme
+        self.params = QParams(scale, zero_point)
+        # Read by convert_pt2e.
+        self.qscheme = torch.per_tensor_affine
+        self.quant_min, self.quant_max = scheme.low, scheme.high
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x itself."""
+        return x
+
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point as tensors of one element, for PT2E."""
+        return (
+            torch.tensor([self.params.scale], dtype=torch.float32),
+            torch.tensor([self.params.zero_point], dtype=torch.int64),
+        )
 
 
 class WeightObserver(ObserverBase):  # type: ignore[misc]  # torchao is untyped

@@ -11,7 +11,12 @@ import torch
 from torch import fx, nn
 
 from gfcompile.quantize._pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e, quiet
-from gfcompile.quantize.fake_quant import ActivationFakeQuant, BiasFakeQuant, WeightFakeQuant
+from gfcompile.quantize.fake_quant import (
+    ActivationFakeQuant,
+    BiasFakeQuant,
+    FixedFakeQuant,
+    WeightFakeQuant,
+)
 from gfcompile.quantize.observers import ActivationObserver, WeightObserver
 from gfcompile.quantize.qparams import dequantize, quantize
 from gfcompile.quantize.quantizer import KeptFloat, QuantNode, SchemeQuantizer, find_layers
@@ -26,12 +31,13 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerQuant:
-    """How one layer was quantized.
+    """How one layer was quantized, or one of an attention's three operands.
 
     Attributes:
         activation_low, activation_high: what calibration saw at the layer's input.
         clipped_fraction: of those values, how many lie beyond the representable range.
-        activation_sqnr_db, weight_sqnr_db: signal to quantization noise.
+        activation_sqnr_db, weight_sqnr_db: signal to quantization noise; an operand of attention
+            meets no weight.
     """
 
     name: str
@@ -42,7 +48,7 @@ class LayerQuant:
     activation_high: float
     clipped_fraction: float
     activation_sqnr_db: float
-    weight_sqnr_db: float
+    weight_sqnr_db: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +66,11 @@ class Prepared:
     layers: tuple[QuantNode, ...]
     kept_float: tuple[KeptFloat, ...]
 
+    @property
+    def weighted(self) -> tuple[QuantNode, ...]:
+        """The layers that have weights."""
+        return tuple(layer for layer in self.layers if layer.weight is not None)
+
     def settle(self) -> None:
         """Fixes the scales of every layer; before this its observers have only watched.
 
@@ -67,7 +78,8 @@ class Prepared:
             CompileError: a layer without usable values.
         """
         for layer in self.layers:
-            self.observers(layer)[0].settle(layer.name)
+            self.activation(layer).settle(layer.name)
+        for layer in self.weighted:
             _check_finite(self.constant(layer, 1), f"the weight of {layer.name}")
             if layer.bias is not None:
                 _check_finite(self.constant(layer, 2), f"the bias of {layer.name}")
@@ -75,11 +87,11 @@ class Prepared:
 
     def make_room_for_biases(self) -> None:
         """Raises the scales of weights that are so small that their bias would be saturated."""
-        for layer in self.layers:
-            activation, weight = self.observers(layer)
+        for layer in self.weighted:
             if layer.bias is not None:
-                scale = activation.settle(layer.name).scale
-                weight.make_room_for_bias(self.constant(layer, 2), scale, self.scheme.bias_limit)
+                scale = self.activation(layer).settle(layer.name).scale
+                bias, limit = self.constant(layer, 2), self.scheme.bias_limit
+                self.weight(layer).make_room_for_bias(bias, scale, limit)
 
     def records(self) -> tuple[LayerQuant, ...]:
         """What was settled, layer by layer."""
@@ -94,20 +106,36 @@ class Prepared:
         del converted.train, converted.eval
         return converted.eval()
 
-    def observers(self, layer: QuantNode) -> tuple[ActivationObserver, WeightObserver]:
-        """What watches the layer's input, and its weight."""
-        activation = self.graph.get_submodule(str(layer.input.target))
-        weight = self.graph.get_submodule(str(layer.weight.target))
-        assert isinstance(activation, ActivationObserver), activation
-        assert isinstance(weight, WeightObserver), weight
-        return activation, weight
+    def activation(self, layer: QuantNode) -> ActivationObserver:
+        """What watches the layer's input."""
+        observer = self.graph.get_submodule(str(layer.input.target))
+        assert isinstance(observer, ActivationObserver), observer
+        return observer
 
-    def fake_quants(self, layer: QuantNode) -> tuple[ActivationFakeQuant, WeightFakeQuant]:
-        """The same, of a module that was prepared for training."""
-        activation, weight = self.observers(layer)
-        assert isinstance(activation, ActivationFakeQuant), activation
-        assert isinstance(weight, WeightFakeQuant), weight
-        return activation, weight
+    def weight(self, layer: QuantNode) -> WeightObserver:
+        """What watches the layer's weight."""
+        assert layer.weight is not None, layer
+        observer = self.graph.get_submodule(str(layer.weight.target))
+        assert isinstance(observer, WeightObserver), observer
+        return observer
+
+    def activation_fake_quant(self, layer: QuantNode) -> ActivationFakeQuant:
+        """What watches or rounds the layer's input, of a module that was prepared for training."""
+        fake = self.activation(layer)
+        assert isinstance(fake, ActivationFakeQuant), fake
+        return fake
+
+    def weight_fake_quant(self, layer: QuantNode) -> WeightFakeQuant:
+        """The same for the layer's weight."""
+        fake = self.weight(layer)
+        assert isinstance(fake, WeightFakeQuant), fake
+        return fake
+
+    def fake_quants(self) -> tuple[ActivationFakeQuant | WeightFakeQuant, ...]:
+        """All of them; layers may share one."""
+        inputs = [self.activation_fake_quant(layer) for layer in self.layers]
+        weights = [self.weight_fake_quant(layer) for layer in self.weighted]
+        return tuple(dict.fromkeys([*inputs, *weights]))
 
     def constant_name(self, layer: QuantNode, index: int) -> str:
         """The name of the layer's weight (1) or bias (2) among the module's parameters."""
@@ -125,12 +153,8 @@ class Prepared:
         return np.asarray(constant.detach().cpu().numpy(), np.float32)
 
     def _record(self, layer: QuantNode) -> LayerQuant:
-        activation, weight = self.observers(layer)
+        activation = self.activation(layer)
         chosen = activation.settle(layer.name)
-        values = self.constant(layer, 1)
-        assert weight.scales is not None
-        scales = weight.scales.reshape(-1, *[1] * (values.ndim - 1))
-        rounded = dequantize(quantize(values, scales, 0, self.scheme.weight), scales, 0)
         return LayerQuant(
             name=layer.name,
             op=layer.op,
@@ -140,7 +164,15 @@ class Prepared:
             activation_high=activation.high,
             clipped_fraction=activation.clipped_fraction(),
             activation_sqnr_db=activation.sqnr_db(),
-            weight_sqnr_db=sqnr_db(values, rounded),
+            weight_sqnr_db=None if layer.weight is None else self._weight_sqnr_db(layer),
+        )
+
+    def _weight_sqnr_db(self, layer: QuantNode) -> float:
+        values, scales = self.constant(layer, 1), self.weight(layer).scales
+        assert scales is not None
+        column = scales.reshape(-1, *[1] * (values.ndim - 1))
+        return sqnr_db(
+            values, dequantize(quantize(values, column, 0, self.scheme.weight), column, 0)
         )
 
 
@@ -173,16 +205,17 @@ def prepare_training(
         exported = export(module, example, any_batch=True)
         layers, kept_float = _find(exported, scheme)
         quantizer = SchemeQuantizer(
-            scheme, ActivationFakeQuant, WeightFakeQuant, learn=learn_scales
+            scheme, ActivationFakeQuant, WeightFakeQuant, FixedFakeQuant, learn=learn_scales
         )
         graph = prepare_qat_pt2e(exported, quantizer)
     prepared = Prepared(graph=graph, scheme=scheme, layers=layers, kept_float=kept_float)
-    for layer in layers:
+    for layer in prepared.weighted:
         if layer.bias is not None:
             # PT2E's own module for it derives the scale at the end and rounds nothing before.
-            graph.set_submodule(
-                str(layer.bias.target), BiasFakeQuant(*prepared.fake_quants(layer)), strict=True
+            rounding = BiasFakeQuant(
+                prepared.activation_fake_quant(layer), prepared.weight_fake_quant(layer)
             )
+            graph.set_submodule(str(layer.bias.target), rounding, strict=True)
     return prepared
 
 

@@ -7,6 +7,7 @@ quantizes whatever it finds; the mean of the image, which is one bin, sets the s
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from gfcompile.quantize._pt2e import quiet
+from gfcompile.quantize.attention import Attention, find_attentions
 from gfcompile.quantize.calibration import check_images
+from gfcompile.quantize.fake_quant import FixedFakeQuant
 from gfcompile.quantize.observers import ActivationObserver, WeightObserver
 from gfcompile.quantize.prepared import export, one_thread
 from gfcompile.quantize.quantizer import KeptFloat, QuantNode, find_layers
@@ -37,7 +40,7 @@ class Sensitivity:
     """The model with this alone quantized, against the float model.
 
     Attributes:
-        name: the layer's, or the filter's, in the module.
+        name: the layer's, the attention's or the filter's, in the module.
         sqnr_db: of the logits.
         loss: mean Kullback-Leibler divergence of the class probabilities from the float ones, which
             is by how much cross-entropy grows for labels drawn from those.
@@ -69,7 +72,16 @@ def analyze(
         order = {node.name: i for i, node in enumerate(graph.graph.nodes)}
         probes: dict[tuple[str, Kind], Mapping[fx.Node, Edit]] = {}
         observers: dict[fx.Node, Edit] = {}
+        named = {layer.name for layer in layers}
+        for attention in find_attentions(graph.graph):
+            if f"{attention.name}.q" in named:
+                watching, rounding = _attention_probe(attention, scheme)
+                observers |= watching
+                probes[attention.name, "attention"] = rounding
+                order[attention.name] = order[attention.softmax.name]
         for layer in layers:
+            if layer.op == "attention":
+                continue
             activation = ActivationObserver(scheme.activation, scheme.activation_range)
             observers[layer.node] = _watching(activation, layer.node)
             probes[layer.name, layer.op] = {layer.node: _rounded_layer(layer, activation, scheme)}
@@ -245,6 +257,34 @@ def _round(observer: ActivationObserver, x: Tensor, name: str) -> Tensor:
     chosen = observer.settle(name)
     low, high = observer.scheme.low, observer.scheme.high
     return torch.fake_quantize_per_tensor_affine(x, chosen.scale, chosen.zero_point, low, high)
+
+
+def _attention_probe(
+    attention: Attention, scheme: QuantScheme
+) -> tuple[dict[fx.Node, Edit], dict[fx.Node, Edit]]:
+    """What watches an attention's operands, and what rounds them and its softmax."""
+    watching: dict[fx.Node, dict[int, Edit]] = {}
+    rounding: dict[fx.Node, dict[int, Edit]] = {}
+    for part, edge in attention.operands.items():
+        observer = ActivationObserver(scheme.activation, scheme.activation_range)
+        watching.setdefault(edge.user, {})[edge.index] = observer
+        rounding.setdefault(edge.user, {})[edge.index] = partial(
+            _round, observer, name=f"{attention.name}.{part}"
+        )
+    softmax = FixedFakeQuant(scheme.activation, scheme.softmax_scale, scheme.softmax_zero_point)
+    rounding[attention.weights.user][attention.weights.index] = softmax
+    return (
+        {node: _on_operands(node, edits) for node, edits in watching.items()},
+        {node: _on_operands(node, edits) for node, edits in rounding.items()},
+    )
+
+
+def _on_operands(node: fx.Node, edits: Mapping[int, Edit]) -> Edit:
+    def run(*args: Any) -> Any:
+        edited = [edits[i](arg) if i in edits else arg for i, arg in enumerate(args)]
+        return _call(node)(*edited)
+
+    return run
 
 
 def _rounded_layer(layer: QuantNode, activation: ActivationObserver, scheme: QuantScheme) -> Edit:

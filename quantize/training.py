@@ -237,8 +237,7 @@ class _Training:
 
     def settle_ranges(self) -> None:
         """Calibrates the ranges for the weights as they are now, and freezes them."""
-        pairs = [self.prepared.fake_quants(layer) for layer in self.prepared.layers]
-        fakes = list(dict.fromkeys(fake for pair in pairs for fake in pair))
+        fakes = self.prepared.fake_quants()
         for fake in fakes:
             fake.watch()
         with torch.no_grad():
@@ -403,12 +402,13 @@ class _Training:
 
     def result(self) -> QuantizedCheckpoint:
         """The averaged weights, rounded, and what they were rounded to."""
-        ranges, scales = [], {}
+        watched = self.prepared
         with self.averaged():
-            for layer in self.prepared.layers:
-                activation, weight = self.prepared.fake_quants(layer)
-                ranges.append(activation.trained())
-                scales[self.prepared.constant_name(layer, 1)] = weight.trained()
+            ranges = [watched.activation_fake_quant(layer).trained() for layer in watched.layers]
+            scales = {
+                watched.constant_name(layer, 1): watched.weight_fake_quant(layer).trained()
+                for layer in watched.weighted
+            }
             weights = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
         state = {
             name: weights.get(name, value.detach().cpu().clone())
@@ -424,9 +424,9 @@ class _Training:
             settle_as(prepared, ranges, scales)
             prepared.make_room_for_biases()
             records = prepared.records()
-            for layer in prepared.layers:
+            for layer in prepared.weighted:
                 name = prepared.constant_name(layer, 1)
-                final = prepared.observers(layer)[1].scales
+                final = prepared.weight(layer).scales
                 assert final is not None
                 scales[name] = final
                 values = prepared.constant(layer, 1)

@@ -20,10 +20,14 @@ _UNREADABLE = "truncated, or no PyTorch checkpoint"
 # What training wrappers put before every name: DistributedDataParallel, torch.compile.
 _WRAPPERS = ("module.", "_orig_mod.")
 _SHOWN_MISMATCHES = 3
+# Entries that are no weights: a counter of training steps, and what follows from the window size.
+_DERIVED = (".num_batches_tracked", ".relative_position_index", ".attn_mask")
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, as float32; of a quantized one, multiples of its scales.
+    """The weights in a checkpoint by name, as float32; of a quantized one, multiples of its scales.
+
+    What follows from the architecture is left out.
 
     Nothing that the file says is executed: pickles are read with `weights_only`, which lets
     tensors and containers through, and the argparse.Namespace that training scripts add.
@@ -47,6 +51,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: holds no state dict; accepted: {_ACCEPTED}")
     state = {}
     for name, value in content.items():
+        if str(name).endswith(_DERIVED):
+            continue
         if not isinstance(value, Tensor):
             kind = type(value).__name__
             raise UserError(f"{path}: {name!r} is a {kind}, not a tensor; accepted: {_ACCEPTED}")
