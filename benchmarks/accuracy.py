@@ -18,6 +18,7 @@ import copy
 import json
 import multiprocessing
 import os
+import platform
 import statistics
 import sys
 import tempfile
@@ -49,6 +50,7 @@ from gfcompile.quantize.prepared import prepare_training
 from gfcompile.quantize.qparams import QParams
 from gfcompile.runtime import load
 from gfcompile.runtime.images import imagenet_transform, preprocess
+from gfcompile.targets.target import find_target
 
 Array = npt.NDArray[Any]
 Kind = Literal["gfnet", "pyramid"]
@@ -150,6 +152,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         report = {
             "benchmark": "accuracy",
+            "machine": {
+                "cpu": find_target("host").description,
+                "load": os.getloadavg()[0],
+                "kernel": platform.release(),
+                "python": platform.python_version(),
+            },
             "versions": {package: metadata.version(package) for package in PACKAGES},
             "seeds": options.seeds,
             "quick": options.quick,

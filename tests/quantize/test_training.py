@@ -233,9 +233,8 @@ def test_under_mixed_precision_ranges_and_spectra_stay_in_float32(
     with torch.no_grad():
         prepared.graph(images)
     prepared.settle()
-    for layer in prepared.layers:
-        for fake in prepared.fake_quants(layer):
-            fake.freeze(torch.device("cpu"))
+    for fake in prepared.fake_quants():
+        fake.freeze(torch.device("cpu"))
     with torch.autocast("cpu", torch.bfloat16):
         logits = prepared.graph(images)
     assert logits.dtype == torch.bfloat16
