@@ -1,8 +1,8 @@
 """The stages in order: from what was asked for to a bundle."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,9 +18,15 @@ from gfcompile.compile.bundle import (
     write_bundle,
 )
 from gfcompile.compile.cache import Cache, open_cache, toolchain
+from gfcompile.compile.emission import (
+    Emission,
+    EmissionRequest,
+    Golden,
+    RequestedPrecision,
+)
 from gfcompile.compile.models import LoadedModel, load_model, model_spec
 from gfcompile.compile.progress import Progress, SilentProgress
-from gfcompile.runtime.bundle import Manifest, Precision, TensorSpec
+from gfcompile.runtime.bundle import Manifest, Precision
 from gfcompile.runtime.errors import UserError
 from gfcompile.runtime.images import (
     Transform,
@@ -31,7 +37,8 @@ from gfcompile.runtime.images import (
     stand_in_photos,
 )
 from gfcompile.targets.spectral import choose_form
-from gfcompile.targets.target import Target, find_target
+from gfcompile.targets.target import AnyTarget, Target, find_target
+from gfcompile.targets.tflite.options import TfliteOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,7 +57,8 @@ class CompileConfig:
     Attributes:
         model: a name of the zoo (`gfcompile models`), or, for a module of one's own, any name.
         target: a name that `gfcompile targets` lists.
-        precision: int8 quantizes weights and activations of every product.
+        precision: int8 quantizes weights and activations of every product; float16 stores weights
+            in half precision, for model formats alone.
         checkpoint: trained weights; None for random ones drawn from `seed`.
         image_size, num_classes: None for those of the checkpoint, or as published.
         fft: the form of the global filters; "auto" chooses by cost on the target.
@@ -58,12 +66,13 @@ class CompileConfig:
         output: the bundle's folder; None for one named after model, target and precision.
         dump: a folder for the graph after each stage, as ONNX files.
         labels: a text file with one class name per line, copied into the bundle.
+        tflite: for targets of the TFLite emitter.
         cache: whether to keep and reuse results in the user's cache.
     """
 
     model: str
     target: str
-    precision: Literal["float32", "int8"] = "float32"
+    precision: RequestedPrecision = "float32"
     checkpoint: Path | None = None
     image_size: int | None = None
     num_classes: int | None = None
@@ -73,6 +82,7 @@ class CompileConfig:
     dump: Path | None = None
     labels: Path | None = None
     seed: int = 0
+    tflite: TfliteOptions = field(default_factory=TfliteOptions)
     cache: bool = True
 
 
@@ -114,17 +124,9 @@ def compile_model(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Golden:
-    """The inputs that the ledger is taken over."""
-
-    pixels: Sequence[npt.NDArray[np.uint8]]  # (H, W, 3) each
-    inputs: Sequence[npt.NDArray[np.float32]]  # (1, 3, H, W) each
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Job:
     config: CompileConfig
-    target: Target
+    target: AnyTarget
     progress: Progress
     module: "nn.Module | None"
 
@@ -145,6 +147,7 @@ class _Job:
                 f"--fft native: {self.target.name} has no FFT of its own; "
                 "choose auto, dft or circular"
             )
+        self.check_emitter()
         if config.checkpoint is not None and not config.checkpoint.is_file():
             raise UserError(f"{config.checkpoint}: no such checkpoint file")
         if config.labels is not None and not config.labels.is_file():
@@ -154,6 +157,27 @@ class _Job:
                 raise UserError("--calibration-data is for --int8; add it or leave this out")
             self.calibration_files()
 
+    def check_emitter(self) -> None:
+        """Says early what the target's emitter cannot do.
+
+        Raises:
+            UserError: see `compile_model`.
+        """
+        config, target = self.config, self.target
+        if isinstance(target, Target):
+            if config.precision == "float16":
+                raise UserError(
+                    f"--fp16 is for model formats such as tflite; {target.name} has float32 and "
+                    "--int8"
+                )
+        elif target.integer_only and config.precision != "int8":
+            raise UserError(f"{target.name} takes integer operators alone: add --int8")
+        if config.tflite != TfliteOptions():
+            if isinstance(target, Target) or target.emitter != "tflite":
+                raise UserError(f"--interface and --input are for tflite, not for {target.name}")
+            if config.tflite.interface != "float32" and config.precision != "int8":
+                raise UserError(f"--interface {config.tflite.interface} needs --int8")
+
     def key(self) -> Mapping[str, object]:
         """All that the bundle depends on."""
         return {
@@ -161,6 +185,8 @@ class _Job:
             "fft": self.config.fft,
             "target": self.target,
             "labels": self.config.labels,
+            "precision": self.config.precision,
+            "options": self.config.tflite,
         }
 
     def graph_key(self, loaded: "_Loaded") -> Mapping[str, object]:
@@ -175,7 +201,7 @@ class _Job:
         config = self.config
         return {
             "model": config.model,
-            "precision": config.precision,
+            "int8": config.precision == "int8",
             "checkpoint": config.checkpoint,
             "image_size": config.image_size,
             "num_classes": config.num_classes,
@@ -202,6 +228,13 @@ class _Job:
             )
         stride = math.ceil(len(files) / MAX_CALIBRATION_IMAGES)
         return files[::stride]
+
+    def calibration(self, loaded: "_Loaded") -> list[npt.NDArray[np.float32]]:
+        """Inputs of the graph, (1, 3, H, W) each, to calibrate with."""
+        return [
+            normalize(crop(open_image(path), loaded.transform), loaded.transform)
+            for path in self.calibration_files()
+        ]
 
     def keep(self, folder: Path, cache: Cache) -> None:
         self.write(folder / "bundle", cache)
@@ -247,15 +280,12 @@ class _Job:
             filters=model.spec.filters,
         )
 
-    def graph(self, loaded: "_Loaded", golden: _Golden) -> "Graph":
+    def graph(self, loaded: "_Loaded", golden: Golden) -> "Graph":
         from gfcompile.compile.graph import build_graph
 
         calibration = None
         if self.config.precision == "int8":
-            calibration = [
-                normalize(crop(open_image(path), loaded.transform), loaded.transform)
-                for path in self.calibration_files()
-            ]
+            calibration = self.calibration(loaded)
         dump = _Dump(self.config.dump)
         return build_graph(
             loaded.module,
@@ -267,67 +297,73 @@ class _Job:
             on_stage=dump,
         )
 
-    def emit(self, loaded: "_Loaded", graph: "Graph", golden: _Golden, folder: Path) -> Manifest:
+    def emit(self, loaded: "_Loaded", graph: "Graph", golden: Golden, folder: Path) -> Manifest:
         """Fills the bundle's folder, verifies what was made, and describes it."""
-        from gfcompile.compile.verify import verify
-        from gfcompile.targets.tvm.emit import emit
-        from gfcompile.targets.tvm.partition import partition
-
         config, target = self.config, self.target
-        with self.progress.stage("compile the kernels"):
-            program = partition(graph.model)
-            library = f"lib{config.model}.so"
-            artifact = emit(
-                program,
-                target,
-                folder,
-                library=library,
-                mean=loaded.transform.mean,
-                std=loaded.transform.std,
-            )
-        with self.progress.stage("verify the artifact"):
-            entry, notes = verify(graph.model, program, artifact, target, folder, golden.inputs)
-        inputs = [program.tensors[name] for name in program.inputs]
-        outputs = [program.tensors[name] for name in program.outputs]
-        self.write_golden(graph, golden, folder)
+        labels: list[str] = []
         if config.labels is not None:
-            labels = _read_labels(config.labels, outputs[0].shape[-1])
+            classes = graph.model.graph.outputs[0].shape
+            assert classes is not None
+            labels = _read_labels(config.labels, int(classes.numpy()[-1]))
             (folder / "labels.txt").write_text("\n".join(labels) + "\n", encoding="utf-8")
+        emission = self.emission(
+            EmissionRequest(
+                model=config.model,
+                precision=config.precision,
+                graph=graph,
+                transform=loaded.transform,
+                golden=golden,
+                calibration=lambda: self.calibration(loaded),
+                labels=labels,
+                folder=folder,
+                progress=self.progress,
+            )
+        )
+        self.write_golden(graph, golden, folder)
         int8 = config.precision == "int8"
         return Manifest(
             created_by=f"gfcompile {gfcompile.__version__}",
             model=config.model,
             target=target.name,
+            kind=emission.kind,
             precision=Precision(
-                requested=config.precision,
-                storage="int8 products, float16 filters" if int8 else "float32",
-                compute=target.int8_compute if int8 else "float32",
+                requested=config.precision, storage=emission.storage, compute=emission.compute
             ),
-            arch=target.cpu.arch,
-            inputs=tuple(TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in inputs),
-            outputs=tuple(TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in outputs),
+            arch=emission.arch,
+            inputs=emission.inputs,
+            outputs=emission.outputs,
             weights=loaded.weights,
-            device=artifact.plan.device,
-            library=library,
-            cpu_features=artifact.plan.cpu_features,
-            compute_capability=target.gpu.compute_capability if target.gpu else None,
+            device=emission.device,
+            library=emission.library,
+            cpu_features=emission.cpu_features,
+            compute_capability=emission.compute_capability,
             transform=loaded.transform.to_dict(),
-            notes=(*self.notes(loaded, graph), *notes),
-            ledger=(*graph.ledger, *([entry.to_dict()] if entry is not None else [])),
+            notes=(*self.notes(loaded, graph), *emission.notes),
+            ledger=(*graph.ledger, *(entry.to_dict() for entry in emission.ledger)),
             filters=tuple(graph.filters),
-            kernels=artifact.kernels,
+            kernels=emission.kernels,
             versions=dict(toolchain()),
             extra={
-                "mcpu": target.cpu.mcpu,
-                "qemu_cpu": target.cpu.qemu_cpu,
                 "scheme": graph.scheme,
                 "layers": graph.layers,
                 "kept_float": graph.kept_float,
-                "arena_bytes": artifact.arena.size_bytes,
-                "arena_lower_bound_bytes": artifact.arena.lower_bound_bytes,
                 "calibration_images": len(self.calibration_files()) if int8 else 0,
+                **emission.extra,
             },
         )
+
+    def emission(self, request: EmissionRequest) -> Emission:
+        """What the target's emitter makes; each brings packages that the others do without."""
+        target = self.target
+        if isinstance(target, Target):
+            from gfcompile.compile.emitters.tvm import emit_plan
+
+            return emit_plan(request, target)
+        if target.emitter == "tflite":
+            from gfcompile.compile.emitters.tflite import emit_tflite
+
+            return emit_tflite(request, target, self.config.tflite)
+        raise AssertionError(f"no emitter is called {target.emitter}")
 
     def notes(self, loaded: "_Loaded", graph: "Graph") -> list[str]:
         """What is not as the user might think."""
@@ -350,7 +386,7 @@ class _Job:
                 notes.append(f"kept in float: {names}")
         return notes
 
-    def write_golden(self, graph: "Graph", golden: _Golden, folder: Path) -> None:
+    def write_golden(self, graph: "Graph", golden: Golden, folder: Path) -> None:
         """One golden input, as pixels, and its logits by the graph in ONNX Runtime."""
         from gfcompile.compile.graph import run
 
@@ -386,10 +422,10 @@ class _Dump:
         self.count += 1
 
 
-def _golden(transform: Transform) -> _Golden:
+def _golden(transform: Transform) -> Golden:
     photos = [open_image(path) for path in stand_in_photos()[:GOLDEN_IMAGES]]
     pixels = [crop(photo, transform) for photo in photos]
-    return _Golden(pixels=pixels, inputs=[normalize(image, transform) for image in pixels])
+    return Golden(pixels=pixels, inputs=[normalize(image, transform) for image in pixels])
 
 
 def _read_labels(path: Path, classes: int) -> list[str]:

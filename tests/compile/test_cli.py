@@ -26,7 +26,7 @@ from gfcompile.compile.progress import Progress
 from gfcompile.runtime import session
 from gfcompile.runtime.bundle import Manifest, Precision, TensorSpec
 from gfcompile.runtime.errors import BundleError, CompileError, UserError
-from gfcompile.runtime.images import imagenet_transform, stand_in_photos
+from gfcompile.runtime.images import imagenet_transform, preprocess, stand_in_photos
 from gfcompile.runtime.session import Latency
 
 XS_FOR_HOST = ["--model", "gfnet_xs", "--target", "host"]
@@ -392,6 +392,9 @@ class FakeSession:
     def classify(self, image: Path, top: int) -> list[tuple[int, str, float]]:
         assert image.name.endswith(".jpg")
         return [(7, "cat", 0.75), (8, "dog", 0.25)][:top]
+
+    def encode(self, image: Path) -> np.ndarray:
+        return preprocess(image, imagenet_transform(64))
 
     def benchmark(self, array: np.ndarray) -> Latency:
         assert array.shape == (1, 3, 64, 64)
