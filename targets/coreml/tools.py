@@ -1,0 +1,34 @@
+"""coremltools, imported without what it says while it is."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+
+def coremltools() -> Any:
+    """The package; its remarks on other packages' versions, and on not being on a Mac, are dropped.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    with quiet():
+        import coremltools
+    return coremltools
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """A stretch of code in which coremltools has nothing to say below errors."""
+    logger = logging.getLogger("coremltools")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        # The bars of its passes go to stderr, whether or not that is a terminal.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
