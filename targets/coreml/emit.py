@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from gfcompile.runtime.errors import CompileError
 from gfcompile.targets.coreml.emitter import Emitter, Normalization
-from gfcompile.targets.coreml.linear import takes_pixels
+from gfcompile.targets.coreml.linear import quantized_weight, takes_pixels
 from gfcompile.targets.coreml.operators import emit_node
 from gfcompile.targets.coreml.options import CoremlOptions
 from gfcompile.targets.coreml.package import Description, write_package
@@ -102,7 +102,8 @@ def _program(
     from coremltools.converters.mil.mil import types
 
     (source,), (sink,) = model.graph.inputs, model.graph.outputs
-    emitter = Emitter(options, half=half)
+    has_int8 = any(quantized_weight(value) for node in model.graph for value in node.outputs)
+    emitter = Emitter(options, half=half, is_compact=has_int8 and options.ios >= 16)
     emitter.unique(INPUT)
     for name in (LOGITS, PROBABILITIES):  # the features that apps ask for: no other takes them
         emitter.unique(name)

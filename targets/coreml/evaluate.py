@@ -261,7 +261,11 @@ def _slice(a: Arguments) -> Tensor:
 
 
 def _split(a: Arguments) -> list[Tensor]:
-    return list(torch.split(a["x"], _ints(a["split_sizes"]), _int(a["axis"])))
+    axis = _int(a["axis"])
+    sizes: list[int] | int = _ints(a.get("split_sizes"))
+    if not sizes:
+        sizes = a["x"].shape[axis] // _int(a["num_splits"])
+    return list(torch.split(a["x"], sizes, axis))
 
 
 def _gather(a: Arguments) -> Tensor:

@@ -50,7 +50,8 @@ def _emit_dft(emitter: Emitter, node: ir.Node) -> None:
     x = emitter.value(node.inputs[0])
     k_re, k_im = _constants(node)
     if x.dims[1] * x.dims[2] <= DENSE_POINTS:
-        _emit_dense(emitter, node, x, k_re, k_im)
+        emit = _emit_compact if emitter.is_compact else _emit_dense
+        emit(emitter, node, x, k_re, k_im)
     else:
         _emit_separable(emitter, node, x, k_re, k_im)
 
@@ -72,6 +73,40 @@ def _emit_dense(emitter: Emitter, node: ir.Node, x: Value, k_re: Matrix, k_im: M
     tokens = emitter.arranger.lay_out_flat(x, *_filled(x, (0, 1, 2, 3), batch, h * w))
     spectrum = matmul("spectrum", shared("forward", forward), tokens)
     product = emitter.op("mul", f"{name}_product", x=spectrum, y=gains[None])
+    var = matmul("", shared("inverse", inverse), product)
+    emitter.define(node.outputs[0], var, (0, 1, 2, 3))
+
+
+def _emit_compact(emitter: Emitter, node: ir.Node, x: Value, k_re: Matrix, k_im: Matrix) -> None:
+    """matmul, mul, matmul over all points at once, with K stored as it is."""
+    batch, h, w, channels = x.dims
+    name = str(node.outputs[0].name)
+    forward, inverse = compact_matrices(h, w)
+    gains = compact_gains(k_re, k_im, w)  # (2, 1, frequencies, channels)
+    count = gains.shape[2]
+    matmul, shared = _matmul(emitter, name), _shared(emitter, h, w)
+    batches = (batch,) if batch > 1 else ()  # tensors have five axes at most, and four are better
+
+    def multiply(spectrum: Any, gain: Array, parts: tuple[int, ...], whole: tuple[int, ...]) -> Any:
+        parts_of = emitter.op("reshape", f"{name}_as", x=spectrum, shape=[*batches, *parts])
+        product = emitter.op("mul", f"{name}_product", x=parts_of, y=gain)
+        return emitter.op("reshape", f"{name}_as", x=product, shape=[batch, *whole])
+
+    if emitter.is_channels_first:
+        tokens = emitter.arranger.lay_out_flat(x, *_filled(x, (0, 3, 1, 2), batch, channels, 1))
+        spectrum = matmul("spectrum", tokens, shared("forward", forward.T))
+        product = multiply(
+            spectrum,
+            gains.transpose(3, 0, 1, 2),
+            (channels, 1, 2, count),
+            (channels, 1, 4 * count),
+        )
+        var = matmul("", product, shared("inverse", inverse.T))
+        emitter.define(node.outputs[0], var, (0, 3, 1, 2))
+        return
+    tokens = emitter.arranger.lay_out_flat(x, *_filled(x, (0, 1, 2, 3), batch, h * w))
+    spectrum = matmul("spectrum", shared("forward", forward), tokens)
+    product = multiply(spectrum, gains, (1, 2, count, channels), (4 * count, channels))
     var = matmul("", shared("inverse", inverse), product)
     emitter.define(node.outputs[0], var, (0, 1, 2, 3))
 
@@ -207,6 +242,39 @@ def dense_gains(k_re: Matrix, k_im: Matrix, w: int) -> Matrix:
         c, d = k_re[u, v], k_im[u, v]
         rows += [c] if is_real else [c, d - c, c + d]
     return np.stack(rows)
+
+
+def compact_matrices(h: int, w: int) -> tuple[Matrix, Matrix]:
+    """`forward` and `inverse` with ``y = inverse @ products`` for the products of each of
+    `compact_gains(K)`, c first, with each half of ``forward @ x``, the real parts first.
+
+    Returns:
+        forward (2 * frequencies, h * w), inverse (h * w, 4 * frequencies).
+    """
+    forward, inverse = dense_matrices(h, w)
+    real, imaginary, columns = [], [], []
+    row = 0
+    for _, _, is_real in _frequencies(h, w):
+        if is_real:
+            nothing = np.zeros(h * w)
+            real.append(forward[row])
+            imaginary.append(nothing)
+            columns.append([inverse[:, row], nothing, nothing, nothing])
+        else:
+            real.append(forward[row + 1])
+            imaginary.append(forward[row + 2])
+            # Re = c a - d b and Im = c b + d a
+            from_re, from_im = -inverse[:, row + 2], inverse[:, row + 1]
+            columns.append([from_re, from_im, from_im, -from_re])
+        row += 1 if is_real else 3
+    parts = [np.stack(part, axis=1) for part in zip(*columns, strict=True)]
+    return np.stack([*real, *imaginary]), np.concatenate(parts, axis=1)
+
+
+def compact_gains(k_re: Matrix, k_im: Matrix, w: int) -> Matrix:
+    """c and d of every frequency: (2, 1, frequencies, channels)."""
+    places = [(u, v) for u, v, _ in _frequencies(len(k_re), w)]
+    return np.stack([[k[place] for place in places] for k in (k_re, k_im)])[:, None]
 
 
 def separable_matrices(h: int, w: int) -> tuple[Matrix, Matrix, Matrix]:

@@ -90,7 +90,7 @@ def weight_operand(emitter: Emitter, value: ir.Value, arrange: Any) -> Any:
             name,
             quantized_data=data,
             scale=scale,
-            zero_point=np.zeros(len(scale), np.int8),
+            zero_point=np.int8(0),
             axis=np.int32(0),
         )
     if -8 <= data.min() and data.max() <= 7:

@@ -1,5 +1,6 @@
 """The operators of the canonical graph in MIL, one function for each or for a family."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,11 @@ from gfcompile.targets.coreml.emitter import Emitter, refuse
 from gfcompile.targets.coreml.filters import emit_filter
 from gfcompile.targets.coreml.linear import emit_conv, emit_matmul, product_axes, product_operand
 from gfcompile.targets.coreml.values import (
+    MAX_RANK,
     Template,
     Value,
     arrange_array,
+    natural,
     order_of,
     reshaped_order,
     transposed,
@@ -228,8 +231,9 @@ def _emit_view(emitter: Emitter, node: ir.Node) -> None:
     if order is not None:
         emitter.define(node.outputs[0], x.var, order)
         return
-    var = emitter.lay_out(x, tuple(range(len(x.dims))))
-    emitter.define(node.outputs[0], var, tuple(range(len(dims))))
+    shape = dims if len(dims) <= MAX_RANK else (math.prod(dims),)
+    moved = emitter.arranger.lay_out_flat(x, natural(x.dims), shape)
+    emitter.define(node.outputs[0], moved, natural(dims))
 
 
 def _emit_transpose(emitter: Emitter, node: ir.Node) -> None:
@@ -296,6 +300,8 @@ def _emit_slice(emitter: Emitter, node: ir.Node) -> None:
 def _emit_split(emitter: Emitter, node: ir.Node) -> None:
     x = emitter.value(node.inputs[0])
     axis = _axis(node, len(x.dims), 0)
+    if _emit_split_into_heads(emitter, node, x, axis):
+        return
     template = emitter.arrangement(x)
     parts = emitter.op(
         "split",
@@ -306,6 +312,39 @@ def _emit_split(emitter: Emitter, node: ir.Node) -> None:
     )
     for output, part in zip(node.outputs, parts, strict=True):
         emitter.define(output, part, order_of(template, x.dims))
+
+
+def _emit_split_into_heads(emitter: Emitter, node: ir.Node, x: Value, axis: int) -> bool:
+    """Queries, keys and values: one reshape before the split in place of one after it for each.
+
+        Split (.., 3 * H * D) -> 3 x Reshape (.., H, D)   becomes   Reshape (.., 3 * H, D) -> Split
+    """
+    views = [output.consumers() for output in node.outputs]
+    if any(len(readers) != 1 or not is_standard(readers[0], "Reshape") for readers in views):
+        return False
+    heads = {shape_of(readers[0].outputs[0]) for readers in views}
+    if len(heads) != 1 or axis != len(x.dims) - 1:
+        return False
+    (dims,) = heads
+    if dims[:-2] != x.dims[:-1] or dims[-2] * dims[-1] * len(views) != x.dims[-1]:
+        return False
+    whole = (*dims[:-2], dims[-2] * len(views), dims[-1])
+    order = reshaped_order(x.dims, x.order, whole)
+    if order is None:
+        return False
+    joined = Value(x.var, whole, order)
+    template = emitter.arrangement(joined)
+    parts = emitter.op(
+        "split",
+        _name(node),
+        x=emitter.lay_out(joined, template),
+        num_splits=len(views),
+        axis=template.index(axis),
+    )
+    for (view,), part in zip(views, parts, strict=True):
+        emitter.covered.add(view)
+        emitter.define(view.outputs[0], part, order_of(template, whole))
+    return True
 
 
 def _emit_gather(emitter: Emitter, node: ir.Node) -> None:

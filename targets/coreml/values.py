@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gfcompile.runtime.errors import CompileError
+
 Array = npt.NDArray[Any]
+MAX_RANK = 5
 Dims = tuple[int, ...]
 # For each axis of an arrangement the graph's axis that it holds, or None for one of size 1.
 Template = tuple[int | None, ...]
@@ -120,6 +123,17 @@ def arrange_array(array: Array, template: Template) -> Array:
     return np.ascontiguousarray(moved.reshape(shape_of_template(template, array.shape)))
 
 
+def _common_runs(order: tuple[int, ...], other: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """`order` cut where the neighbours are not neighbours in `other` as well."""
+    runs: list[tuple[int, ...]] = []
+    for axis in order:
+        if runs and (runs[-1][-1], axis) in zip(other, other[1:], strict=False):
+            runs[-1] = (*runs[-1], axis)
+        else:
+            runs.append((axis,))
+    return runs
+
+
 class Arranger:
     """Carries transposes and reshapes out, where they are asked for.
 
@@ -148,22 +162,35 @@ class Arranger:
     def _arrange(self, value: Value, order: tuple[int, ...], shape: Dims) -> Any:
         if order == value.order:
             return self._reshape(value.var, shape)
-        target = tuple(value.dims[axis] for axis in order)
-        direct = tuple(size for size in shape if size > 1) == target
-        rank = len(shape) if direct else len(order)
+        if tuple(size for size in shape if size > 1) == tuple(value.dims[axis] for axis in order):
+            return self._transpose_into(value, order, shape)
+        # The shape joins or splits axes: those that stay neighbours move as one.
+        runs = _common_runs(value.order, order)
+        var = self._reshape(
+            value.var, tuple(math.prod(value.dims[axis] for axis in run) for run in runs)
+        )
+        perm = sorted(range(len(runs)), key=lambda run: order.index(runs[run][0]))
+        return self._reshape(self._transpose(var, perm), shape)
+
+    def _transpose_into(self, value: Value, order: tuple[int, ...], shape: Dims) -> Any:
+        """`shape` has the axes of `order`, and some of one element."""
         source = value.var
-        if not value.has_own_axes() or source.rank != rank:
-            source = self._reshape(source, (1,) * (rank - len(order)) + value.memory_dims)
-        # Where in `source` each axis lies; its axes of one element fill the others' places.
+        if not value.has_own_axes() or source.rank != len(shape):
+            source = self._reshape(source, (1,) * (len(shape) - len(order)) + value.memory_dims)
         places = [place for place, size in enumerate(source.shape) if size > 1]
         units = iter([place for place, size in enumerate(source.shape) if size == 1])
         axes = iter([places[value.order.index(axis)] for axis in order])
-        sizes = shape if direct else target
-        perm = [next(axes) if size > 1 else next(units) for size in sizes]
-        moved = self._op("transpose", f"{value.var.name}_moved", x=source, perm=perm)
-        return self._reshape(moved, shape)
+        return self._transpose(source, [next(axes) if size > 1 else next(units) for size in shape])
+
+    def _transpose(self, var: Any, perm: list[int]) -> Any:
+        return self._op("transpose", f"{var.name}_moved", x=var, perm=perm)
 
     def _reshape(self, var: Any, shape: Dims) -> Any:
         if tuple(var.shape) == shape:
             return var
+        if len(shape) > MAX_RANK:
+            raise CompileError(
+                f"Core ML: {var.name} would need {len(shape)} axes, its tensors have up to "
+                f"{MAX_RANK}"
+            )
         return self._op("reshape", f"{var.name}_as", x=var, shape=list(shape))
