@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from gfcompile.targets.onnx_values import constant, dtype_of, is_standard, shape_of
 from gfcompile.targets.tflite import operators  # noqa: F401 - they register
-from gfcompile.targets.tflite.emitter import LOWERINGS, TO_CHANNELS_LAST, Emitter
+from gfcompile.targets.tflite.emitter import LOWERINGS, Emitter, channels_last
 from gfcompile.targets.tflite.model_file import ModelFile, Operator, Tensor
 
 
@@ -45,9 +45,9 @@ def emit(model: ir.Model, *, target: str = "tflite") -> TfliteModel:
         shape = shape_of(value)
         image = len(shape) == 4
         if image:
-            shape = tuple(shape[axis] for axis in TO_CHANNELS_LAST)
+            shape = channels_last(shape)
         tensor = file.tensor(str(value.name), dtype_of(value), shape)
-        emitter.hold(value, tensor, channels_last=image)
+        emitter.hold(value, tensor, as_image=image)
         inputs[str(value.name)] = tensor
     for node in model.graph:
         if node in emitter.done or all(constant(value) is not None for value in node.outputs):

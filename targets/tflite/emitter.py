@@ -24,8 +24,20 @@ from gfcompile.targets.onnx_values import (
 )
 from gfcompile.targets.tflite.model_file import Array, ModelFile, Quantization, Tensor
 
-TO_CHANNELS_LAST = (0, 2, 3, 1)
-TO_CHANNELS_FIRST = (0, 3, 1, 2)
+
+def to_channels_last(rank: int) -> tuple[int, ...]:
+    """The permutation (N, C, ...) -> (N, ..., C)."""
+    return (0, *range(2, rank), 1)
+
+
+def to_channels_first(rank: int) -> tuple[int, ...]:
+    """The permutation (N, ..., C) -> (N, C, ...)."""
+    return (0, rank - 1, *range(1, rank - 1))
+
+
+def channels_last(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape (N, ..., C) of what the graph has as (N, C, ...)."""
+    return tuple(shape[axis] for axis in to_channels_last(len(shape)))
 
 
 @dataclass(kw_only=True)
@@ -54,7 +66,8 @@ class Emitter:
         assert value is not None
         if value not in self._held:
             if value in self._last:
-                held = self.transpose(self._last[value], TO_CHANNELS_FIRST, str(value.name))
+                last = self._last[value]
+                held = self.transpose(last, to_channels_first(len(last.shape)), str(value.name))
             else:
                 held = self._constant(value)
             self._held[value] = held
@@ -65,16 +78,17 @@ class Emitter:
         return self.dequantized(self.stored(value))
 
     def image(self, value: ir.Value | None) -> Tensor:
-        """The tensor of an image (N, C, H, W), held as (N, H, W, C)."""
+        """The tensor of an image (N, C, ...), held as (N, ..., C)."""
         assert value is not None
         if value not in self._last:
+            stored = self.stored(value)
             self._last[value] = self.transpose(
-                self.stored(value), TO_CHANNELS_LAST, f"{value.name}/channels_last"
+                stored, to_channels_last(len(stored.shape)), f"{value.name}/channels_last"
             )
         return self._last[value]
 
-    def is_channels_last(self, value: ir.Value | None) -> bool:
-        """Whether `value` is held as an image, channels last, and no other way yet."""
+    def is_image(self, value: ir.Value | None) -> bool:
+        """Whether `value` is held channels last, and no other way yet."""
         return value in self._last and value not in self._held
 
     def integers(self, value: ir.Value | None) -> Tensor:
@@ -109,9 +123,9 @@ class Emitter:
 
     # Writing
 
-    def hold(self, value: ir.Value, tensor: Tensor, *, channels_last: bool = False) -> None:
-        """Makes `tensor` the one that holds `value`."""
-        (self._last if channels_last else self._held)[value] = tensor
+    def hold(self, value: ir.Value, tensor: Tensor, *, as_image: bool = False) -> None:
+        """Makes `tensor` the one that holds `value`; an image has its channels last there."""
+        (self._last if as_image else self._held)[value] = tensor
 
     def result(
         self,
@@ -119,7 +133,7 @@ class Emitter:
         *,
         value: ir.Value | None = None,
         quantized: bool = False,
-        channels_last: bool = False,
+        as_image: bool = False,
     ) -> Tensor:
         """A new tensor that holds the result of `node`, for an operator to write.
 
@@ -130,12 +144,12 @@ class Emitter:
         """
         value = node.outputs[0] if value is None else value
         shape = shape_of(value)
-        if channels_last:
-            shape = tuple(shape[axis] for axis in TO_CHANNELS_LAST)
+        if as_image:
+            shape = channels_last(shape)
         quantize = self.quantizer_of(value) if quantized else None
         if quantize is None:
             tensor = self.file.tensor(str(value.name), _held_dtype(value), shape)
-            self.hold(value, tensor, channels_last=channels_last)
+            self.hold(value, tensor, as_image=as_image)
             return tensor
         stored = quantize.outputs[0]
         tensor = self.file.tensor(
@@ -145,7 +159,7 @@ class Emitter:
             Quantization.per_tensor(*scalar_quantization(quantize)),
         )
         self.done.add(quantize)
-        self.hold(stored, tensor, channels_last=channels_last)
+        self.hold(stored, tensor, as_image=as_image)
         return tensor
 
     def quantizer_of(self, value: ir.Value) -> ir.Node | None:
@@ -190,6 +204,35 @@ class Emitter:
         options = schema.ReshapeOptionsT()
         options.newShape = np.array(shape, np.int32)
         self.operator("RESHAPE", [tensor, self.indices(shape)], [result], options)
+        return result
+
+    def slice(
+        self, tensor: Tensor, begin: Sequence[int], shape: Sequence[int], name: str
+    ) -> Tensor:
+        """The part of `tensor` that begins at `begin` and has this shape."""
+        if tensor.shape == tuple(shape):
+            return tensor
+        result = self.file.tensor(name, tensor.dtype, shape, tensor.quantization)
+        operands = [tensor, self.indices(begin), self.indices(shape)]
+        self.operator("SLICE", operands, [result], schema.SliceOptionsT())
+        return result
+
+    def concatenate(self, tensors: Sequence[Tensor], axis: int, name: str) -> Tensor:
+        """Tensors of one kind and scale, one after the other along `axis`."""
+        first = tensors[0]
+        shape = list(first.shape)
+        shape[axis] = sum(tensor.shape[axis] for tensor in tensors)
+        result = self.file.tensor(name, first.dtype, shape, first.quantization)
+        options = schema.ConcatenationOptionsT()
+        options.axis = axis
+        self.operator("CONCATENATION", tensors, [result], options)
+        return result
+
+    def binary(self, operator: str, a: Tensor, b: Tensor, name: str) -> Tensor:
+        """An ADD, SUB or MUL of real tensors, each broadcast to the other's shape."""
+        result = self.file.tensor(name, "float32", np.broadcast_shapes(a.shape, b.shape))
+        options = getattr(schema, f"{operator.title()}OptionsT")()
+        self.operator(operator, [a, b], [result], options)
         return result
 
     def indices(self, values: Sequence[int]) -> Tensor:

@@ -44,9 +44,7 @@ class Quantization:
 
     @classmethod
     def per_tensor(cls, scale: float, zero_point: int) -> "Quantization":
-        return cls(
-            scale=np.array([scale], np.float32), zero_point=np.array([zero_point], np.int64)
-        )
+        return cls(scale=np.array([scale], np.float32), zero_point=np.array([zero_point], np.int64))
 
     def equals(self, other: "Quantization | None") -> bool:
         return (

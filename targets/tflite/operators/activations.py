@@ -16,7 +16,12 @@ _PROBABILITY = (1.0 / 256, -128)
 def lower_gelu(emit: Emitter, node: ir.Node) -> None:
     options = schema.GeluOptionsT()
     options.approximate = node.attributes.get_string("approximate", "none") == "tanh"
-    _unary(emit, node, "GELU", options)
+    if emit.integer_only:
+        _unary(emit, node, "GELU", options)
+    else:
+        # XNNPACK takes it in floating point alone, and is faster so than the table of integers
+        # that runs outside of it: 8.5 against 9.1 ms for gfnet_xs.
+        emit.operator("GELU", [emit.real(node.inputs[0])], [emit.result(node)], options)
 
 
 @lowers("Relu")
@@ -64,11 +69,11 @@ def _unary(
         quantize = emit.quantizer_of(node.outputs[0])
         assert quantize is not None
         quantized = scalar_quantization(quantize) == fixed
-    channels_last = emit.is_channels_last(x)
-    source = emit.image(x) if channels_last else emit.stored(x)
+    as_image = emit.is_image(x)
+    source = emit.image(x) if as_image else emit.stored(x)
     if not quantized:
         source = emit.dequantized(source)
-    result = emit.result(node, quantized=quantized, channels_last=channels_last)
+    result = emit.result(node, quantized=quantized, as_image=as_image)
     emit.operator(name, [source], [result], options)
 
 

@@ -37,6 +37,14 @@ def lower_gather(emit: Emitter, node: ir.Node) -> None:
         # TFLite does not count from the end.
         size = source.shape[axis]
         wrapped = np.where(index < 0, index + size, index).astype(np.int32)
+        first = int(wrapped.flat[0])
+        if np.array_equal(wrapped.flat, np.arange(first, first + wrapped.size)):
+            # Neighbours are a slice, which XNNPACK takes.
+            begin, part = [0] * len(source.shape), list(source.shape)
+            begin[axis], part[axis] = first, wrapped.size
+            taken = emit.slice(source, begin, part, f"{y.name}/part")
+            emit.hold(y, emit.reshape(taken, shape_of(y), str(y.name)))
+            return
         where = emit.file.constant("places", wrapped)
     else:
         where = emit.stored(places)
@@ -67,9 +75,7 @@ def lower_gather_elements(emit: Emitter, node: ir.Node) -> None:
             raise emit.refuse(node, "whole rows alone: the index must be an Expand of (B, K, 1)")
     if rows[:axis] != shape[:axis] or rows[axis + 1 :] != shape[axis + 1 :]:
         raise emit.refuse(node, "as many rows as the data has, of the same length")
-    index = emit.reshape(
-        emit.stored(places), shape_of(places)[: axis + 1], f"{places.name}/rows"
-    )
+    index = emit.reshape(emit.stored(places), shape_of(places)[: axis + 1], f"{places.name}/rows")
     source = emit.stored(x)
     result = emit.file.tensor(str(y.name), source.dtype, shape_of(y), source.quantization)
     options = schema.GatherOptionsT()

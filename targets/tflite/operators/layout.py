@@ -8,11 +8,12 @@ from ai_edge_litert import schema_py_generated as schema
 
 from gfcompile.targets.onnx_values import VIEWS, constant, dtype_of, shape_of
 from gfcompile.targets.tflite.emitter import (
-    TO_CHANNELS_FIRST,
-    TO_CHANNELS_LAST,
     Emitter,
+    channels_last,
     input_of,
     lowers,
+    to_channels_first,
+    to_channels_last,
 )
 from gfcompile.targets.tflite.model_file import Tensor
 
@@ -20,9 +21,11 @@ from gfcompile.targets.tflite.model_file import Tensor
 @lowers(*sorted(VIEWS))
 def lower_view(emit: Emitter, node: ir.Node) -> None:
     x, y = input_of(node, 0), node.outputs[0]
-    shape = shape_of(y)
-    if emit.is_channels_last(x) and shape == shape_of(x):
-        emit.hold(y, emit.image(x), channels_last=True)
+    old, shape = shape_of(x), shape_of(y)
+    if emit.is_image(x) and len(shape) > 2 and old[:2] == shape[:2]:
+        # Rows and columns become one axis, or the other way round: channels can stay last.
+        image = emit.reshape(emit.image(x), channels_last(shape), str(y.name))
+        emit.hold(y, image, as_image=True)
         return
     emit.hold(y, emit.reshape(emit.stored(x), shape, str(y.name)))
 
@@ -31,10 +34,10 @@ def lower_view(emit: Emitter, node: ir.Node) -> None:
 def lower_transpose(emit: Emitter, node: ir.Node) -> None:
     x, y = input_of(node, 0), node.outputs[0]
     perm = tuple(node.attributes.get_ints("perm", tuple(reversed(range(len(shape_of(x)))))))
-    if perm == TO_CHANNELS_LAST and emit.is_channels_last(x):
+    if perm == to_channels_last(len(perm)) and emit.is_image(x):
         emit.hold(y, emit.image(x))  # the same numbers in the same places
-    elif perm == TO_CHANNELS_FIRST:
-        emit.hold(y, emit.stored(x), channels_last=True)
+    elif perm == to_channels_first(len(perm)) and len(perm) == 4:
+        emit.hold(y, emit.stored(x), as_image=True)
     else:
         emit.hold(y, emit.transpose(emit.stored(x), perm, str(y.name)))
 
@@ -53,7 +56,7 @@ def lower_slice(emit: Emitter, node: ir.Node) -> None:
     for axis, start in zip(axes, starts, strict=True):
         size = shape[axis]
         begin[axis] = min(max(start + size if start < 0 else start, 0), size)
-    emit.hold(y, _slice(emit, emit.stored(x), begin, shape_of(y), str(y.name)))
+    emit.hold(y, emit.slice(emit.stored(x), begin, shape_of(y), str(y.name)))
 
 
 @lowers("Split")
@@ -75,7 +78,7 @@ def lower_split(emit: Emitter, node: ir.Node) -> None:
     else:
         parts, begin = [], [0] * rank
         for y, shape in zip(node.outputs, shapes, strict=True):
-            parts.append(_slice(emit, source, begin, shape, str(y.name)))
+            parts.append(emit.slice(source, begin, shape, str(y.name)))
             begin[axis] += shape[axis]
     for y, part in zip(node.outputs, parts, strict=True):
         emit.hold(y, part)
@@ -85,14 +88,7 @@ def lower_split(emit: Emitter, node: ir.Node) -> None:
 def lower_concat(emit: Emitter, node: ir.Node) -> None:
     y = node.outputs[0]
     axis = node.attributes.get_int("axis") % len(shape_of(y))
-    operands = _of_one_kind(emit, node)
-    result = emit.file.tensor(
-        str(y.name), operands[0].dtype, shape_of(y), operands[0].quantization
-    )
-    options = schema.ConcatenationOptionsT()
-    options.axis = axis
-    emit.operator("CONCATENATION", operands, [result], options)
-    emit.hold(y, result)
+    emit.hold(y, emit.concatenate(_of_one_kind(emit, node), axis, str(y.name)))
 
 
 @lowers("Expand")
@@ -117,17 +113,6 @@ def _of_one_kind(emit: Emitter, node: ir.Node) -> list[Tensor]:
         if first is not None and all(first.equals(tensor.quantization) for tensor in tensors):
             return tensors
     return [emit.real(value) for value in node.inputs]
-
-
-def _slice(
-    emit: Emitter, source: Tensor, begin: list[int], shape: tuple[int, ...], name: str
-) -> Tensor:
-    if source.shape == shape:
-        return source
-    result = emit.file.tensor(name, source.dtype, shape, source.quantization)
-    operands = [source, emit.indices(begin), emit.indices(shape)]
-    emit.operator("SLICE", operands, [result], schema.SliceOptionsT())
-    return result
 
 
 def _integers(emit: Emitter, node: ir.Node, index: int) -> list[int] | None:

@@ -31,26 +31,22 @@ def lower_layer_norm(emit: Emitter, node: ir.Node) -> None:
         emit.operator("MEAN", [of, last], [result], options)
         return result
 
-    centred, squared = real("centred", shape), real("squared", shape)
-    emit.operator("SUB", [source, mean(source, "mean")], [centred], schema.SubOptionsT())
-    emit.operator("MUL", [centred, centred], [squared], schema.MulOptionsT())
-    shifted, root = real("shifted", one_per_row), real("root", one_per_row)
-    epsilon = np.float32(node.attributes.get_float("epsilon", 1e-5))
-    small = emit.file.constant(f"{name}/epsilon", np.array(epsilon))
-    emit.operator("ADD", [mean(squared, "variance"), small], [shifted], schema.AddOptionsT())
+    centred = emit.binary("SUB", source, mean(source, "mean"), f"{name}/centred")
+    squared = emit.binary("MUL", centred, centred, f"{name}/squared")
+    epsilon = np.array(node.attributes.get_float("epsilon", 1e-5), np.float32)
+    shifted = emit.binary(
+        "ADD",
+        mean(squared, "variance"),
+        emit.file.constant(f"{name}/epsilon", epsilon),
+        f"{name}/shifted",
+    )
+    root = real("root", one_per_row)
     emit.operator("RSQRT", [shifted], [root])
-    steps = [("MUL", schema.MulOptionsT, root)]
-    for operator, options, value in zip(
-        ("MUL", "ADD"), (schema.MulOptionsT, schema.AddOptionsT), node.inputs[1:], strict=False
-    ):
+    result = emit.binary("MUL", centred, root, f"{name}/normalized")
+    for operator, value in zip(("MUL", "ADD"), node.inputs[1:], strict=False):
         array = constant(value)
         if array is None:
             raise emit.refuse(node, "constant weights alone")
-        assert value is not None
-        steps.append((operator, options, emit.file.constant(str(value.name), array)))
-    current = centred
-    for number, (operator, options, operand) in enumerate(steps):
-        is_last = number == len(steps) - 1
-        result = emit.result(node) if is_last else real(f"step{number}", shape)
-        emit.operator(operator, [current, operand], [result], options())
-        current = result
+        operand = emit.file.constant(str(value.name), array)  # type: ignore[union-attr]
+        result = emit.binary(operator, result, operand, f"{name}/{operator.lower()}")
+    emit.hold(node.outputs[0], result)

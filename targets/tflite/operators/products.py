@@ -32,9 +32,7 @@ def lower_matmul(emit: Emitter, node: ir.Node) -> None:
         _batch_matmul(emit, node, x, w)
 
 
-def _fully_connected(
-    emit: Emitter, node: ir.Node, x: ir.Value, w: ir.Value, weight: Array
-) -> None:
+def _fully_connected(emit: Emitter, node: ir.Node, x: ir.Value, w: ir.Value, weight: Array) -> None:
     """x @ w, with the bias that is added next."""
     value, bias = node.outputs[0], None
     add = _bias_add(value, weight.shape[1])
@@ -124,7 +122,7 @@ def lower_conv(emit: Emitter, node: ir.Node) -> None:
     same = _is_same_padding(image.shape[1:3], weight.shape[2:], strides, dilations, pads)
     if any(pads) and not same:
         image = _pad(emit, image, pads, f"{node.outputs[0].name}/padded")
-    result = emit.result(node, quantized=quantized, channels_last=True)
+    result = emit.result(node, quantized=quantized, as_image=True)
     options: Any = schema.DepthwiseConv2DOptionsT() if depthwise else schema.Conv2DOptionsT()
     options.padding = schema.Padding.SAME if same else schema.Padding.VALID
     options.strideH, options.strideW = strides
@@ -132,7 +130,10 @@ def lower_conv(emit: Emitter, node: ir.Node) -> None:
     if depthwise:
         options.depthMultiplier = 1
     emit.operator(
-        "DEPTHWISE_CONV_2D" if depthwise else "CONV_2D", [image, filters, offsets], [result], options
+        "DEPTHWISE_CONV_2D" if depthwise else "CONV_2D",
+        [image, filters, offsets],
+        [result],
+        options,
     )
 
 

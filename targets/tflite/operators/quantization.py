@@ -4,7 +4,7 @@ import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 
 from gfcompile.targets.onnx_values import dtype_of, scalar_quantization, shape_of
-from gfcompile.targets.tflite.emitter import TO_CHANNELS_LAST, Emitter, input_of, lowers
+from gfcompile.targets.tflite.emitter import Emitter, channels_last, input_of, lowers
 from gfcompile.targets.tflite.model_file import Quantization
 
 
@@ -13,29 +13,27 @@ def lower_quantize(emit: Emitter, node: ir.Node) -> None:
     """To integers, unless the operator before has written them already (`Emitter.result`)."""
     x, y = input_of(node, 0), node.outputs[0]
     wanted = Quantization.per_tensor(*scalar_quantization(node))
-    channels_last = emit.is_channels_last(x)
-    source = emit.image(x) if channels_last else emit.stored(x)
+    as_image = emit.is_image(x)
+    source = emit.image(x) if as_image else emit.stored(x)
     if source.dtype == dtype_of(y) and wanted.equals(source.quantization):
-        emit.hold(y, source, channels_last=channels_last)
+        emit.hold(y, source, as_image=as_image)
         return
     if source.quantization is not None and source.dtype == dtype_of(y):
         # From one scale to another: by way of real values, as the graph has it. TFLite's own
         # operator rounds a fixed-point product instead.
         source = emit.dequantized(source)
-    shape = shape_of(y)
-    if channels_last:
-        shape = tuple(shape[axis] for axis in TO_CHANNELS_LAST)
+    shape = channels_last(shape_of(y)) if as_image else shape_of(y)
     result = emit.file.tensor(str(y.name), dtype_of(y), shape, wanted)
     emit.operator("QUANTIZE", [source], [result], schema.QuantizeOptionsT())
-    emit.hold(y, result, channels_last=channels_last)
+    emit.hold(y, result, as_image=as_image)
 
 
 @lowers("DequantizeLinear")
 def lower_dequantize(emit: Emitter, node: ir.Node) -> None:
     """Nothing yet: who needs the real values asks for them."""
     x, y = input_of(node, 0), node.outputs[0]
-    if emit.is_channels_last(x):
-        emit.hold(y, emit.image(x), channels_last=True)
+    if emit.is_image(x):
+        emit.hold(y, emit.image(x), as_image=True)
     else:
         emit.hold(y, emit.stored(x))
 
