@@ -58,6 +58,12 @@ def irfft_matrices(n: int) -> tuple[Matrix, Matrix]:
     return weight * re.T, weight * sine
 
 
+def dft_matrices(n: int) -> tuple[Matrix, Matrix]:
+    """Real and imaginary parts of the orthonormal complex DFT of length n, (n, n) each."""
+    theta = _angles(n, n, n)
+    return np.cos(theta) / np.sqrt(n), -np.sin(theta) / np.sqrt(n)
+
+
 def cosine_matrix(n: int) -> Matrix:
     """cos(2 pi j k / n) / sqrt(n) for j, k = 0 ... n // 2: the even half of the real DFT."""
     cosine: Matrix = np.cos(_angles(n, n // 2 + 1, n // 2 + 1)) / np.sqrt(n)
