@@ -73,15 +73,17 @@ def _compile(options: argparse.Namespace) -> None:
     # Light until it compiles: a mistake in the arguments is answered before torch and TVM load.
     from gfcompile.compile.pipeline import CompileConfig, compile_model
     from gfcompile.compile.progress import ConsoleProgress, SilentProgress
+    from gfcompile.targets.coreml.options import CoremlOptions
     from gfcompile.targets.target import find_target
     from gfcompile.targets.tflite.options import TfliteOptions
 
     started = time.perf_counter()
     progress = SilentProgress() if options.quiet else ConsoleProgress()
+    is_coreml = options.target == "coreml"
     config = CompileConfig(
         model=options.model,
         target=options.target,
-        precision="int8" if options.int8 else "float16" if options.fp16 else "float32",
+        precision=options.precision,
         checkpoint=options.checkpoint,
         image_size=options.image_size,
         num_classes=options.num_classes,
@@ -91,7 +93,15 @@ def _compile(options: argparse.Namespace) -> None:
         dump=options.dump,
         labels=options.labels,
         seed=options.seed,
-        tflite=TfliteOptions(interface=options.interface, input=options.input),
+        tflite=TfliteOptions(
+            interface=options.interface, input="tensor" if is_coreml else options.input or "tensor"
+        ),
+        coreml=CoremlOptions(
+            ios=options.ios,
+            layout=options.layout,
+            input="tensor" if is_coreml and options.input == "tensor" else "image",
+            license=options.license,
+        ),
         cache=not options.no_cache,
     )
     bundle = compile_model(config, progress)
@@ -174,13 +184,16 @@ def _run(options: argparse.Namespace) -> None:
             _complain(f"note: weights are {weights}, the classes mean nothing")
         for image in options.images:
             top = session.classify(image, top=options.top)
-            result = {
+            result: dict[str, Any] = {
                 "image": str(image),
                 "weights": weights,
                 "device": options.device,
                 "top": [{"index": i, "label": label, "probability": p} for i, label, p in top],
             }
-            if options.device == "qemu":
+            if session.stand_in:
+                took = session.stand_in
+                result["stand_in"] = session.stand_in
+            elif options.device == "qemu":
                 took = "under qemu: what the device computes, not how fast"
             else:
                 # The image's own values: what they are can matter to the time, as zeros do.
@@ -317,10 +330,14 @@ def _compile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="one of `gfcompile models`")
     parser.add_argument("--target", required=True, help="one of `gfcompile targets`")
     precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--int8", action="store_true", help="quantize to int8")
-    precision.add_argument(
-        "--fp16", action="store_true", help="store weights as float16 (model formats)"
-    )
+    for flag, value, text in (
+        ("--int8", "int8", "quantize to int8"),
+        ("--fp16", "float16", "store weights as float16 (model formats; coreml's default)"),
+        ("--fp32", "float32", "store and compute in float32 (the default but for coreml)"),
+    ):
+        precision.add_argument(
+            flag, dest="precision", action="store_const", const=value, help=text
+        )
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="trained weights (default: random)"
     )
@@ -354,9 +371,24 @@ def _compile_arguments(parser: argparse.ArgumentParser) -> None:
     tflite.add_argument(
         "--input",
         choices=("tensor", "uint8-image"),
-        default="tensor",
-        help="uint8-image: the model takes pixels and normalizes them (default: tensor)",
+        help="uint8-image: the model takes pixels and normalizes them (default: tensor; for "
+        "coreml uint8-image)",
     )
+    coreml = parser.add_argument_group("coreml")
+    coreml.add_argument(
+        "--ios",
+        type=int,
+        choices=(15, 16, 17, 18),
+        default=17,
+        help="the oldest system that is to load the package, or its macOS (default: 17)",
+    )
+    coreml.add_argument(
+        "--layout",
+        choices=("ane", "plain"),
+        default="ane",
+        help="ane: channels first, as the Neural Engine likes it; plain: as the graph is",
+    )
+    coreml.add_argument("--license", default="", metavar="TEXT", help="for the licence field")
     parser.add_argument("--no-cache", action="store_true", help="build everything, keep nothing")
     parser.add_argument("--quiet", action="store_true", help="print only the bundle's path")
 

@@ -33,6 +33,7 @@ class EmissionRequest:
 
     Attributes:
         model: its name, for file names and descriptions.
+        weights: where they come from.
         graph: float, or QDQ where precision is int8.
         transform: how an image becomes the graph's input.
         golden: the inputs to verify the artifact on.
@@ -44,6 +45,7 @@ class EmissionRequest:
 
     model: str
     precision: RequestedPrecision
+    weights: str
     graph: "Graph"
     transform: Transform
     golden: Golden

@@ -36,8 +36,9 @@ from gfcompile.runtime.images import (
     open_image,
     stand_in_photos,
 )
+from gfcompile.targets.coreml.options import CoremlOptions
 from gfcompile.targets.spectral import choose_form
-from gfcompile.targets.target import AnyTarget, Target, find_target
+from gfcompile.targets.target import AnyTarget, ModelFormat, Target, find_target
 from gfcompile.targets.tflite.options import TfliteOptions
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ class CompileConfig:
         model: a name of the zoo (`gfcompile models`), or, for a module of one's own, any name.
         target: a name that `gfcompile targets` lists.
         precision: int8 quantizes weights and activations of every product; float16 stores weights
-            in half precision, for model formats alone.
+            in half precision, for model formats alone; None is float16 for Core ML, float32
+            elsewhere.
         checkpoint: trained weights; None for random ones drawn from `seed`.
         image_size, num_classes: None for those of the checkpoint, or as published.
         fft: the form of the global filters; "auto" chooses by cost on the target.
@@ -67,12 +69,13 @@ class CompileConfig:
         dump: a folder for the graph after each stage, as ONNX files.
         labels: a text file with one class name per line, copied into the bundle.
         tflite: for targets of the TFLite emitter.
+        coreml: for the target of the Core ML emitter.
         cache: whether to keep and reuse results in the user's cache.
     """
 
     model: str
     target: str
-    precision: RequestedPrecision = "float32"
+    precision: RequestedPrecision | None = None
     checkpoint: Path | None = None
     image_size: int | None = None
     num_classes: int | None = None
@@ -83,6 +86,7 @@ class CompileConfig:
     labels: Path | None = None
     seed: int = 0
     tflite: TfliteOptions = field(default_factory=TfliteOptions)
+    coreml: CoremlOptions = field(default_factory=CoremlOptions)
     cache: bool = True
 
 
@@ -107,7 +111,7 @@ def compile_model(
     progress = progress or SilentProgress()
     target = find_target(config.target)
     job = _Job(config=config, target=target, progress=progress, module=module)
-    output = config.output or default_output(config.model, target.name, config.precision)
+    output = config.output or default_output(config.model, target.name, job.precision)
     check_output(output)
     job.check()
     with open_cache(enabled=config.cache, note=progress.note) as cache:
@@ -129,6 +133,13 @@ class _Job:
     target: AnyTarget
     progress: Progress
     module: "nn.Module | None"
+
+    @property
+    def precision(self) -> RequestedPrecision:
+        if self.config.precision is not None:
+            return self.config.precision
+        is_coreml = isinstance(self.target, ModelFormat) and self.target.emitter == "coreml"
+        return "float16" if is_coreml else "float32"
 
     def check(self) -> None:
         """Says early what would fail late.
@@ -153,7 +164,7 @@ class _Job:
         if config.labels is not None and not config.labels.is_file():
             raise UserError(f"{config.labels}: no such file of labels")
         if config.calibration_data is not None:
-            if config.precision != "int8":
+            if self.precision != "int8":
                 raise UserError("--calibration-data is for --int8; add it or leave this out")
             self.calibration_files()
 
@@ -165,18 +176,22 @@ class _Job:
         """
         config, target = self.config, self.target
         if isinstance(target, Target):
-            if config.precision == "float16":
+            if self.precision == "float16":
                 raise UserError(
                     f"--fp16 is for model formats such as tflite; {target.name} has float32 and "
                     "--int8"
                 )
-        elif target.integer_only and config.precision != "int8":
+        elif target.integer_only and self.precision != "int8":
             raise UserError(f"{target.name} takes integer operators alone: add --int8")
         if config.tflite != TfliteOptions():
             if isinstance(target, Target) or target.emitter != "tflite":
                 raise UserError(f"--interface and --input are for tflite, not for {target.name}")
-            if config.tflite.interface != "float32" and config.precision != "int8":
+            if config.tflite.interface != "float32" and self.precision != "int8":
                 raise UserError(f"--interface {config.tflite.interface} needs --int8")
+        if config.coreml != CoremlOptions() and (
+            isinstance(target, Target) or target.emitter != "coreml"
+        ):
+            raise UserError(f"--ios, --layout and --license are for coreml, not for {target.name}")
 
     def key(self) -> Mapping[str, object]:
         """All that the bundle depends on."""
@@ -185,8 +200,8 @@ class _Job:
             "fft": self.config.fft,
             "target": self.target,
             "labels": self.config.labels,
-            "precision": self.config.precision,
-            "options": self.config.tflite,
+            "precision": self.precision,
+            "options": [self.config.tflite, self.config.coreml],
         }
 
     def graph_key(self, loaded: "_Loaded") -> Mapping[str, object]:
@@ -201,12 +216,12 @@ class _Job:
         config = self.config
         return {
             "model": config.model,
-            "int8": config.precision == "int8",
+            "int8": self.precision == "int8",
             "checkpoint": config.checkpoint,
             "image_size": config.image_size,
             "num_classes": config.num_classes,
             "seed": config.seed,
-            "calibration": self.calibration_files() if config.precision == "int8" else None,
+            "calibration": self.calibration_files() if self.precision == "int8" else None,
         }
 
     def calibration_files(self) -> list[Path]:
@@ -284,7 +299,7 @@ class _Job:
         from gfcompile.compile.graph import build_graph
 
         calibration = None
-        if self.config.precision == "int8":
+        if self.precision == "int8":
             calibration = self.calibration(loaded)
         dump = _Dump(self.config.dump)
         return build_graph(
@@ -309,7 +324,8 @@ class _Job:
         emission = self.emission(
             EmissionRequest(
                 model=config.model,
-                precision=config.precision,
+                precision=self.precision,
+                weights=loaded.weights,
                 graph=graph,
                 transform=loaded.transform,
                 golden=golden,
@@ -320,14 +336,14 @@ class _Job:
             )
         )
         self.write_golden(graph, golden, folder)
-        int8 = config.precision == "int8"
+        int8 = self.precision == "int8"
         return Manifest(
             created_by=f"gfcompile {gfcompile.__version__}",
             model=config.model,
             target=target.name,
             kind=emission.kind,
             precision=Precision(
-                requested=config.precision, storage=emission.storage, compute=emission.compute
+                requested=self.precision, storage=emission.storage, compute=emission.compute
             ),
             arch=emission.arch,
             inputs=emission.inputs,
@@ -363,6 +379,10 @@ class _Job:
             from gfcompile.compile.emitters.tflite import emit_tflite
 
             return emit_tflite(request, target, self.config.tflite)
+        if target.emitter == "coreml":
+            from gfcompile.compile.emitters.coreml import emit_coreml
+
+            return emit_coreml(request, self.config.coreml)
         raise AssertionError(f"no emitter is called {target.emitter}")
 
     def notes(self, loaded: "_Loaded", graph: "Graph") -> list[str]:
@@ -374,7 +394,7 @@ class _Job:
                 f"weights are {loaded.weights}: speed and size are real, classes mean nothing; "
                 "give --checkpoint"
             )
-        if config.precision == "int8":
+        if self.precision == "int8":
             if config.calibration_data is None:
                 notes.append(
                     f"calibrated on the {len(self.calibration_files())} photos that gfcompile "

@@ -24,7 +24,13 @@ class Latency:
 
 
 class Engine(Protocol):
-    """What runs a bundle's model; `batches` and `batch` have the shape of its one input."""
+    """What runs a bundle's model; `batches` and `batch` have the shape of its one input.
+
+    Attributes:
+        stand_in: see `Session.stand_in`.
+    """
+
+    stand_in: str
 
     @property
     def device_name(self) -> str: ...

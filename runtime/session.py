@@ -14,6 +14,7 @@ from gfcompile.runtime.bundle import Manifest, TensorSpec, check_bundle
 from gfcompile.runtime.device import gfrt
 from gfcompile.runtime.device.gfrt import StepProfile, TensorInfo, TraceRecord
 from gfcompile.runtime.engine import Engine, Latency, measure
+from gfcompile.runtime.engines import find_opener
 from gfcompile.runtime.errors import BundleError, DeviceError, UserError
 from gfcompile.runtime.trace import logical_values
 
@@ -45,6 +46,11 @@ class Session:
     @property
     def device_name(self) -> str:
         return self._engine.device_name
+
+    @property
+    def stand_in(self) -> str:
+        """What stands in for the device's own runtime, in words; empty where nothing does."""
+        return self._engine.stand_in
 
     def run(self, array: Array) -> Array:
         """The first output; `array` may hold several batches, one after the other."""
@@ -178,11 +184,16 @@ def _format_engine(folder: Path, manifest: Manifest, threads: int) -> "Engine":
         from gfcompile.runtime.tflite import TfliteEngine
 
         return TfliteEngine(folder / manifest.library, manifest, threads)
-    raise BundleError(f"a bundle of kind {manifest.kind!r} does not run on this machine")
+    opener = find_opener(manifest.kind)
+    if opener is None:
+        raise BundleError(f"a bundle of kind {manifest.kind!r} does not run on this machine")
+    return opener(folder, manifest, threads)
 
 
 class _Local:
     """The bundle's library in this process, through gfrt.py."""
+
+    stand_in = ""
 
     def __init__(self, bundle: Path, threads: int) -> None:
         try:
@@ -235,6 +246,8 @@ class _Local:
 
 class _Process:
     """The bundle's gfbench, in a process of its own."""
+
+    stand_in = ""
 
     def __init__(
         self,

@@ -26,6 +26,8 @@ class TfliteEngine:
         package: where the interpreter comes from.
     """
 
+    stand_in = ""
+
     def __init__(self, model: Path, manifest: Manifest, threads: int) -> None:
         self._model = model
         self._threads = threads or None

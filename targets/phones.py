@@ -21,3 +21,12 @@ TFLITE_INT_ONLY = register_target(
         int8_note="is needed there: normalization, GELU and filters are quantized as well",
     )
 )
+COREML = register_target(
+    ModelFormat(
+        name="coreml",
+        description="Core ML for iPhone, iPad and Mac: CPU, GPU and Neural Engine (--ios, --layout)",
+        emitter="coreml",
+        int8_compute="int8 values, multiplied by whichever unit Core ML chooses; the rest float16",
+        int8_note="half the weights' memory of float16; activations in int8 from iOS 17",
+    )
+)

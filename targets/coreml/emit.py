@@ -1,6 +1,6 @@
 """A canonical graph -> an .mlpackage."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,24 @@ from gfcompile.targets.coreml.operators import emit_node
 from gfcompile.targets.coreml.options import CoremlOptions
 from gfcompile.targets.coreml.package import Description, write_package
 from gfcompile.targets.coreml.tools import coremltools, quiet
-from gfcompile.targets.coreml.values import natural
+from gfcompile.targets.coreml.values import Array, natural
 from gfcompile.targets.onnx_values import constant, shape_of
 
 INPUT, LOGITS, PROBABILITIES = "image", "logits", "probabilities"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a package computes a value of the graph: see `Value`."""
+
+    name: str
+    dims: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def restore(self, array: Array) -> Array:
+        """The package's array in the graph's shape."""
+        moved = array.reshape(tuple(self.dims[axis] for axis in self.order))
+        return moved.transpose(np.argsort(self.order)).reshape(self.dims)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +43,14 @@ class Emitted:
         takes_pixels: whether its input is an image; its logits otherwise come from normalized
             values (1, 3, H, W).
         classifies: whether it names classes beside its logits.
+        places: the graph's values that it computes, by name.
     """
 
     takes_pixels: bool
     classifies: bool
     input_shape: tuple[int, ...]
     logits_shape: tuple[int, ...]
+    places: Mapping[str, Place]
 
 
 def emit(
@@ -71,7 +87,9 @@ def emit(
     classes = list(labels) or [f"class {i}" for i in range(logits_shape[-1])]
     classifies = logits_shape == (1, len(classes))
     with quiet():
-        program = _program(model, options, half=half, mean=mean, std=std, classifies=classifies)
+        program, places = _program(
+            model, options, half=half, mean=mean, std=std, classifies=classifies
+        )
         write_package(
             program,
             package,
@@ -85,6 +103,7 @@ def emit(
         classifies=classifies,
         input_shape=shape,
         logits_shape=logits_shape,
+        places=places,
     )
 
 
@@ -96,7 +115,8 @@ def _program(
     mean: Sequence[float],
     std: Sequence[float],
     classifies: bool,
-) -> Any:
+) -> tuple[Any, Mapping[str, Place]]:
+    """The MIL program, and where it has the graph's values."""
     ct = coremltools()
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.mil import types
@@ -130,7 +150,12 @@ def _program(
             return logits
         return logits, mb.softmax(x=logits, axis=-1, name=PROBABILITIES)
 
-    return program
+    places = {
+        str(value.name): Place(name=emitted.var.name, dims=emitted.dims, order=emitted.order)
+        for value, emitted in emitter.values.items()
+        if value.producer() is not None and constant(value) is None
+    }
+    return program, places
 
 
 def _normalize(

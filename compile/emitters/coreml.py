@@ -1,0 +1,313 @@
+"""An .mlpackage, for Core ML on iPhone, iPad and Mac; checked here by evaluating what was saved."""
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+import gfcompile
+from gfcompile.compile.emission import Emission, EmissionRequest
+from gfcompile.compile.graph import run
+from gfcompile.compile.ledger import Int8Agreement, LedgerEntry, compare, compare_int8, demand
+from gfcompile.compile.trace import rounding_tolerance
+from gfcompile.compile.verify import recompute
+from gfcompile.runtime.bundle import TensorSpec
+from gfcompile.runtime.errors import CompileError
+from gfcompile.targets.coreml.emit import LOGITS, Emitted, emit
+from gfcompile.targets.coreml.evaluate import Evaluator
+from gfcompile.targets.coreml.options import CoremlOptions
+from gfcompile.targets.coreml.package import Description
+from gfcompile.targets.coreml.program import MilProgram, read_program
+from gfcompile.targets.coreml.statistics import measure
+from gfcompile.targets.onnx_values import constant, dtype_of, is_standard, scalar_quantization
+
+Array = npt.NDArray[Any]
+
+EVALUATED = "our evaluator, not Apple's runtime"
+# Two products a layer: of rounded weights with rounded values, and what it gives is rounded.
+_HALF_ROUNDING = 2.0**-11 / np.sqrt(12)
+_HALF_ROUNDINGS_PER_OPERATION = 2
+
+
+def emit_coreml(request: EmissionRequest, options: CoremlOptions) -> Emission:
+    """The package, and its numbers beside those of the graph.
+
+    It is evaluated twice: as it is, and as it would be in float32, where nothing but the order of
+    summation may differ from the graph. So what float16 costs stands alone in the ledger.
+
+    Raises:
+        CompileError: an operator that Core ML does not have, or wrong numbers.
+    """
+    half = request.precision != "float32"
+    graph, stages, notes = _reference(request, options)
+    name = f"{request.model}.mlpackage"
+    with request.progress.stage("write the package"):
+        emitted = _emit(request, graph, request.folder / name, options, half=half)
+        program = read_program(request.folder / name)
+    with request.progress.stage("evaluate the package"):
+        if half:
+            with tempfile.TemporaryDirectory(prefix="gfcompile-") as twin:
+                package = Path(twin) / name
+                single = _emit(request, graph, package, options, half=False)
+                stages.append(
+                    _verify(request, graph, read_program(package), single, "package in float32")
+                )
+        stages.append(_verify(request, graph, program, emitted, "artifact", half=half))
+    other = dataclasses.replace(options, layout="plain" if options.layout == "ane" else "ane")
+    return Emission(
+        kind="coreml",
+        storage=_storage(request, options),
+        compute="float16" if half else "float32",
+        arch="any",
+        inputs=(_input(request, emitted),),
+        outputs=(TensorSpec(name=LOGITS, dtype="float32", shape=emitted.logits_shape),),
+        library=name,
+        ledger=tuple(stages),
+        notes=tuple(notes),
+        extra={
+            "coreml": {
+                **dataclasses.asdict(options),
+                "opset": program.opset,
+                "classifies": emitted.classifies,
+                "statistics": {
+                    options.layout: measure(program).to_dict(),
+                    other.layout: _statistics_of(request, graph, other, half=half),
+                },
+            },
+        },
+    )
+
+
+def _emit(
+    request: EmissionRequest,
+    graph: ir.Model,
+    package: Path,
+    options: CoremlOptions,
+    *,
+    half: bool,
+) -> Emitted:
+    weights = request.weights
+    return emit(
+        graph,
+        package,
+        options=options,
+        half=half,
+        mean=request.transform.mean,
+        std=request.transform.std,
+        labels=request.labels,
+        description=Description(
+            text=f"Image classifier {request.model}; weights: {weights}",
+            author=f"gfcompile {gfcompile.__version__}",
+            version=gfcompile.__version__,
+            license=options.license or f"not stated; that of the weights ({weights})",
+        ),
+    )
+
+
+def _statistics_of(
+    request: EmissionRequest, graph: ir.Model, options: CoremlOptions, *, half: bool
+) -> Mapping[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="gfcompile-") as folder:
+        package = Path(folder) / "other.mlpackage"
+        _emit(request, graph, package, options, half=half)
+        return measure(read_program(package)).to_dict()
+
+
+def _input(request: EmissionRequest, emitted: Emitted) -> TensorSpec:
+    batch, channels, height, width = emitted.input_shape
+    if not emitted.takes_pixels:
+        return TensorSpec(name="image", dtype="float32", shape=emitted.input_shape)
+    return TensorSpec(
+        name="image",
+        dtype="uint8",
+        shape=(batch, height, width, channels),
+        layout="nhwc",
+        pixels=True,
+    )
+
+
+def _storage(request: EmissionRequest, options: CoremlOptions) -> str:
+    if request.precision != "int8":
+        return request.precision
+    if options.ios == 15:
+        return "float16, on the grid of int8"
+    return "int8 weights and activations, float16" if options.ios >= 17 else "int8 weights, float16"
+
+
+# What the package is held against
+
+
+def _reference(
+    request: EmissionRequest, options: CoremlOptions
+) -> tuple[ir.Model, list[LedgerEntry], list[str]]:
+    """The graph that the package is to compute, a stage for what it left out, and notes."""
+    model = request.graph.model
+    if request.precision != "int8" or options.ios >= 17:
+        return model, [], []
+    reduced = weights_only(model)
+    images = request.golden.inputs
+    entry = compare(
+        "weights only", "quantized", run(model, images), run(reduced, images), how="ONNX Runtime"
+    )
+    notes = [
+        f"iOS {options.ios} has no int8 activations: weights alone are quantized; --ios 17 has both"
+    ]
+    if options.ios == 15:
+        notes.append(
+            "iOS 15 stores no int8 in a program: the weights are the int8 values in float16, so "
+            "the package is no smaller than in float16; --ios 16 stores them in int8"
+        )
+    return reduced, [entry], notes
+
+
+def weights_only(model: ir.Model) -> ir.Model:
+    """A QDQ graph without the quantization of its activations."""
+    reduced = model.clone()
+    for node in list(reduced.graph):
+        if not is_standard(node, "QuantizeLinear"):
+            continue
+        (source, *_), (quantized,) = node.inputs, node.outputs
+        assert source is not None
+        for reader in list(quantized.consumers()):
+            assert is_standard(reader, "DequantizeLinear"), reader.op_type
+            reader.outputs[0].replace_all_uses_with(source)
+            reduced.graph.remove(reader, safe=True)
+        reduced.graph.remove(node, safe=True)
+    return reduced
+
+
+# Comparison
+
+
+def _verify(
+    request: EmissionRequest,
+    graph: ir.Model,
+    program: MilProgram,
+    emitted: Emitted,
+    stage: str,
+    *,
+    half: bool = False,
+) -> LedgerEntry:
+    """The ledger's entry for a package.
+
+    Raises:
+        CompileError: it computes something else than the graph.
+    """
+    images = request.golden.inputs
+    feeds = [
+        pixels[np.newaxis].transpose(0, 3, 1, 2) if emitted.takes_pixels else values
+        for pixels, values in zip(request.golden.pixels, images, strict=True)
+    ]
+    evaluator = Evaluator(program)
+    watched = _watched(graph, emitted)
+    actual, traces = [], []
+    for feed in feeds:
+        logits, trace = _evaluate(evaluator, feed, watched)
+        actual.append(logits)
+        traces.append(trace)
+    expected = run(graph, images)
+    int8 = None
+    if any(array.dtype == np.int8 for array in traces[0].values()):
+        wanted = recompute(graph, traces, images)
+        got = [{name: trace[name] for name in wanted[0]} for trace in traces]
+        int8 = compare_int8(wanted, got, expected, actual, logits_step=_last_scale(graph))
+    largest = float(max(np.abs(logits).max() for logits in expected))
+    tolerance = rounding_tolerance(graph) * largest
+    if half:
+        tolerance += _half_tolerance(program) * largest
+    entry = compare(
+        stage,
+        "quantized" if request.precision == "int8" else "lowered",
+        expected,
+        actual,
+        how=EVALUATED,
+        tolerance=None if int8 else tolerance,
+        int8=int8,
+    )
+    if half:
+        _demand_half(entry)
+    else:
+        demand(entry, expected, actual)
+    return entry
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Watched:
+    """A value of the graph that is read from the package, and its dtype there."""
+
+    place: Any
+    dtype: str
+
+
+def _watched(graph: ir.Model, emitted: Emitted) -> dict[str, _Watched]:
+    """Int8 activations, and what several nodes read: between those the graph computes itself."""
+    return {
+        str(value.name): _Watched(place=emitted.places[str(value.name)], dtype=dtype_of(value))
+        for node in graph.graph
+        for value in node.outputs
+        if str(value.name) in emitted.places
+        and (dtype_of(value) == "int8" or len(value.consumers()) > 1)
+    }
+
+
+def _evaluate(
+    evaluator: Evaluator, feed: Array, watched: Mapping[str, _Watched]
+) -> tuple[Array, dict[str, Array]]:
+    """The logits, and the watched values in the graph's shapes."""
+    results: dict[str, Array] = {}
+    needed = {value.place.name for value in watched.values()}
+
+    def observe(op: Any, values: Sequence[Any]) -> None:
+        for (name, _), value in zip(op.outputs, values, strict=True):
+            if name in needed:
+                results[name] = value.numpy()
+
+    logits = evaluator.run({"image": feed}, observe)[LOGITS]
+    return logits, {
+        name: value.place.restore(results[value.place.name]).astype(value.dtype)
+        for name, value in watched.items()
+        if value.place.name in results
+    }
+
+
+def _last_scale(graph: ir.Model) -> float:
+    """The scale of the last int8 activation."""
+    scales = [
+        scalar_quantization(node)[0]
+        for node in graph.graph
+        if is_standard(node, "QuantizeLinear") and constant(node.inputs[0]) is None
+    ]
+    return scales[-1]
+
+
+def _half_tolerance(program: MilProgram) -> float:
+    """How far float16 may lie from float32, relative to the largest logit: as in
+    `rounding_tolerance`, with one rounding of the result and one of the weights per operation.
+    """
+    roundings = len(program.operations) * _HALF_ROUNDINGS_PER_OPERATION
+    return float(4 * _HALF_ROUNDING * roundings)
+
+
+def _demand_half(entry: LedgerEntry) -> None:
+    """Checks that a package in float16 is the one that was right in float32, rounded.
+
+    Raises:
+        CompileError: it is further from its graph than rounding explains.
+    """
+    int8: Int8Agreement | None = entry.int8
+    if int8 is not None and int8.max_steps > 2:
+        raise CompileError(
+            f"the package differs from its graph by {int8.max_steps} int8 steps, float16 rounding "
+            "explains 2; please report this"
+        )
+    if entry.tolerance is not None and not entry.max_abs_error <= entry.tolerance:
+        raise CompileError(
+            f"the package differs from its graph by {entry.max_abs_error:.3g}, float16 rounding "
+            f"explains {entry.tolerance:.3g}; please report this"
+        )
