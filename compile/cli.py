@@ -335,9 +335,7 @@ def _compile_arguments(parser: argparse.ArgumentParser) -> None:
         ("--fp16", "float16", "store weights as float16 (model formats; coreml's default)"),
         ("--fp32", "float32", "store and compute in float32 (the default but for coreml)"),
     ):
-        precision.add_argument(
-            flag, dest="precision", action="store_const", const=value, help=text
-        )
+        precision.add_argument(flag, dest="precision", action="store_const", const=value, help=text)
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="trained weights (default: random)"
     )

@@ -24,7 +24,7 @@ TFLITE_INT_ONLY = register_target(
 COREML = register_target(
     ModelFormat(
         name="coreml",
-        description="Core ML for iPhone, iPad and Mac: CPU, GPU and Neural Engine (--ios, --layout)",
+        description="Core ML on iPhone, iPad and Mac: CPU, GPU and Neural Engine",
         emitter="coreml",
         int8_compute="int8 values, multiplied by whichever unit Core ML chooses; the rest float16",
         int8_note="half the weights' memory of float16; activations in int8 from iOS 17",

@@ -19,7 +19,7 @@ from gfcompile.compile.trace import rounding_tolerance
 from gfcompile.compile.verify import recompute
 from gfcompile.runtime.bundle import TensorSpec
 from gfcompile.runtime.errors import CompileError
-from gfcompile.targets.coreml.emit import LOGITS, Emitted, emit
+from gfcompile.targets.coreml.emit import LOGITS, Emitted, Place, emit
 from gfcompile.targets.coreml.evaluate import Evaluator
 from gfcompile.targets.coreml.options import CoremlOptions
 from gfcompile.targets.coreml.package import Description
@@ -29,7 +29,7 @@ from gfcompile.targets.onnx_values import constant, dtype_of, is_standard, scala
 
 Array = npt.NDArray[Any]
 
-EVALUATED = "our evaluator, not Apple's runtime"
+EVALUATED = "evaluated, not Apple's runtime"
 # Two products a layer: of rounded weights with rounded values, and what it gives is rounded.
 _HALF_ROUNDING = 2.0**-11 / np.sqrt(12)
 _HALF_ROUNDINGS_PER_OPERATION = 2
@@ -45,7 +45,8 @@ def emit_coreml(request: EmissionRequest, options: CoremlOptions) -> Emission:
         CompileError: an operator that Core ML does not have, or wrong numbers.
     """
     half = request.precision != "float32"
-    graph, stages, notes = _reference(request, options)
+    reference, stages, notes = _reference(request, options)
+    graph = reference.graph
     name = f"{request.model}.mlpackage"
     with request.progress.stage("write the package"):
         emitted = _emit(request, graph, request.folder / name, options, half=half)
@@ -55,17 +56,15 @@ def emit_coreml(request: EmissionRequest, options: CoremlOptions) -> Emission:
             with tempfile.TemporaryDirectory(prefix="gfcompile-") as twin:
                 package = Path(twin) / name
                 single = _emit(request, graph, package, options, half=False)
-                stages.append(
-                    _verify(request, graph, read_program(package), single, "package in float32")
-                )
-        stages.append(_verify(request, graph, program, emitted, "artifact", half=half))
+                stages.append(_verify(reference, read_program(package), single, "in float32"))
+        stages.append(_verify(reference, program, emitted, "artifact", half=half))
     other = dataclasses.replace(options, layout="plain" if options.layout == "ane" else "ane")
     return Emission(
         kind="coreml",
         storage=_storage(request, options),
         compute="float16" if half else "float32",
         arch="any",
-        inputs=(_input(request, emitted),),
+        inputs=(_input(emitted),),
         outputs=(TensorSpec(name=LOGITS, dtype="float32", shape=emitted.logits_shape),),
         library=name,
         ledger=tuple(stages),
@@ -119,7 +118,7 @@ def _statistics_of(
         return measure(read_program(package)).to_dict()
 
 
-def _input(request: EmissionRequest, emitted: Emitted) -> TensorSpec:
+def _input(emitted: Emitted) -> TensorSpec:
     batch, channels, height, width = emitted.input_shape
     if not emitted.takes_pixels:
         return TensorSpec(name="image", dtype="float32", shape=emitted.input_shape)
@@ -143,27 +142,48 @@ def _storage(request: EmissionRequest, options: CoremlOptions) -> str:
 # What the package is held against
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Reference:
+    """A graph, and what it makes of the golden images.
+
+    Attributes:
+        stage: its name in the ledger.
+        pixels, images, logits: one each per image.
+    """
+
+    stage: str
+    graph: ir.Model
+    pixels: Sequence[Array]
+    images: Sequence[Array]
+    logits: Sequence[Array]
+
+
 def _reference(
     request: EmissionRequest, options: CoremlOptions
-) -> tuple[ir.Model, list[LedgerEntry], list[str]]:
+) -> tuple[_Reference, list[LedgerEntry], list[str]]:
     """The graph that the package is to compute, a stage for what it left out, and notes."""
-    model = request.graph.model
-    if request.precision != "int8" or options.ios >= 17:
-        return model, [], []
-    reduced = weights_only(model)
-    images = request.golden.inputs
-    entry = compare(
-        "weights only", "quantized", run(model, images), run(reduced, images), how="ONNX Runtime"
+    model, golden = request.graph.model, request.golden
+    logits = run(model, golden.inputs)
+    stage = "quantized" if request.precision == "int8" else "lowered"
+    entries, notes = [], []
+    if request.precision == "int8" and options.ios < 17:
+        model, stage = weights_only(model), "weights only"
+        reduced = run(model, golden.inputs)
+        entries = [compare(stage, "quantized", logits, reduced, how="ONNX Runtime")]
+        logits = reduced
+        notes = [
+            f"iOS {options.ios} has no int8 activations: weights alone are quantized; --ios 17 "
+            "has both"
+        ]
+        if options.ios == 15:
+            notes.append(
+                "iOS 15 stores no int8 in a program: the weights are the int8 values in float16, "
+                "so the package is no smaller than in float16; --ios 16 stores them in int8"
+            )
+    reference = _Reference(
+        stage=stage, graph=model, pixels=golden.pixels, images=golden.inputs, logits=logits
     )
-    notes = [
-        f"iOS {options.ios} has no int8 activations: weights alone are quantized; --ios 17 has both"
-    ]
-    if options.ios == 15:
-        notes.append(
-            "iOS 15 stores no int8 in a program: the weights are the int8 values in float16, so "
-            "the package is no smaller than in float16; --ios 16 stores them in int8"
-        )
-    return reduced, [entry], notes
+    return reference, entries, notes
 
 
 def weights_only(model: ir.Model) -> ir.Model:
@@ -186,8 +206,7 @@ def weights_only(model: ir.Model) -> ir.Model:
 
 
 def _verify(
-    request: EmissionRequest,
-    graph: ir.Model,
+    reference: _Reference,
     program: MilProgram,
     emitted: Emitted,
     stage: str,
@@ -199,10 +218,10 @@ def _verify(
     Raises:
         CompileError: it computes something else than the graph.
     """
-    images = request.golden.inputs
+    graph, expected = reference.graph, reference.logits
     feeds = [
         pixels[np.newaxis].transpose(0, 3, 1, 2) if emitted.takes_pixels else values
-        for pixels, values in zip(request.golden.pixels, images, strict=True)
+        for pixels, values in zip(reference.pixels, reference.images, strict=True)
     ]
     evaluator = Evaluator(program)
     watched = _watched(graph, emitted)
@@ -211,10 +230,9 @@ def _verify(
         logits, trace = _evaluate(evaluator, feed, watched)
         actual.append(logits)
         traces.append(trace)
-    expected = run(graph, images)
     int8 = None
     if any(array.dtype == np.int8 for array in traces[0].values()):
-        wanted = recompute(graph, traces, images)
+        wanted = recompute(graph, traces, reference.images)
         got = [{name: trace[name] for name in wanted[0]} for trace in traces]
         int8 = compare_int8(wanted, got, expected, actual, logits_step=_last_scale(graph))
     largest = float(max(np.abs(logits).max() for logits in expected))
@@ -223,7 +241,7 @@ def _verify(
         tolerance += _half_tolerance(program) * largest
     entry = compare(
         stage,
-        "quantized" if request.precision == "int8" else "lowered",
+        reference.stage,
         expected,
         actual,
         how=EVALUATED,
@@ -241,7 +259,7 @@ def _verify(
 class _Watched:
     """A value of the graph that is read from the package, and its dtype there."""
 
-    place: Any
+    place: Place
     dtype: str
 
 

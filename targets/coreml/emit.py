@@ -118,7 +118,7 @@ def _program(
 ) -> tuple[Any, Mapping[str, Place]]:
     """The MIL program, and where it has the graph's values."""
     ct = coremltools()
-    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil import Builder
     from coremltools.converters.mil.mil import types
 
     (source,), (sink,) = model.graph.inputs, model.graph.outputs
@@ -128,8 +128,8 @@ def _program(
     for name in (LOGITS, PROBABILITIES):  # the features that apps ask for: no other takes them
         emitter.unique(name)
 
-    @mb.program(  # type: ignore[untyped-decorator]
-        input_specs=[mb.TensorSpec(shape=shape_of(source), dtype=types.fp32)],
+    @Builder.program(  # type: ignore[untyped-decorator]
+        input_specs=[Builder.TensorSpec(shape=shape_of(source), dtype=types.fp32)],
         opset_version=getattr(ct.target, f"iOS{options.ios}"),
     )
     def program(image: Any) -> Any:
@@ -143,12 +143,14 @@ def _program(
             emit_node(emitter, node)
         result = emitter.lay_out(emitter.value(sink), tuple(range(len(shape_of(sink)))))
         # Without a Builder name of its own: `unique` holds these for the features.
-        logits = mb.cast(x=result, dtype="fp32", name=LOGITS) if half else mb.identity(
-            x=result, name=LOGITS
+        logits = (
+            Builder.cast(x=result, dtype="fp32", name=LOGITS)
+            if half
+            else Builder.identity(x=result, name=LOGITS)
         )
         if not classifies:
             return logits
-        return logits, mb.softmax(x=logits, axis=-1, name=PROBABILITIES)
+        return logits, Builder.softmax(x=logits, axis=-1, name=PROBABILITIES)
 
     places = {
         str(value.name): Place(name=emitted.var.name, dims=emitted.dims, order=emitted.order)

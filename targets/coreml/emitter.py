@@ -59,10 +59,10 @@ class Emitter:
 
     def op(self, kind: str, name: str, **arguments: Any) -> Any:
         """A MIL operation; floating-point arrays become constants of the program's precision."""
-        from coremltools.converters.mil import Builder as mb
+        from coremltools.converters.mil import Builder
 
         converted = {key: self._argument(value) for key, value in arguments.items()}
-        return getattr(mb, kind)(name=self.unique(name), **converted)
+        return getattr(Builder, kind)(name=self.unique(name), **converted)
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, np.ndarray) and value.dtype.kind == "f":
@@ -71,7 +71,11 @@ class Emitter:
             return value.astype(np.int32)
         return value
 
-    def rounded(self, array: npt.NDArray[np.floating[Any]]) -> Array:
+    def stored(self, array: Array) -> Array:
+        """A constant of the graph as the program has it: integers are int32."""
+        return array.astype(np.int32) if array.dtype.kind in "iu" else self.rounded(array)
+
+    def rounded(self, array: Array) -> Array:
         """`array` in the program's precision.
 
         Raises:
@@ -117,7 +121,7 @@ class Emitter:
             return self.values[value]
         array = constant(value)
         assert array is not None, value.name
-        array = array.astype(np.int32) if array.dtype.kind in "iu" else self.rounded(array)
+        array = self.stored(array)
         var = self.op("const", str(value.name), val=array)
         self.values[value] = Value(var, array.shape, natural(array.shape))
         return self.values[value]

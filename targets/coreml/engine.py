@@ -71,7 +71,7 @@ class EvaluatedEngine:
             runs.append(records)
         return runs
 
-    def profile(self, batch: Array, runs: int) -> list[StepProfile]:
+    def profile(self, batch: Array, runs: int) -> list[StepProfile]:  # noqa: ARG002 - Engine's
         raise DeviceError(f"no profile: the bundle is {EVALUATED}; on a Mac, see `compute_plan`")
 
     def benchmark(self, batch: Array, runs: int, warmup: int) -> Latency:
@@ -108,7 +108,7 @@ class CoremlEngine:
     def run(self, batches: list[Array]) -> list[list[Array]]:
         return [self._run(batch) for batch in batches]
 
-    def trace(self, batches: list[Array]) -> list[list[TraceRecord]]:
+    def trace(self, batches: list[Array]) -> list[list[TraceRecord]]:  # noqa: ARG002 - Engine's
         raise DeviceError("Core ML does not show what lies between a model's operations")
 
     def profile(self, batch: Array, runs: int) -> list[StepProfile]:

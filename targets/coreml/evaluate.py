@@ -44,9 +44,7 @@ class Evaluator:
         unknown = {op.kind for op in self.program.operations} - OPERATIONS.keys()
         if unknown:
             raise BundleError(f"operations that cannot be evaluated: {', '.join(sorted(unknown))}")
-        self._constants = {
-            name: _tensor(value) for name, value in self.program.constants.items()
-        }
+        self._constants = {name: _tensor(value) for name, value in self.program.constants.items()}
         # What does not depend on the input is computed once: weights from their integers.
         for op in self.program.operations:
             if op.kind.startswith("constexpr_"):
@@ -154,8 +152,8 @@ def _linear(a: Arguments) -> Tensor:
 
 
 def _matmul(a: Arguments) -> Tensor:
-    x = a["x"].mT if _flag(a.get("transpose_x")) else a["x"]
-    y = a["y"].mT if _flag(a.get("transpose_y")) else a["y"]
+    x: Tensor = a["x"].mT if _flag(a.get("transpose_x")) else a["x"]
+    y: Tensor = a["y"].mT if _flag(a.get("transpose_y")) else a["y"]
     return torch.matmul(x, y)
 
 
@@ -176,14 +174,14 @@ def _scale_and_zero(a: Arguments, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _quantize(a: Arguments) -> Tensor:
-    x = a["input"]
+    x: Tensor = a["input"]
     scale, zero = _scale_and_zero(a, x.ndim)
     low, high = {"int8": (-128, 127), "uint8": (0, 255)}[a["output_dtype"]]
     return (torch.round(x / scale) + zero).clamp(low, high)
 
 
 def _dequantize(a: Arguments) -> Tensor:
-    x = a["input"].float()
+    x: Tensor = a["input"].float()
     scale, zero = _scale_and_zero(a, x.ndim)
     return (x - zero) * scale
 
@@ -193,7 +191,8 @@ def _affine_dequantize(a: Arguments) -> Tensor:
 
 
 def _blockwise_dequantize(a: Arguments) -> Tensor:
-    data, scale, offset = a["data"].float(), a["scale"], a.get("offset")
+    data: Tensor = a["data"].float()
+    scale, offset = a["scale"], a.get("offset")
     if offset is not None:
         data = data - _spread(offset.float(), data.shape)
     return data * _spread(scale, data.shape)
@@ -209,8 +208,8 @@ def _spread(blocks: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _layer_norm(a: Arguments) -> Tensor:
-    x, axes = a["x"], [axis % a["x"].ndim for axis in _ints(a["axes"])]
-    (axis,) = axes
+    x: Tensor = a["x"]
+    (axis,) = (axis % x.ndim for axis in _ints(a["axes"]))
     mean = x.mean(axis, keepdim=True)
     variance = ((x - mean) ** 2).mean(axis, keepdim=True)
     y = (x - mean) / torch.sqrt(variance + a["epsilon"])
@@ -223,7 +222,7 @@ def _layer_norm(a: Arguments) -> Tensor:
 
 def _reduction(reduce: Callable[..., Tensor]) -> Callable[[Arguments], Tensor]:
     def run(a: Arguments) -> Tensor:
-        x = a["x"]
+        x: Tensor = a["x"]
         axes = [axis % x.ndim for axis in _ints(a.get("axes"))] or list(range(x.ndim))
         return reduce(x, dim=axes, keepdim=_flag(a.get("keep_dims")))
 
@@ -246,7 +245,7 @@ def _top_k(a: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def _slice(a: Arguments) -> Tensor:
-    x = a["x"]
+    x: Tensor = a["x"]
     strides = _ints(a.get("stride")) or [1] * x.ndim
     begin_mask = [_flag(flag) for flag in a.get("begin_mask", torch.zeros(x.ndim))]
     end_mask = [_flag(flag) for flag in a.get("end_mask", torch.zeros(x.ndim))]
@@ -269,7 +268,8 @@ def _split(a: Arguments) -> list[Tensor]:
 
 
 def _gather(a: Arguments) -> Tensor:
-    x, indices, axis = a["x"], a["indices"].long(), _int(a["axis"])
+    x: Tensor = a["x"]
+    indices, axis = a["indices"].long(), _int(a["axis"])
     picked = x.index_select(axis, indices.reshape(-1) % x.shape[axis])
     return picked.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
 
@@ -280,7 +280,7 @@ def _gelu(a: Arguments) -> Tensor:
 
 
 def _cast(a: Arguments) -> Tensor:
-    x = a["x"]
+    x: Tensor = a["x"]
     if a["dtype"] == "fp16":
         return x.half().float()
     return x.to({"fp32": torch.float32, "int32": torch.int32}[a["dtype"]])

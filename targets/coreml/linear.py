@@ -93,7 +93,7 @@ def weight_operand(emitter: Emitter, value: ir.Value, arrange: Any) -> Any:
             zero_point=np.int8(0),
             axis=np.int32(0),
         )
-    if -8 <= data.min() and data.max() <= 7:
+    if data.min() >= -8 and data.max() <= 7:
         from coremltools.converters.mil.mil import types
 
         data = data.astype(types.nptype_from_builtin(types.int4))
@@ -204,8 +204,8 @@ def emit_conv(emitter: Emitter, node: ir.Node) -> None:
     else:
         scale, shift = (a.reshape(-1, 1, 1) for a in (normalization.scale, normalization.shift))
         added = (kernel.astype(np.float64) * shift).sum(axis=(1, 2, 3))
-        operand = (kernel * scale).astype(np.float32)
-        bias = (added if bias is None else bias + added).astype(np.float32)
+        operand = kernel.astype(np.float64) * scale
+        bias = added if bias is None else bias.astype(np.float64) + added
     arguments = {} if bias is None else {"bias": bias}
     var = emitter.op(
         "conv",

@@ -101,7 +101,7 @@ def _emit_binary(emitter: Emitter, node: ir.Node) -> None:
 
 def _arranged(emitter: Emitter, array: Any, template: Template) -> Any:
     """A constant operand beside a tensor arranged as `template`."""
-    array = array.astype(np.int32) if array.dtype.kind in "iu" else emitter.rounded(array)
+    array = emitter.stored(array)
     if array.size == 1:
         return array.reshape(())[()]
     rank = max(axis for axis in template if axis is not None) + 1
@@ -128,9 +128,7 @@ def _emit_gelu(emitter: Emitter, node: ir.Node) -> None:
     x = emitter.value(node.inputs[0])
     exact = node.attributes.get_string("approximate", "none") == "none"
     mode = "EXACT" if exact else "TANH_APPROXIMATION"
-    emitter.define(
-        node.outputs[0], emitter.op("gelu", _name(node), x=x.var, mode=mode), x.order
-    )
+    emitter.define(node.outputs[0], emitter.op("gelu", _name(node), x=x.var, mode=mode), x.order)
 
 
 def _emit_cast(emitter: Emitter, node: ir.Node) -> None:
@@ -317,7 +315,7 @@ def _emit_split(emitter: Emitter, node: ir.Node) -> None:
 def _emit_split_into_heads(emitter: Emitter, node: ir.Node, x: Value, axis: int) -> bool:
     """Queries, keys and values: one reshape before the split in place of one after it for each.
 
-        Split (.., 3 * H * D) -> 3 x Reshape (.., H, D)   becomes   Reshape (.., 3 * H, D) -> Split
+    Split (.., 3 * H * D) -> 3 x Reshape (.., H, D)   becomes   Reshape (.., 3 * H, D) -> Split
     """
     views = [output.consumers() for output in node.outputs]
     if any(len(readers) != 1 or not is_standard(readers[0], "Reshape") for readers in views):

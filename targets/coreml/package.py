@@ -44,9 +44,7 @@ def write_package(
     ct = coremltools()
     inputs = classifier = None
     if image_shape is not None:
-        inputs = [
-            ct.ImageType(name="image", shape=image_shape, color_layout=ct.colorlayout.RGB)
-        ]
+        inputs = [ct.ImageType(name="image", shape=image_shape, color_layout=ct.colorlayout.RGB)]
     if classes is not None:
         classifier = ct.ClassifierConfig(
             list(classes), predicted_probabilities_output="probabilities"

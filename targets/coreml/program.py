@@ -1,4 +1,4 @@
-"""A saved .mlpackage as plain data: read from its files, not through the library that wrote them."""
+"""A saved .mlpackage as plain data: read from its bytes, not by the library that wrote them."""
 
 import math
 import struct

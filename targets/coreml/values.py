@@ -5,6 +5,7 @@ renames them too. So both are kept as notes on a tensor, and an operation that w
 in a certain arrangement asks for it: most never do, and neighbouring reshapes become one.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -127,7 +128,7 @@ def _common_runs(order: tuple[int, ...], other: tuple[int, ...]) -> list[tuple[i
     """`order` cut where the neighbours are not neighbours in `other` as well."""
     runs: list[tuple[int, ...]] = []
     for axis in order:
-        if runs and (runs[-1][-1], axis) in zip(other, other[1:], strict=False):
+        if runs and (runs[-1][-1], axis) in itertools.pairwise(other):
             runs[-1] = (*runs[-1], axis)
         else:
             runs.append((axis,))
