@@ -64,8 +64,10 @@ def write_package(
     spec = model.get_spec()
     _describe(spec.description, description)
     weights = Path(model.weights_dir) / "weight.bin"
-    (package / WEIGHTS_FILE).parent.mkdir(parents=True)
-    shutil.copyfile(weights, package / WEIGHTS_FILE)
+    (package / MODEL_FILE).parent.mkdir(parents=True)
+    if weights.exists():  # not so where every constant is small
+        (package / WEIGHTS_FILE).parent.mkdir()
+        shutil.copyfile(weights, package / WEIGHTS_FILE)
     (package / MODEL_FILE).write_bytes(spec.SerializeToString(deterministic=True))
     _write_manifest(package)
 
@@ -95,20 +97,13 @@ def _write_manifest(package: Path) -> None:
     def identifier(name: str) -> str:
         return str(uuid.uuid5(uuid.NAMESPACE_URL, name)).upper()
 
-    items = {
-        identifier("model"): {
-            "author": _DATA,
-            "description": "CoreML Model Specification",
-            "name": "model.mlmodel",
-            "path": f"{_DATA}/model.mlmodel",
-        },
-        identifier("weights"): {
-            "author": _DATA,
-            "description": "CoreML Model Weights",
-            "name": "weights",
-            "path": f"{_DATA}/weights",
-        },
-    }
+    def item(description: str, name: str) -> dict[str, str]:
+        path = f"{_DATA}/{name}"
+        return {"author": _DATA, "description": description, "name": name, "path": path}
+
+    items = {identifier("model"): item("CoreML Model Specification", "model.mlmodel")}
+    if (package / WEIGHTS_FILE).exists():
+        items[identifier("weights")] = item("CoreML Model Weights", "weights")
     index = {
         "fileFormatVersion": "1.0.0",
         "itemInfoEntries": items,
