@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from gfcompile.targets.coreml.package import Description, write_package
 from gfcompile.targets.coreml.tools import coremltools, quiet
 

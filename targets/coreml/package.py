@@ -1,5 +1,6 @@
 """MIL programs as .mlpackage folders, the same bytes for the same program."""
 
+import gc
 import json
 import shutil
 import uuid
@@ -49,18 +50,22 @@ def write_package(
         classifier = ct.ClassifierConfig(
             list(classes), predicted_probabilities_output="probabilities"
         )
-    model = ct.convert(
-        program,
-        source="milinternal",
-        convert_to="mlprogram",
-        inputs=inputs,
-        classifier_config=classifier,
-        minimum_deployment_target=getattr(ct.target, f"iOS{ios}"),
-        # The program has its types and its operations already; no pass is to change them.
-        compute_precision=ct.precision.FLOAT32,
-        pass_pipeline=ct.PassPipeline.EMPTY,
-        skip_model_load=True,
-    )
+    gc.freeze()  # `convert` ends with a full collection: half a second over all that is imported
+    try:
+        model = ct.convert(
+            program,
+            source="milinternal",
+            convert_to="mlprogram",
+            inputs=inputs,
+            classifier_config=classifier,
+            minimum_deployment_target=getattr(ct.target, f"iOS{ios}"),
+            # The program has its types and its operations already; no pass is to change them.
+            compute_precision=ct.precision.FLOAT32,
+            pass_pipeline=ct.PassPipeline.EMPTY,
+            skip_model_load=True,
+        )
+    finally:
+        gc.unfreeze()
     spec = model.get_spec()
     _describe(spec.description, description)
     weights = Path(model.weights_dir) / "weight.bin"

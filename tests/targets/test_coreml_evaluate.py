@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mil import sampled, saved_program
+
 from gfcompile.runtime.errors import BundleError
 from gfcompile.targets.coreml.evaluate import OPERATIONS, Evaluator
 from gfcompile.targets.coreml.program import read_program
-from mil import sampled, saved_program
 
 Case = tuple[Callable[[Any, Any], Any], np.ndarray, Callable[[np.ndarray], Any]]
 
@@ -238,16 +239,15 @@ def test_every_operation_has_a_definition_here() -> None:
 
 
 def test_a_classifier_names_the_likeliest_class(tmp_path: Path) -> None:
+    from mil import DESCRIPTION
+
     from gfcompile.targets.coreml.package import write_package
     from gfcompile.targets.coreml.tools import coremltools, quiet
-    from mil import DESCRIPTION
 
     ct = coremltools()
     from coremltools.converters.mil import Builder
 
-    @Builder.program(
-        input_specs=[Builder.TensorSpec(shape=(1, 3))], opset_version=ct.target.iOS15
-    )
+    @Builder.program(input_specs=[Builder.TensorSpec(shape=(1, 3))], opset_version=ct.target.iOS15)
     def program(x: Any) -> Any:
         return Builder.softmax(x=x, axis=-1, name="probabilities")
 
@@ -334,5 +334,5 @@ def test_an_input_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_package_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="no .mlpackage"):
+    with pytest.raises(BundleError, match=r"no \.mlpackage"):
         read_program(tmp_path)

@@ -2,6 +2,9 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from gfcompile.targets.coreml.filters import (
     compact_gains,
     compact_matrices,
@@ -10,8 +13,6 @@ from gfcompile.targets.coreml.filters import (
     separable_gains,
     separable_matrices,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 CHANNELS = 2
 # Sums of 256 products of size 1, each rounded at 1e-16, with an order of magnitude to spare.

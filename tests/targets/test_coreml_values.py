@@ -5,6 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from gfcompile.targets.coreml.values import (
     Arranger,
     Value,
@@ -14,8 +17,6 @@ from gfcompile.targets.coreml.values import (
     reshaped_order,
     transposed,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 class Tensor:
