@@ -93,7 +93,7 @@ def _verify_at(
     agreement = None
     if int8:
         traces = [_values(program, records) for records in result.trace]
-        wanted = _recompute(model, traces, images)
+        wanted = recompute(model, traces, images)
         got = [{name: trace[name] for name in wanted[0]} for trace in traces]
         agreement = compare_int8(wanted, got, expected, actual, logits_step=_last_scale(program))
     entry = compare(
@@ -204,7 +204,7 @@ def _last_scale(program: Program) -> float:
     return scales[-1]
 
 
-def _recompute(
+def recompute(
     model: ir.Model, traces: Sequence[Mapping[str, Array]], images: Sequence[Array]
 ) -> list[dict[str, Array]]:
     """The int8 activations that the graph computes, each from what the artifact had before it.
