@@ -92,18 +92,19 @@ class TfliteInterpreter:
                 self._interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
             raise BundleError(f"{self.package} cannot load the model: {error}") from error
-        self._input = self._interpreter.get_input_details()[0]["index"]
+        self._inputs = [detail["index"] for detail in self._interpreter.get_input_details()]
         self._outputs = {
             detail["name"]: detail["index"] for detail in self._interpreter.get_output_details()
         }
 
-    def run(self, batch: Array) -> dict[str, Array]:
+    def run(self, *inputs: Array) -> dict[str, Array]:
         """The outputs by their tensors' names.
 
         Raises:
             DeviceError: an operator failed.
         """
-        self._interpreter.set_tensor(self._input, batch)
+        for index, array in zip(self._inputs, inputs, strict=True):
+            self._interpreter.set_tensor(index, array)
         try:
             self._interpreter.invoke()
         except RuntimeError as error:
