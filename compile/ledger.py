@@ -13,12 +13,19 @@ from gfcompile.runtime.exactness import max_abs_error, sqnr_db, top1_agreement
 
 Array = npt.NDArray[Any]
 
-# What an int8 artifact may differ by from its QDQ graph. ONNX Runtime sums float products where
-# the artifact sums integers, so a value that lies on a rounding tie may fall to either side.
-MIN_EQUAL_ACTIVATIONS = 0.99
-MAX_ACTIVATION_STEPS = 1
-MAX_LOGIT_STEPS = 2.0
-MEAN_LOGIT_STEPS = 0.5
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Limits:
+    """What an int8 artifact may differ by from its QDQ graph.
+
+    ONNX Runtime sums float products where the artifact sums integers, so a value that lies on a
+    rounding tie may fall to either side. See `Int8Agreement` for the fields.
+    """
+
+    min_equal: float = 0.99
+    max_steps: int = 1
+    logits_max_steps: float = 2.0
+    logits_mean_steps: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,12 +147,18 @@ def compare_int8(
     )
 
 
-def demand(entry: LedgerEntry, reference: Sequence[Array], actual: Sequence[Array]) -> None:
+def demand(
+    entry: LedgerEntry,
+    reference: Sequence[Array],
+    actual: Sequence[Array],
+    limits: Int8Limits | None = None,
+) -> None:
     """Checks that an artifact computes what its graph says.
 
     Raises:
         CompileError: it is further from it than rounding explains.
     """
+    limits = limits or Int8Limits()
     what = f"the compiled artifact ({entry.how}) differs from its graph"
     if entry.int8 is None:
         assert entry.tolerance is not None
@@ -157,19 +170,20 @@ def demand(entry: LedgerEntry, reference: Sequence[Array], actual: Sequence[Arra
         margin = entry.tolerance
     else:
         int8 = entry.int8
-        if int8.equal < MIN_EQUAL_ACTIVATIONS or int8.max_steps > MAX_ACTIVATION_STEPS:
+        if int8.equal < limits.min_equal or int8.max_steps > limits.max_steps:
             raise CompileError(
                 f"{what}: {int8.equal:.2%} of {int8.values} int8 activations are equal and the "
                 f"worst is {int8.max_steps} steps off; please report this"
             )
         if not (
-            int8.logits_max_steps <= MAX_LOGIT_STEPS and int8.logits_mean_steps <= MEAN_LOGIT_STEPS
+            int8.logits_max_steps <= limits.logits_max_steps
+            and int8.logits_mean_steps <= limits.logits_mean_steps
         ):
             raise CompileError(
                 f"{what} by {int8.logits_max_steps:.2f} int8 steps at the logits "
                 f"({int8.logits_mean_steps:.2f} on average); please report this"
             )
-        margin = MAX_LOGIT_STEPS * int8.logits_step
+        margin = limits.logits_max_steps * int8.logits_step
     for wanted, got in zip(np.concatenate(reference), np.concatenate(actual), strict=True):
         best, second = np.sort(wanted)[-1:-3:-1] if wanted.size > 1 else (wanted[0], -np.inf)
         # Each of the two may have moved by the margin.

@@ -183,7 +183,7 @@ def _format_engine(folder: Path, manifest: Manifest, threads: int) -> "Engine":
     if manifest.kind == "tflite":
         from gfcompile.runtime.tflite import TfliteEngine
 
-        return TfliteEngine(folder / manifest.library, manifest, threads)
+        return TfliteEngine(folder / manifest.library, threads)
     opener = find_opener(manifest.kind)
     if opener is None:
         raise BundleError(f"a bundle of kind {manifest.kind!r} does not run on this machine")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from gfcompile.compile.passes.graph import shape_of
+from gfcompile.compile.passes.graph import Array, shape_of
 from gfcompile.quantize.qparams import QParams
 
 
@@ -41,7 +41,7 @@ def quantize_values(model: ir.Model, scales: Mapping[str, QParams]) -> None:
         graph.insert_after(producer, pair)
 
 
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:  # type: ignore[type-arg]
+def _initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     value = ir.val(name, const_value=ir.tensor(array, name=name))
     graph.register_initializer(value)
     return value

@@ -121,6 +121,11 @@ class Emitter:
             self._real[tensor.index] = result
         return self._real[tensor.index]
 
+    def held(self) -> dict[str, tuple[Tensor, bool]]:
+        """The tensor of each value by its name, and whether its channels are last there."""
+        last = {str(value.name): (tensor, True) for value, tensor in self._last.items()}
+        return last | {str(value.name): (tensor, False) for value, tensor in self._held.items()}
+
     # Writing
 
     def hold(self, value: ir.Value, tensor: Tensor, *, as_image: bool = False) -> None:

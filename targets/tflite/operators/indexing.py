@@ -1,5 +1,7 @@
 """Choosing by index: which tokens stay, and fetching them."""
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
@@ -32,7 +34,7 @@ def lower_gather(emit: Emitter, node: ir.Node) -> None:
     x, places, y = input_of(node, 0), input_of(node, 1), node.outputs[0]
     axis = node.attributes.get_int("axis", 0) % len(shape_of(x))
     source = emit.stored(x)
-    index = constant(places)
+    index: Any = constant(places)
     if index is not None:
         # TFLite does not count from the end.
         size = source.shape[axis]

@@ -1,0 +1,205 @@
+"""A .tflite file, run here by LiteRT against its graph."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+import gfcompile
+from gfcompile.compile.emission import Emission, EmissionRequest
+from gfcompile.compile.graph import run
+from gfcompile.compile.ledger import (
+    Int8Limits,
+    LedgerEntry,
+    compare,
+    compare_int8,
+    demand,
+)
+from gfcompile.compile.passes.halve_constants import halve_constants
+from gfcompile.compile.passes.quantize_values import quantize_values
+from gfcompile.compile.trace import OUTPUT, rounding_tolerance
+from gfcompile.compile.value_ranges import value_scales
+from gfcompile.compile.verify import recompute
+from gfcompile.runtime.bundle import TensorSpec
+from gfcompile.runtime.images import dequantize, encode
+from gfcompile.runtime.tflite import TfliteInterpreter
+from gfcompile.targets.onnx_values import constant, is_standard
+from gfcompile.targets.target import ModelFormat
+from gfcompile.targets.tflite.emit import Normalization, TfliteModel, emit
+from gfcompile.targets.tflite.emitter import to_channels_first
+from gfcompile.targets.tflite.metadata import ModelInfo
+from gfcompile.targets.tflite.model_file import Tensor
+from gfcompile.targets.tflite.options import TfliteOptions
+from gfcompile.targets.tflite.results import results_without_scale
+
+Array = npt.NDArray[Any]
+
+# Kernels of other CPUs round the product of an integer sum and its scale in other ways.
+_LIMITS = Int8Limits(min_equal=0.99, max_steps=3, logits_max_steps=3.0, logits_mean_steps=1.0)
+
+
+def emit_tflite(request: EmissionRequest, target: ModelFormat, options: TfliteOptions) -> Emission:
+    """The file for `target`, and what LiteRT makes of the golden images with it.
+
+    Raises:
+        CompileError: a node that the target cannot take, or a file whose numbers are wrong.
+    """
+    int8 = request.precision == "int8"
+    with request.progress.stage("fit the graph to the target"):
+        model, ledger = _fitted(request)
+    with request.progress.stage("write the .tflite file"):
+        transform = request.transform
+        keywords: dict[str, Any] = {
+            "target": target.name,
+            "integer_only": target.integer_only,
+            "options": options,
+            "normalization": Normalization(mean=transform.mean, std=transform.std),
+        }
+        made = emit(model, info=_info(request, options), **keywords)
+        library = f"{request.model}.tflite"
+        (request.folder / library).write_bytes(made.content)
+    (source,), (result,) = made.inputs.values(), made.outputs.values()
+    input_spec = _spec("image", source, pixels=options.input == "uint8-image")
+    output_spec = _spec(OUTPUT, result)
+    with request.progress.stage("verify the artifact"):
+        images = [encode(pixels, transform, input_spec) for pixels in request.golden.pixels]
+        interpreter = TfliteInterpreter(made.content)
+        logits = [
+            dequantize(next(iter(interpreter.run(image).values())), output_spec) for image in images
+        ]
+        expected = run(model, request.golden.inputs)
+        agreement = None
+        if int8:
+            names = _activations(model, made)
+            watched = emit(model, also=names, **keywords)
+            traces = _traces(watched, names, images)
+            wanted = recompute(model, traces, request.golden.inputs)
+            got = [{name: trace[name] for name in wanted[0]} for trace in traces]
+            agreement = compare_int8(
+                wanted, got, expected, logits, logits_step=_step_of_logits(made)
+            )
+        entry = compare(
+            "artifact",
+            ledger[-1].stage if ledger else "lowered",
+            expected,
+            logits,
+            how=interpreter.package,
+            tolerance=None if int8 else rounding_tolerance(model) * float(np.abs(expected).max()),
+            int8=agreement,
+        )
+        demand(entry, expected, logits, _LIMITS)
+    delegation = interpreter.delegation()
+    return Emission(
+        kind="tflite",
+        storage=_storage(request.precision),
+        compute=target.int8_compute if int8 else "float32",
+        arch="any",
+        inputs=(input_spec,),
+        outputs=(output_spec,),
+        library=library,
+        ledger=(*ledger, entry),
+        extra={
+            "operators": dict(sorted(delegation.operators.items())),
+            "not_delegated": dict(sorted(delegation.left.items())),
+            "delegated_share": delegation.share,
+            "partitions": delegation.partitions,
+            "interface": options.interface,
+        },
+    )
+
+
+def _fitted(request: EmissionRequest) -> tuple[ir.Model, list[LedgerEntry]]:
+    """The graph that the file must reproduce, and how far it is from the one requested."""
+    model = request.graph.model.clone()
+    if request.precision == "float32":
+        return model, []
+    if request.precision == "float16":
+        halve_constants(model, request.progress.note, products=True)
+        stages = ("halved", "lowered")
+    else:
+        names = [str(value.name) for value in results_without_scale(model)]
+        quantize_values(model, value_scales(model, names, request.calibration()))
+        stages = ("completed", "quantized")
+    before = run(request.graph.model, request.golden.inputs)
+    after = run(model, request.golden.inputs)
+    return model, [compare(*stages, before, after, how="ONNX Runtime")]
+
+
+def _info(request: EmissionRequest, options: TfliteOptions) -> ModelInfo:
+    """What Android's tools are told; to them pixels are 0 to 255 and normalized by the app."""
+    mean, std = request.transform.mean, request.transform.std
+    low = min(-m / s for m, s in zip(mean, std, strict=True))
+    high = max((1 - m) / s for m, s in zip(mean, std, strict=True))
+    takes_pixels = options.input == "uint8-image"
+    return ModelInfo(
+        name=request.model,
+        description=f"{request.model}, {request.precision}, by gfcompile {gfcompile.__version__}",
+        version=gfcompile.__version__,
+        mean=(0.0,) if takes_pixels else [255 * m for m in mean],
+        std=(1.0,) if takes_pixels else [255 * s for s in std],
+        low=0.0 if takes_pixels else low,
+        high=255.0 if takes_pixels else high,
+        labels=request.labels,
+    )
+
+
+def _spec(name: str, tensor: Tensor, *, pixels: bool = False) -> TensorSpec:
+    quantization = tensor.quantization
+    return TensorSpec(
+        name=name,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        scale=0.0 if quantization is None or pixels else float(quantization.scale[0]),
+        zero_point=0 if quantization is None or pixels else int(quantization.zero_point[0]),
+        layout="nhwc" if len(tensor.shape) == 4 else "nchw",
+        pixels=pixels,
+    )
+
+
+def _storage(precision: str) -> str:
+    return {
+        "float32": "float32",
+        "float16": "float16 weights",
+        "int8": "int8 products, float16 filters",
+    }[precision]
+
+
+def _activations(model: ir.Model, made: TfliteModel) -> list[str]:
+    """The quantized values of the graph that operators of the file write, each tensor once."""
+    inputs = {tensor.index for tensor in made.inputs.values()}
+    names: dict[int, str] = {}
+    for node in model.graph:
+        name = str(node.outputs[0].name)
+        if is_standard(node, "QuantizeLinear") and constant(node.outputs[0]) is None:
+            tensor, _ = made.values[name]
+            if tensor.index not in inputs:
+                names.setdefault(tensor.index, name)
+    return list(names.values())
+
+
+def _traces(
+    watched: TfliteModel, names: Sequence[str], images: Sequence[Array]
+) -> list[dict[str, Array]]:
+    """For each image the values named, in the graph's layout."""
+    interpreter = TfliteInterpreter(watched.content)
+    traces = []
+    for image in images:
+        results = interpreter.run(image)
+        trace = {}
+        for name in names:
+            tensor, channels_last = watched.values[name]
+            values = results[tensor.name]
+            if channels_last:
+                values = values.transpose(to_channels_first(values.ndim))
+            trace[name] = values
+        traces.append(trace)
+    return traces
+
+
+def _step_of_logits(made: TfliteModel) -> float:
+    """The scale that the logits were written with by the last product."""
+    tensor, _ = made.values[OUTPUT]
+    assert tensor.quantization is not None
+    return float(tensor.quantization.scale[0])
