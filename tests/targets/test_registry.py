@@ -15,7 +15,7 @@ NAMES = [
     *("raspberry-pi-3", "raspberry-pi-4", "raspberry-pi-5"),
     *("jetson-nano", "jetson-tx2", "jetson-xavier", "jetson-orin"),
     *("jetson-nano-cpu", "jetson-tx2-cpu", "jetson-xavier-cpu", "jetson-orin-cpu"),
-    *("tflite-xnnpack", "tflite-int-only"),
+    *("tflite-xnnpack", "tflite-int-only", "coreml"),
 ]
 DEVICES = [target for target in all_targets() if isinstance(target, Target)]
 
