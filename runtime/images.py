@@ -214,13 +214,13 @@ def quantize(values: npt.NDArray[np.float32], spec: TensorSpec) -> npt.NDArray[A
         return values
     limits = np.iinfo(spec.dtype)
     stored = np.rint(values / np.float32(spec.scale)) + np.float32(spec.zero_point)
-    return np.clip(stored, limits.min, limits.max).astype(spec.dtype)
+    return np.asarray(np.clip(stored, limits.min, limits.max), spec.dtype)
 
 
 def dequantize(values: npt.NDArray[Any], spec: TensorSpec) -> npt.NDArray[np.float32]:
     """The real values that `spec` stores as `values`."""
     if not spec.scale:
-        return values
+        return np.asarray(values, np.float32)
     shifted: npt.NDArray[np.float32] = values.astype(np.float32) - np.float32(spec.zero_point)
     return shifted * np.float32(spec.scale)
 

@@ -9,18 +9,15 @@ import onnx_ir as ir
 
 import gfcompile
 from gfcompile.compile.emission import Emission, EmissionRequest
+from gfcompile.compile.emitters.tflite_graph import fitted_graph
 from gfcompile.compile.graph import run
 from gfcompile.compile.ledger import (
     Int8Limits,
-    LedgerEntry,
     compare,
     compare_int8,
     demand,
 )
-from gfcompile.compile.passes.halve_constants import halve_constants
-from gfcompile.compile.passes.quantize_values import quantize_values
 from gfcompile.compile.trace import OUTPUT, rounding_tolerance
-from gfcompile.compile.value_ranges import value_scales
 from gfcompile.compile.verify import recompute
 from gfcompile.runtime.bundle import TensorSpec
 from gfcompile.runtime.images import dequantize, encode
@@ -32,7 +29,6 @@ from gfcompile.targets.tflite.emitter import to_channels_first
 from gfcompile.targets.tflite.metadata import ModelInfo
 from gfcompile.targets.tflite.model_file import Tensor
 from gfcompile.targets.tflite.options import TfliteOptions
-from gfcompile.targets.tflite.results import results_without_scale
 
 Array = npt.NDArray[Any]
 
@@ -48,7 +44,7 @@ def emit_tflite(request: EmissionRequest, target: ModelFormat, options: TfliteOp
     """
     int8 = request.precision == "int8"
     with request.progress.stage("fit the graph to the target"):
-        model, ledger = _fitted(request)
+        model, ledger = fitted_graph(request, target)
     with request.progress.stage("write the .tflite file"):
         transform = request.transform
         keywords: dict[str, Any] = {
@@ -108,23 +104,6 @@ def emit_tflite(request: EmissionRequest, target: ModelFormat, options: TfliteOp
             "interface": options.interface,
         },
     )
-
-
-def _fitted(request: EmissionRequest) -> tuple[ir.Model, list[LedgerEntry]]:
-    """The graph that the file must reproduce, and how far it is from the one requested."""
-    model = request.graph.model.clone()
-    if request.precision == "float32":
-        return model, []
-    if request.precision == "float16":
-        halve_constants(model, request.progress.note, products=True)
-        stages = ("halved", "lowered")
-    else:
-        names = [str(value.name) for value in results_without_scale(model)]
-        quantize_values(model, value_scales(model, names, request.calibration()))
-        stages = ("completed", "quantized")
-    before = run(request.graph.model, request.golden.inputs)
-    after = run(model, request.golden.inputs)
-    return model, [compare(*stages, before, after, how="ONNX Runtime")]
 
 
 def _info(request: EmissionRequest, options: TfliteOptions) -> ModelInfo:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from gfcompile.compile.passes.graph import Array, shape_of
+from gfcompile.compile.passes.graph import Array, Builder, shape_of
 from gfcompile.quantize.qparams import QParams
 
 
@@ -39,6 +39,25 @@ def quantize_values(model: ir.Model, scales: Mapping[str, QParams]) -> None:
             ir.node("DequantizeLinear", [stored, scale, zero], outputs=[result], name=f"{stem}_dq"),
         ]
         graph.insert_after(producer, pair)
+
+
+def quantize_edges(node: ir.Node, parameters: QParams) -> None:
+    """Puts a pair in front of every input of `node`, for it alone."""
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    build = Builder(node)
+    for index, value in enumerate(node.inputs):
+        assert value is not None
+        stem = f"{node.outputs[0].name}_input{index}"
+        shape = shape_of(value)
+        scale = build.constant(f"{stem}_scale", np.array(parameters.scale, np.float32))
+        zero = build.constant(f"{stem}_zero_point", np.array(parameters.zero_point, np.int8))
+        stored = build.node(
+            "QuantizeLinear", [value, scale, zero], shape, stem=stem, dtype=ir.DataType.INT8
+        )
+        node.replace_input_with(
+            index, build.node("DequantizeLinear", [stored, scale, zero], shape, stem=f"{stem}_real")
+        )
 
 
 def _initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:

@@ -87,7 +87,9 @@ def emit(
         lowering = LOWERINGS.get(kind)
         if lowering is None or not (node.domain == "gfcompile" or is_standard(node, kind)):
             raise emitter.refuse(node, "no TFLite operators are known for it")
+        emitter.current = node
         lowering(emitter, node)
+    emitter.current = None
     outputs = {
         str(value.name): add_output(emitter, value, options.interface)
         for value in model.graph.outputs

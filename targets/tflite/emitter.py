@@ -49,12 +49,14 @@ class Emitter:
         target: its name, for messages.
         integer_only: refuses operators on real values.
         done: nodes that a lowering of another one has covered.
+        current: the node that is being lowered; None before the first and after the last one.
     """
 
     file: ModelFile
     target: str
     integer_only: bool = False
     done: set[ir.Node] = field(default_factory=set)
+    current: ir.Node | None = None
     _held: dict[ir.Value, Tensor] = field(default_factory=dict)
     _last: dict[ir.Value, Tensor] = field(default_factory=dict)  # images, channels last
     _real: dict[int, Tensor] = field(default_factory=dict)  # by index of the quantized tensor
@@ -189,6 +191,18 @@ class Emitter:
         outputs: Sequence[Tensor],
         options: Any = None,
     ) -> None:
+        """Appends an operator.
+
+        Raises:
+            CompileError: it computes real values and the target takes integers alone.
+        """
+        real = any(tensor.dtype == "float32" for tensor in outputs)
+        if self.integer_only and self.current is not None and real:
+            raise self.refuse(
+                self.current,
+                "it takes integer operators alone, and this would run in floating point; "
+                "tflite-xnnpack takes both",
+            )
         self.file.operator(name, inputs, outputs, options)
 
     def transpose(self, tensor: Tensor, perm: Sequence[int], name: str) -> Tensor:

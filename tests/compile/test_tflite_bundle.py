@@ -5,14 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ai_edge_litert import schema_py_generated as schema
 from small_models import PYRAMID, SPEC, build
 
 import gfcompile.runtime
 from gfcompile.compile.bundle import Bundle
 from gfcompile.compile.models.gfnet_specs import GFNetSpec
 from gfcompile.compile.pipeline import CompileConfig, compile_model
-from gfcompile.runtime.errors import UserError
-from gfcompile.runtime.images import Transform, preprocess, stand_in_photos
+from gfcompile.runtime.errors import CompileError, UserError
+from gfcompile.runtime.images import Transform, dequantize, preprocess, stand_in_photos
 from gfcompile.targets.tflite.options import TfliteOptions
 
 
@@ -94,6 +95,25 @@ def test_integer_interfaces_classify_as_the_float_one_does(
         assert session.inputs[0].shape == (1, 64, 64, 3)
     for index, probability in wanted.items():
         assert got[index] == pytest.approx(probability, abs=0.01)
+
+
+def test_integer_only_bundle_has_no_real_tensor(tmp_path: Path) -> None:
+    bundle = compiled(tmp_path, "int8", PYRAMID, "tflite-int-only", TfliteOptions(interface="int8"))
+    model = schema.ModelT.InitFromPackedBuf((bundle.path / bundle.manifest.library).read_bytes())
+    types = {tensor.type for tensor in model.subgraphs[0].tensors}
+    assert types == {schema.TensorType.INT8, schema.TensorType.INT32}
+    completed = next(e for e in bundle.manifest.ledger if e["stage"] == "completed")
+    assert completed["sqnr_db"] > 20
+    photo = stand_in_photos()[0]
+    expected = torch_logits(PYRAMID, bundle, photo)
+    with gfcompile.runtime.load(bundle.path) as session:
+        logits = dequantize(session.run(session.encode(photo)), session.outputs[0])
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=0.15 * np.abs(expected).max())
+
+
+def test_integer_only_refuses_what_has_no_integer_form(tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match="needs --fft circular"):
+        compiled(tmp_path, "int8", target="tflite-int-only", fft="dft")
 
 
 def test_equal_configurations_give_equal_files(tmp_path: Path) -> None:

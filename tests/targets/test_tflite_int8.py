@@ -136,7 +136,7 @@ def test_integer_interface_of_a_float_model_is_refused() -> None:
 IMAGE = (
     "g (float[1,3,8,8] image) => (float[1,4,4,4] y) {"
     " q = QuantizeLinear(image, s, z)  r = DequantizeLinear(q, s, z)"
-    " c = Conv<strides=[2,2]>(r, w)"
+    " v = DequantizeLinear<axis=0>(w, ws)  c = Conv<strides=[2,2]>(r, v)"
     " cq = QuantizeLinear(c, s, z)  y = DequantizeLinear(cq, s, z) }"
 )
 NORMALIZATION = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -146,10 +146,10 @@ NORMALIZATION = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.2
 def test_pixels_are_normalized_as_the_graph_wants_them(integer_only: bool) -> None:
     scale, zero = np.array(0.02, np.float32), np.array(-14, np.int8)
     # The identity, as weights: every second pixel of each channel.
-    w = np.zeros((4, 3, 2, 2), np.float32)
+    w = np.zeros((4, 3, 2, 2), np.int8)
     w[[0, 1, 2], [0, 1, 2], 0, 0] = 1
     made = emit(
-        model_of(IMAGE, s=scale, z=zero, w=w),
+        model_of(IMAGE, s=scale, z=zero, w=w, ws=np.ones(4, np.float32)),
         options=TfliteOptions(input="uint8-image"),
         normalization=NORMALIZATION,
         integer_only=integer_only,

@@ -7,9 +7,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from gfcompile.targets.onnx_values import scalar_quantization, shape_of
 from gfcompile.targets.tflite.emitter import Emitter, input_of, lowers
-
-# What TFLite's integer kernels give out, whatever the file says: probabilities in 256 steps.
-_PROBABILITY = (1.0 / 256, -128)
+from gfcompile.targets.tflite.results import PROBABILITIES
 
 
 @lowers("Gelu")
@@ -36,7 +34,7 @@ def lower_tanh(emit: Emitter, node: ir.Node) -> None:
 
 @lowers("Sigmoid")
 def lower_sigmoid(emit: Emitter, node: ir.Node) -> None:
-    _unary(emit, node, "LOGISTIC", None, fixed=_PROBABILITY)
+    _unary(emit, node, "LOGISTIC", None, fixed=PROBABILITIES["Sigmoid"])
 
 
 @lowers("Softmax")
@@ -44,7 +42,7 @@ def lower_softmax(emit: Emitter, node: ir.Node) -> None:
     options = schema.SoftmaxOptionsT()
     options.beta = 1.0
     _require_last_axis(emit, node)
-    _unary(emit, node, "SOFTMAX", options, fixed=_PROBABILITY)
+    _unary(emit, node, "SOFTMAX", options, fixed=PROBABILITIES["Softmax"])
 
 
 @lowers("LogSoftmax")

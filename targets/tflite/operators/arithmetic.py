@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 
-from gfcompile.targets.onnx_values import dtype_of
-from gfcompile.targets.tflite.emitter import Emitter, lowers
+from gfcompile.targets.onnx_values import dtype_of, is_standard
+from gfcompile.targets.tflite.emitter import Emitter, input_of, lowers
 
 _BINARY: dict[str, tuple[str, Any]] = {
     "Add": ("ADD", schema.AddOptionsT),
@@ -22,7 +22,6 @@ _UNARY: dict[str, tuple[str, Any]] = {
     "Exp": ("EXP", schema.ExpOptionsT),
     "Log": ("LOG", None),
     "Neg": ("NEG", schema.NegOptionsT),
-    "Sqrt": ("SQRT", None),
 }
 
 
@@ -37,6 +36,21 @@ def lower_binary(emit: Emitter, node: ir.Node) -> None:
     operands = [read(value) for value in node.inputs]
     result = emit.result(node, quantized=quantized)
     emit.operator(name, operands, [result], options())
+
+
+@lowers("Sqrt")
+def lower_square_root(emit: Emitter, node: ir.Node) -> None:
+    """A root, or one over it, which is an operator of its own."""
+    x, root = input_of(node, 0), node.outputs[0]
+    readers = root.consumers()
+    if len(readers) == 1 and is_standard(readers[0], "Reciprocal") and not root.is_graph_output():
+        value = readers[0].outputs[0]
+        emit.done.add(readers[0])
+        quantized = emit.is_quantized(x) and emit.quantizer_of(value) is not None
+        source = emit.integers(x) if quantized else emit.real(x)
+        emit.operator("RSQRT", [source], [emit.result(node, value=value, quantized=quantized)])
+    else:
+        emit.operator("SQRT", [emit.real(x)], [emit.result(node)])
 
 
 @lowers(*_UNARY)

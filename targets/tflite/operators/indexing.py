@@ -22,9 +22,10 @@ def lower_top_k(emit: Emitter, node: ir.Node) -> None:
     if k is None:
         raise emit.refuse(node, "a constant number alone")
     count = emit.file.constant("count", np.array(int(k.reshape(-1)[0]), np.int32))
-    best = emit.file.tensor(str(values.name), "float32", shape_of(values))
+    source = emit.stored(x) if emit.integer_only else emit.real(x)
+    best = emit.file.tensor(str(values.name), source.dtype, shape_of(values), source.quantization)
     where = emit.file.tensor(str(places.name), "int32", shape_of(places))
-    emit.operator("TOPK_V2", [emit.real(x), count], [best, where], schema.TopKV2OptionsT())
+    emit.operator("TOPK_V2", [source, count], [best, where], schema.TopKV2OptionsT())
     emit.hold(values, best)
     emit.hold(places, where)
 

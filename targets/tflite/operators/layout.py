@@ -1,5 +1,6 @@
 """What moves numbers about and does not change them: integers stay integers, of the same scale."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,13 @@ def lower_slice(emit: Emitter, node: ir.Node) -> None:
     for axis, start in zip(axes, starts, strict=True):
         size = shape[axis]
         begin[axis] = min(max(start + size if start < 0 else start, 0), size)
-    emit.hold(y, emit.slice(emit.stored(x), begin, shape_of(y), str(y.name)))
+    if emit.is_image(x):
+        part = emit.slice(
+            emit.image(x), channels_last(begin), channels_last(shape_of(y)), str(y.name)
+        )
+        emit.hold(y, part, as_image=True)
+    else:
+        emit.hold(y, emit.slice(emit.stored(x), begin, shape_of(y), str(y.name)))
 
 
 @lowers("Split")
@@ -87,8 +94,16 @@ def lower_split(emit: Emitter, node: ir.Node) -> None:
 @lowers("Concat")
 def lower_concat(emit: Emitter, node: ir.Node) -> None:
     y = node.outputs[0]
-    axis = node.attributes.get_int("axis") % len(shape_of(y))
-    emit.hold(y, emit.concatenate(_of_one_kind(emit, node), axis, str(y.name)))
+    rank = len(shape_of(y))
+    axis = node.attributes.get_int("axis") % rank
+    if all(map(emit.is_image, node.inputs)):
+        images = _of_one_kind(emit, [emit.image(value) for value in node.inputs])
+        axis = to_channels_last(rank).index(axis)
+        emit.hold(y, emit.concatenate(images, axis, str(y.name)), as_image=True)
+        return
+    integers = dtype_of(y) == "float32" and all(map(emit.is_quantized, node.inputs))
+    tensors = [emit.integers(v) if integers else emit.stored(v) for v in node.inputs]
+    emit.hold(y, emit.concatenate(_of_one_kind(emit, tensors), axis, str(y.name)))
 
 
 @lowers("Expand")
@@ -105,14 +120,12 @@ def lower_expand(emit: Emitter, node: ir.Node) -> None:
     emit.hold(y, result)
 
 
-def _of_one_kind(emit: Emitter, node: ir.Node) -> list[Tensor]:
-    """The inputs as integers of one scale, or else all real."""
-    if dtype_of(node.outputs[0]) == "float32" and all(map(emit.is_quantized, node.inputs)):
-        tensors = [emit.integers(value) for value in node.inputs]
-        first = tensors[0].quantization
-        if first is not None and all(first.equals(tensor.quantization) for tensor in tensors):
-            return tensors
-    return [emit.real(value) for value in node.inputs]
+def _of_one_kind(emit: Emitter, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tensors as they are if they are integers of one scale, or else all real."""
+    first = tensors[0].quantization
+    if first is not None and all(first.equals(tensor.quantization) for tensor in tensors):
+        return tensors
+    return [emit.dequantized(tensor) for tensor in tensors]
 
 
 def _integers(emit: Emitter, node: ir.Node, index: int) -> list[int] | None:

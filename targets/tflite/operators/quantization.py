@@ -18,7 +18,7 @@ def lower_quantize(emit: Emitter, node: ir.Node) -> None:
     if source.dtype == dtype_of(y) and wanted.equals(source.quantization):
         emit.hold(y, source, as_image=as_image)
         return
-    if source.quantization is not None and source.dtype == dtype_of(y):
+    if source.quantization is not None and not emit.integer_only:
         # From one scale to another: by way of real values, as the graph has it. TFLite's own
         # operator rounds a fixed-point product instead.
         source = emit.dequantized(source)
