@@ -1,6 +1,7 @@
 """An .mlpackage, for Core ML on iPhone, iPad and Mac; checked here by evaluating what was saved."""
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,10 @@ import onnx_ir as ir
 import gfcompile
 from gfcompile.compile.emission import Emission, EmissionRequest
 from gfcompile.compile.graph import run
-from gfcompile.compile.ledger import Int8Agreement, LedgerEntry, compare, compare_int8, demand
+from gfcompile.compile.ledger import Int8Limits, LedgerEntry, compare, compare_int8, demand
 from gfcompile.compile.trace import rounding_tolerance
 from gfcompile.compile.verify import recompute
 from gfcompile.runtime.bundle import TensorSpec
-from gfcompile.runtime.errors import CompileError
 from gfcompile.targets.coreml.emit import LOGITS, Emitted, Place, emit
 from gfcompile.targets.coreml.evaluate import Evaluator
 from gfcompile.targets.coreml.options import CoremlOptions
@@ -33,6 +33,8 @@ EVALUATED = "evaluated, not Apple's runtime"
 # Two products a layer: of rounded weights with rounded values, and what it gives is rounded.
 _HALF_ROUNDING = 2.0**-11 / np.sqrt(12)
 _HALF_ROUNDINGS_PER_OPERATION = 2
+# An activation of 100 steps is rounded by up to a twentieth of one, some times over.
+_HALF_LIMITS = Int8Limits(min_equal=0.9, max_steps=2, logits_max_steps=3.0, logits_mean_steps=1.0)
 
 
 def emit_coreml(request: EmissionRequest, options: CoremlOptions) -> Emission:
@@ -248,11 +250,17 @@ def _verify(
         tolerance=None if int8 else tolerance,
         int8=int8,
     )
-    if half:
-        _demand_half(entry)
-    else:
-        demand(entry, expected, actual)
+    demand(entry, expected, actual, _limits(graph, half=half))
     return entry
+
+
+def _limits(graph: ir.Model, *, half: bool) -> Int8Limits:
+    """What int8 activations may differ by, and logits where that says something."""
+    limits = _HALF_LIMITS if half else Int8Limits()
+    if any(is_standard(node, "TopK") for node in graph.graph):
+        # One step more or less may choose another patch, and then other logits are right.
+        limits = dataclasses.replace(limits, logits_max_steps=math.inf, logits_mean_steps=math.inf)
+    return limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,22 +318,3 @@ def _half_tolerance(program: MilProgram) -> float:
     """
     roundings = len(program.operations) * _HALF_ROUNDINGS_PER_OPERATION
     return float(4 * _HALF_ROUNDING * roundings)
-
-
-def _demand_half(entry: LedgerEntry) -> None:
-    """Checks that a package in float16 is the one that was right in float32, rounded.
-
-    Raises:
-        CompileError: it is further from its graph than rounding explains.
-    """
-    int8: Int8Agreement | None = entry.int8
-    if int8 is not None and int8.max_steps > 2:
-        raise CompileError(
-            f"the package differs from its graph by {int8.max_steps} int8 steps, float16 rounding "
-            "explains 2; please report this"
-        )
-    if entry.tolerance is not None and not entry.max_abs_error <= entry.tolerance:
-        raise CompileError(
-            f"the package differs from its graph by {entry.max_abs_error:.3g}, float16 rounding "
-            f"explains {entry.tolerance:.3g}; please report this"
-        )
