@@ -220,7 +220,8 @@ def _traces(
             values = results[tensor.name]
             if channels_last:
                 values = values.transpose(to_channels_first(values.ndim))
-            trace[name] = values
+            # TFLite's indices have half the bits of ONNX's.
+            trace[name] = values.astype(np.int64) if values.dtype == np.int32 else values
         traces.append(trace)
     return traces
 
