@@ -69,12 +69,13 @@ class Result:
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     rounds, repeats = (8, 3) if options.quick else (30, 5)
+    machine = describe_machine()  # its load before we add ours
     results: list[Result] = []
     for model in options.models:
         for precision in ("float32", "int8"):
             results += compare(model, precision, options.threads, rounds, repeats)
-    machine = describe_machine()
-    print(f"{machine['cpu']}, {options.threads} thread(s); batch 1; load {machine['load']:.1f}\n")
+    print(f"{machine['cpu']}; {options.threads} thread(s), batch 1")
+    print(f"load before: {machine['load']:.1f}\n")
     print_table(results)
     print(
         f"\nratio: our median over the contender's; at most {MAX_RATIO} over the same graph's.\n"

@@ -18,10 +18,18 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gfcompile import __version__
+from gfcompile.compile.training_options import (
+    add_quantization_arguments,
+    add_training_arguments,
+    check_training_arguments,
+    quantize_config,
+)
 from gfcompile.runtime.errors import GfcompileError, UserError
 
 if TYPE_CHECKING:
     from gfcompile.compile.bundle import Bundle
+    from gfcompile.compile.progress import Progress
+    from gfcompile.compile.quantization import Quantized
     from gfcompile.targets.target import AnyTarget, Target
 
 _EPILOG = """\
@@ -45,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.command(options)
             sys.stdout.flush()
         return 0
-    except KeyboardInterrupt:
-        _complain("interrupted; nothing was written")
+    except KeyboardInterrupt as interrupt:
+        _complain(f"interrupted; {interrupt if interrupt.args else 'nothing was written'}")
         return 128 + (ended_by[0] if ended_by else signal.SIGINT)
     except GfcompileError as error:
         _raise_again_if(debug)
@@ -78,7 +86,15 @@ def _compile(options: argparse.Namespace) -> None:
     from gfcompile.targets.tflite.options import TfliteOptions
 
     started = time.perf_counter()
-    progress = SilentProgress() if options.quiet else ConsoleProgress()
+    quiet = options.quiet or not _is_first_process()
+    progress = SilentProgress() if quiet else ConsoleProgress()
+    check_training_arguments(options)
+    if options.train_data is not None:
+        find_target(options.target)
+        options.checkpoint = _train(options, progress, output=None).path
+        if not _is_first_process():
+            return
+        options.weight_bits, options.keep_float = 8, []  # as the checkpoint says
     is_coreml = options.target == "coreml"
     config = CompileConfig(
         model=options.model,
@@ -87,8 +103,11 @@ def _compile(options: argparse.Namespace) -> None:
         checkpoint=options.checkpoint,
         image_size=options.image_size,
         num_classes=options.num_classes,
+        keep_ratio=options.keep_ratio,
         fft=options.fft,
         calibration_data=options.calibration_data,
+        weight_bits=options.weight_bits,
+        keep_float=tuple(options.keep_float),
         output=options.output,
         dump=options.dump,
         labels=options.labels,
@@ -174,6 +193,76 @@ def _next_step(bundle: "Bundle", target: "AnyTarget") -> str:
     return f"gfcompile run {bundle.path} PHOTO --device qemu"
 
 
+def _quantize(options: argparse.Namespace) -> None:
+    from gfcompile.compile.progress import ConsoleProgress, SilentProgress
+
+    quiet = options.quiet or not _is_first_process()
+    progress = SilentProgress() if quiet else ConsoleProgress()
+    if options.analyze:
+        _analyze(options, progress)
+        return
+    quantized = _train(options, progress, output=options.output)
+    if not _is_first_process():
+        return
+    if options.quiet:
+        print(quantized.path)
+        return
+    for name, reason in quantized.kept_float:
+        print(f"  kept in float: {name}: {reason}")
+    for note in progress.notes if isinstance(progress, ConsoleProgress) else ():
+        print(f"  note: {note}")
+    if quantized.float_top1 is not None and quantized.top1 is not None:
+        print(f"  top-1: float {quantized.float_top1:.2%}, quantized {quantized.top1:.2%}")
+    print(f"{quantized.path}: {quantized.path.stat().st_size / 1e6:.1f} MB")
+    print(
+        f"next: gfcompile --model {options.model} --target TARGET --int8 "
+        f"--checkpoint {quantized.path}"
+    )
+
+
+def _train(
+    options: argparse.Namespace, progress: "Progress", *, output: Path | None
+) -> "Quantized":
+    """Trains for int8 and writes the quantized checkpoint."""
+    from gfcompile.compile.quantization import quantize_model
+    from gfcompile.compile.training_progress import ConsoleTraining
+
+    config = quantize_config(options, output)
+    shown = None if options.quiet else ConsoleTraining(config.training.epochs)
+    try:
+        return quantize_model(config, progress, shown)
+    except KeyboardInterrupt:
+        if not config.state_path.exists():
+            raise
+        raise KeyboardInterrupt(f"the same command goes on from {config.state_path}") from None
+
+
+def _analyze(options: argparse.Namespace, progress: "Progress") -> None:
+    from gfcompile.compile.quantization import ANALYSED_IMAGES, analyze_model
+    from gfcompile.quantize.sensitivity_plot import plot
+
+    results = analyze_model(quantize_config(options, options.output), progress)
+    _print_table(
+        ("quantized alone", "what", "SQNR dB", "loss", "same top-1"),
+        [
+            (r.name, r.kind, f"{r.sqnr_db:.1f}", f"{r.loss:.2e}", f"{r.top1_agreement:.1%}")
+            for r in results
+        ],
+        right={2, 3, 4},
+    )
+    path = options.plot or Path(f"{options.model}-sensitivity.svg")
+    path.write_text(plot(results, title=f"{options.model}: loss of quantizing one layer alone"))
+    print(
+        f"\nover up to {ANALYSED_IMAGES} images; filters stay in float, the rows show what int8 "
+        f"would cost them\n{path}: the plot"
+    )
+
+
+def _is_first_process() -> bool:
+    """Under torchrun, whether this process is the one that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _run(options: argparse.Namespace) -> None:
     from gfcompile.runtime.session import load
 
@@ -217,23 +306,25 @@ def _models(options: argparse.Namespace) -> None:
 
     specs = [model_spec(name) for name in model_names()]
     if options.json:
-        keys = ("name", "image_size", "num_classes", "parameters", "macs", "top1_percent")
+        sizes = ("name", "image_size", "num_classes", "parameters", "macs", "top1_percent")
+        keys = (*sizes, "keep_ratios", "kept_patches", "parent")
         rows = [{key: getattr(s, key) for key in keys} | {"paper": str(s.paper)} for s in specs]
         print(json.dumps(rows, indent=2))
         return
     _print_table(
-        ("model", "size", "parameters", "MACs", "top-1 as published"),
+        ("model", "size", "parameters", "MACs", "patches kept", "top-1 as published"),
         [
             (
                 spec.name,
                 str(spec.image_size),
                 f"{spec.parameters / 1e6:.2f} M",
                 f"{spec.macs / 1e9:.2f} G",
+                " ".join(map(str, spec.kept_patches)) or "all",
                 "-" if spec.top1_percent is None else f"{spec.top1_percent:.1f}%",
             )
             for spec in specs
         ],
-        right={1, 2, 3, 4},
+        right={1, 2, 3, 4, 5},
     )
     for paper in dict.fromkeys(str(spec.paper) for spec in specs):
         print(f"\n{paper}")
@@ -295,6 +386,7 @@ class _Parser(argparse.ArgumentParser):
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], None]]] = {
     "compile": ("compile a model to a bundle (what is done if no command is named)", _compile),
+    "quantize": ("train a model for int8, and write a quantized checkpoint", _quantize),
     "run": ("classify images with a bundle", _run),
     "models": ("list the models", _models),
     "targets": ("list the targets, and what int8 means there", _targets),
@@ -341,6 +433,13 @@ def _compile_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--image-size", type=int, metavar="N", help="default: the model's own")
     parser.add_argument("--num-classes", type=int, metavar="N", help="default: the model's own")
+    parser.add_argument(
+        "--keep-ratio",
+        type=_keep_ratio,
+        metavar="R[,R...]",
+        help="share of the patches that a pruning model keeps, or one share per pruning stage "
+        "(default: as published)",
+    )
     parser.add_argument(
         "--fft",
         choices=("auto", "native", "dft", "circular"),
@@ -389,6 +488,28 @@ def _compile_arguments(parser: argparse.ArgumentParser) -> None:
     coreml.add_argument("--license", default="", metavar="TEXT", help="for the licence field")
     parser.add_argument("--no-cache", action="store_true", help="build everything, keep nothing")
     parser.add_argument("--quiet", action="store_true", help="print only the bundle's path")
+    add_quantization_arguments(parser)
+    add_training_arguments(parser, required=False)
+
+
+def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="one of `gfcompile models`")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="trained float weights")
+    parser.add_argument("--image-size", type=int, metavar="N", help="default: the checkpoint's")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="default: the checkpoint's")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: MODEL-intBITS.safetensors"
+    )
+    parser.add_argument(
+        "--analyze", action="store_true", help="only show what int8 costs, layer by layer"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="of --analyze (default: MODEL-sensitivity.svg)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of order and crops")
+    parser.add_argument("--quiet", action="store_true", help="print only the checkpoint's path")
+    add_quantization_arguments(parser)
+    add_training_arguments(parser, required=True)
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -411,6 +532,7 @@ def _list_arguments(parser: argparse.ArgumentParser) -> None:
 
 _ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "compile": _compile_arguments,
+    "quantize": _quantize_arguments,
     "run": _run_arguments,
     "models": _list_arguments,
     "targets": _list_arguments,
@@ -422,6 +544,15 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
+
+
+def _keep_ratio(text: str) -> float | tuple[float, ...]:
+    try:
+        ratios = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        message = f"{text!r} is no number, nor numbers with commas between"
+        raise argparse.ArgumentTypeError(message) from None
+    return ratios[0] if len(ratios) == 1 else ratios
 
 
 def _unknown_command(word: str) -> str:

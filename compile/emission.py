@@ -28,6 +28,14 @@ class Golden:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pruning:
+    """How a model prunes: patches kept per stage; see `kept_patches.places_in_grid`."""
+
+    kept: tuple[int, ...]
+    chosen_anew: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class EmissionRequest:
     """A lowered graph that is to become an artifact.
 
@@ -40,6 +48,7 @@ class EmissionRequest:
         calibration: the graph's inputs for whatever else must be calibrated, (1, 3, H, W) each;
             read from the disk when it is called.
         labels: class names; empty where none were given.
+        pruning: of a model that prunes.
         folder: where the artifact's files go; other files of the bundle come beside them.
     """
 
@@ -53,6 +62,7 @@ class EmissionRequest:
     labels: Sequence[str]
     folder: Path
     progress: Progress
+    pruning: Pruning | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,8 @@ from gfcompile.runtime.errors import CompileError
 if TYPE_CHECKING:
     from torch import nn
 
+    from gfcompile.quantize import Calibrated
+
 Array = npt.NDArray[Any]
 FftForm = Literal["native", "dft", "circular"]
 
@@ -31,8 +33,9 @@ class Graph:
         model: float, or QDQ after calibration; canonical, see `passes.lower`.
         ledger: one entry per stage, JSON values.
         filters: the form that each global filter took.
-        layers, kept_float: what calibration decided, JSON values; empty without int8.
-        weight_notes: what is to be told of the graph.
+        layers, kept_float: what quantization decided, JSON values; empty without int8.
+        calibration_images: how many the ranges were calibrated on.
+        training: how the weights were trained for int8, JSON values; empty if they were not.
     """
 
     model: ir.Model
@@ -41,6 +44,8 @@ class Graph:
     layers: Sequence[Mapping[str, Any]] = ()
     kept_float: Sequence[Mapping[str, Any]] = ()
     scheme: Mapping[str, Any] = field(default_factory=dict)
+    calibration_images: int = 0
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Writes the graph into an empty folder, for `read`."""
@@ -51,6 +56,8 @@ class Graph:
             "layers": self.layers,
             "kept_float": self.kept_float,
             "scheme": self.scheme,
+            "calibration_images": self.calibration_images,
+            "training": self.training,
         }
         (folder / "graph.json").write_text(json.dumps(records), encoding="utf-8")
 
@@ -65,18 +72,18 @@ def build_graph(
     module: "nn.Module",
     images: Sequence[Array],
     *,
-    calibration: Sequence[Array] | None,
+    quantize: "Callable[[nn.Module], Calibrated] | None",
     fft: FftForm | Literal["auto"],
     choose_form: Callable[[int, int, int], FftForm],
     progress: Progress,
     on_stage: Callable[[str, ir.Model], None],
 ) -> Graph:
-    """Traces and lowers `module`; with `calibration` quantizes it to int8 as well.
+    """Traces and lowers `module`; with `quantize`, in the form that this gives it.
 
     Args:
         module: float, in eval mode.
         images: golden inputs (1, 3, H, W), for the ledger; the first one is the traced example.
-        calibration: inputs to calibrate int8 with; None for a float graph.
+        quantize: the QDQ form of the float module, which comes frozen; None for a float graph.
         fft, choose_form: see `passes.lower`.
         on_stage: given a name and the graph after each stage.
 
@@ -85,11 +92,16 @@ def build_graph(
     """
     import torch
 
+    from gfcompile.compile.prune import freeze
+
     example = torch.from_numpy(images[0])
     with torch.no_grad():
         expected = [module(torch.from_numpy(image)).numpy() for image in images]
 
     with progress.stage("trace"):
+        # From here on the frozen module stands for the one given; what it computes is compared
+        # with the given one's logits.
+        module = freeze(module)
         traced = trace(module, example)
         on_stage("traced", traced)
         # `lower` may work in place, and the ledger wants both.
@@ -130,17 +142,15 @@ def build_graph(
                 f"{entry.max_abs_error:.3g}, rounding explains {entry.tolerance:.3g}; "
                 "please report this"
             )
-    if calibration is None:
+    if quantize is None:
         return Graph(
             model=lowered.model,
             ledger=[entry.to_dict() for entry in ledger],
             filters=_filter_records(lowered),
         )
 
-    from gfcompile.quantize import calibrate
-
-    with progress.stage("calibrate"):
-        calibrated = calibrate(module, [torch.from_numpy(image) for image in calibration])
+    with progress.stage("quantize"):
+        calibrated = quantize(module)
     with progress.stage("trace and lower the quantized model"):
         quantized = lower(
             trace(calibrated.module, example),
@@ -165,12 +175,14 @@ def build_graph(
         layers=[_json(layer) for layer in calibrated.layers],
         kept_float=[_json(layer) for layer in calibrated.kept_float],
         scheme=dict(calibrated.scheme.to_dict()),
+        calibration_images=calibrated.images,
+        training=calibrated.training,
     )
 
 
-def run(model: ir.Model, images: Sequence[Array]) -> list[Array]:
-    """The logits of each image, node by node in ONNX Runtime."""
-    runner = session(model)
+def run(model: ir.Model, images: Sequence[Array], *, optimize: bool = False) -> list[Array]:
+    """The logits of each image in ONNX Runtime: node by node, or as it optimizes the graph."""
+    runner = session(model, optimize=optimize)
     return [np.asarray(runner.run([OUTPUT], {INPUT: image})[0]) for image in images]
 
 

@@ -22,10 +22,12 @@ from gfcompile.compile.emission import (
     Emission,
     EmissionRequest,
     Golden,
+    Pruning,
     RequestedPrecision,
 )
-from gfcompile.compile.models import LoadedModel, load_model, model_spec
+from gfcompile.compile.models import KeepRatio, LoadedModel, load_model, model_spec
 from gfcompile.compile.progress import Progress, SilentProgress
+from gfcompile.quantize import QuantScheme, is_quantized
 from gfcompile.runtime.bundle import Manifest, Precision
 from gfcompile.runtime.errors import UserError
 from gfcompile.runtime.images import (
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gfcompile.compile.graph import Graph
+    from gfcompile.quantize import Calibrated
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 GOLDEN_IMAGES = 4
@@ -61,10 +64,14 @@ class CompileConfig:
         precision: int8 quantizes weights and activations of every product; float16 stores weights
             in half precision, for model formats alone; None is float16 for Core ML, float32
             elsewhere.
-        checkpoint: trained weights; None for random ones drawn from `seed`.
+        checkpoint: trained weights; None for random ones drawn from `seed`. A quantized checkpoint
+            brings its scales along.
         image_size, num_classes: None for those of the checkpoint, or as published.
+        keep_ratio: share of the patches that a pruning model keeps, see `ModelSpec.pruned`; None
+            as published.
         fft: the form of the global filters; "auto" chooses by cost on the target.
         calibration_data: a folder of images for int8; None for the photos that gfcompile ships.
+        weight_bits, keep_float: see `QuantizeConfig`; a quantized checkpoint has them decided.
         output: the bundle's folder; None for one named after model, target and precision.
         dump: a folder for the graph after each stage, as ONNX files.
         labels: a text file with one class name per line, copied into the bundle.
@@ -79,8 +86,11 @@ class CompileConfig:
     checkpoint: Path | None = None
     image_size: int | None = None
     num_classes: int | None = None
+    keep_ratio: KeepRatio | None = None
     fft: Literal["auto", "native", "dft", "circular"] = "auto"
     calibration_data: Path | None = None
+    weight_bits: int = 8
+    keep_float: tuple[str, ...] = ()
     output: Path | None = None
     dump: Path | None = None
     labels: Path | None = None
@@ -149,10 +159,12 @@ class _Job:
         """
         config = self.config
         if self.module is None:
-            spec = model_spec(config.model)
+            spec = model_spec(config.model, config.keep_ratio)
             spec.resized(image_size=config.image_size, num_classes=config.num_classes)
         elif config.image_size is None:
             raise UserError("a module of your own needs CompileConfig.image_size")
+        elif config.keep_ratio is not None:
+            raise UserError("a keep ratio is for models of the zoo, not for a module of your own")
         if config.fft == "native":
             raise UserError(
                 f"--fft native: {self.target.name} has no FFT of its own; "
@@ -167,6 +179,28 @@ class _Job:
             if self.precision != "int8":
                 raise UserError("--calibration-data is for --int8; add it or leave this out")
             self.calibration_files()
+        default = (config.weight_bits, config.keep_float) == (8, ())
+        if self.precision != "int8" and not default:
+            raise UserError("--weight-bits and --keep-float are for --int8")
+        QuantScheme.with_weight_bits(config.weight_bits)
+        if self.is_quantized:
+            if self.precision != "int8":
+                raise UserError(f"{config.checkpoint} is a quantized checkpoint: add --int8")
+            if config.calibration_data is not None or not default:
+                raise UserError(
+                    f"{config.checkpoint} is a quantized checkpoint, which has its scales: leave "
+                    "out --calibration-data, --weight-bits and --keep-float"
+                )
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether scales come with the checkpoint."""
+        return self.config.checkpoint is not None and is_quantized(self.config.checkpoint)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether scales come from images."""
+        return self.precision == "int8" and not self.is_quantized
 
     def check_emitter(self) -> None:
         """Says early what the target's emitter cannot do.
@@ -220,8 +254,11 @@ class _Job:
             "checkpoint": config.checkpoint,
             "image_size": config.image_size,
             "num_classes": config.num_classes,
+            "keep_ratio": config.keep_ratio,
             "seed": config.seed,
-            "calibration": self.calibration_files() if self.precision == "int8" else None,
+            "calibration": self.calibration_files() if self.is_calibrated else None,
+            "weight_bits": config.weight_bits,
+            "keep_float": config.keep_float,
         }
 
     def calibration_files(self) -> list[Path]:
@@ -285,27 +322,44 @@ class _Job:
             checkpoint=config.checkpoint,
             image_size=config.image_size,
             num_classes=config.num_classes,
+            keep_ratio=config.keep_ratio,
             seed=config.seed,
         )
+        kept = model.spec.kept_patches
         return _Loaded(
             module=model.module,
             transform=model.transform,
             weights=model.weights,
             is_random=model.is_random,
             filters=model.spec.filters,
+            float_layers=model.spec.float_layers,
+            pruning=Pruning(kept=kept, chosen_anew=model.spec.chooses_anew) if kept else None,
         )
 
     def graph(self, loaded: "_Loaded", golden: Golden) -> "Graph":
         from gfcompile.compile.graph import build_graph
+        from gfcompile.compile.quantization import calibrate_model
+        from gfcompile.quantize import load_quantized
 
-        calibration = None
-        if self.precision == "int8":
-            calibration = self.calibration(loaded)
+        def quantize(module: "nn.Module") -> "Calibrated":
+            import torch
+
+            config = self.config
+            if self.is_quantized:
+                assert config.checkpoint is not None
+                return load_quantized(config.checkpoint, module, torch.from_numpy(golden.inputs[0]))
+            return calibrate_model(
+                module,
+                self.calibration(loaded),
+                weight_bits=config.weight_bits,
+                keep_float=(*loaded.float_layers, *config.keep_float),
+            )
+
         dump = _Dump(self.config.dump)
         return build_graph(
             loaded.module,
             golden.inputs,
-            calibration=calibration,
+            quantize=quantize if self.precision == "int8" else None,
             fft=self.config.fft,
             choose_form=lambda h, w, c: choose_form(self.target, h, w, c),
             progress=self.progress,
@@ -333,10 +387,10 @@ class _Job:
                 labels=labels,
                 folder=folder,
                 progress=self.progress,
+                pruning=loaded.pruning,
             )
         )
         self.write_golden(graph, golden, folder)
-        int8 = self.precision == "int8"
         return Manifest(
             created_by=f"gfcompile {gfcompile.__version__}",
             model=config.model,
@@ -363,7 +417,8 @@ class _Job:
                 "scheme": graph.scheme,
                 "layers": graph.layers,
                 "kept_float": graph.kept_float,
-                "calibration_images": len(self.calibration_files()) if int8 else 0,
+                "calibration_images": graph.calibration_images,
+                "training": graph.training,
                 **emission.extra,
             },
         )
@@ -395,7 +450,12 @@ class _Job:
                 "give --checkpoint"
             )
         if self.precision == "int8":
-            if config.calibration_data is None:
+            if graph.training:
+                notes.append(
+                    f"from a quantized checkpoint: epochs of training {graph.training['epochs']}, "
+                    f"images {graph.training['images']}"
+                )
+            elif config.calibration_data is None:
                 notes.append(
                     f"calibrated on the {len(self.calibration_files())} photos that gfcompile "
                     "ships, a stand-in: give --calibration-data DIR with images of yours"
@@ -412,8 +472,9 @@ class _Job:
 
         place = folder / "golden"
         place.mkdir()
-        golden.pixels[0].tofile(place / "image.u8")
-        run(graph.model, golden.inputs[:1])[0].astype("<f4").tofile(place / "logits.f32")
+        (place / "image.u8").write_bytes(golden.pixels[0].tobytes())
+        logits = run(graph.model, golden.inputs[:1])[0].astype("<f4")
+        (place / "logits.f32").write_bytes(logits.tobytes())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -423,6 +484,8 @@ class _Loaded:
     weights: str
     is_random: bool
     filters: tuple[tuple[int, int, int], ...] = ()
+    float_layers: tuple[str, ...] = ()
+    pruning: Pruning | None = None
 
 
 class _Dump:

@@ -13,6 +13,7 @@ __all__ = [
     "Quantizer",
     "convert_pt2e",
     "prepare_pt2e",
+    "prepare_qat_pt2e",
     "quiet",
 ]
 
@@ -39,7 +40,11 @@ def quiet() -> Iterator[None]:
 
 with quiet():
     from torchao.quantization.pt2e import ObserverBase
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantize_pt2e import (
+        convert_pt2e,
+        prepare_pt2e,
+        prepare_qat_pt2e,
+    )
     from torchao.quantization.pt2e.quantizer import (
         DerivedQuantizationSpec,
         QuantizationAnnotation,

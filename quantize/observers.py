@@ -12,12 +12,13 @@ from gfcompile.quantize.qparams import (
     QParams,
     from_range,
     minimize_squared_error,
+    mse_scales,
     symmetric_scales,
 )
 from gfcompile.quantize.scheme import RangeRule, TensorScheme
 from gfcompile.runtime.errors import CompileError
 
-__all__ = ["ActivationObserver", "WeightObserver"]
+__all__ = ["ActivationObserver", "FixedObserver", "WeightObserver"]
 
 # A bin is the floats that share sign, exponent and the first 9 bits of the mantissa: at the top of
 # an int8 range it is a quarter of a step wide, and finer below.
@@ -61,7 +62,7 @@ class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is unty
 
     def histogram(self) -> tuple[Float64Array, Float64Array]:
         """The centres of the bins that are not empty, ascending, and how many values each has."""
-        counts = self.counts.numpy()
+        counts = self.counts.cpu().numpy()
         occupied = np.flatnonzero(counts)
         centres = _bin_centres(occupied)
         order = np.argsort(centres, kind="stable")
@@ -100,6 +101,16 @@ class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is unty
             self._settled = minimize_squared_error(*self.histogram(), self.scheme)
         return self._settled
 
+    def settle_as(self, params: QParams) -> None:
+        """Takes these parameters, whatever was seen."""
+        self._settled = params
+
+    def forget(self) -> None:
+        """Starts to watch anew."""
+        self.low, self.high = np.inf, -np.inf
+        self.counts.zero_()
+        self._settled = None
+
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point as tensors of one element, for PT2E."""
         assert self._settled is not None, "settle() comes before convert_pt2e()"
@@ -130,14 +141,46 @@ class ActivationObserver(ObserverBase):  # type: ignore[misc]  # torchao is unty
         return float(10 * np.log10(float((counts * values**2).sum()) / noise))
 
 
+class FixedObserver(ObserverBase):  # type: ignore[misc]  # torchao is untyped
+    """A scale and zero point that follow from what a tensor is, not from its values."""
+
+    def __init__(
+        self, scheme: TensorScheme, scale: float, zero_point: int, **_spec: object
+    ) -> None:
+        super().__init__(dtype=torch.int8)
+        self.scheme = scheme
+        self.params = QParams(scale, zero_point)
+        # Read by convert_pt2e.
+        self.qscheme = torch.per_tensor_affine
+        self.quant_min, self.quant_max = scheme.low, scheme.high
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x itself."""
+        return x
+
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point as tensors of one element, for PT2E."""
+        return (
+            torch.tensor([self.params.scale], dtype=torch.float32),
+            torch.tensor([self.params.zero_point], dtype=torch.int64),
+        )
+
+
 class WeightObserver(ObserverBase):  # type: ignore[misc]  # torchao is untyped
     """Symmetric scales of a constant weight, one per output channel."""
 
-    def __init__(self, scheme: TensorScheme, channel_axis: int = 0, **_spec: object) -> None:
+    def __init__(
+        self,
+        scheme: TensorScheme,
+        rule: RangeRule = "minmax",
+        channel_axis: int = 0,
+        **_spec: object,
+    ) -> None:
         super().__init__(dtype=torch.int8)
         assert scheme.symmetric, scheme
         assert scheme.per_channel, scheme
         self.scheme = scheme
+        self.rule = rule
         # Read by convert_pt2e.
         self.qscheme = torch.per_channel_symmetric
         self.quant_min, self.quant_max = scheme.low, scheme.high
@@ -147,8 +190,18 @@ class WeightObserver(ObserverBase):  # type: ignore[misc]  # torchao is untyped
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight itself; a constant, so its scales are taken the first time only."""
         if self.scales is None:
-            self.scales = symmetric_scales(weight.detach().numpy(), self.ch_axis, self.scheme)
+            choose = mse_scales if self.rule == "mse" else symmetric_scales
+            values = weight.detach().cpu().numpy()
+            self.scales = choose(values, self.ch_axis, self.scheme)
         return weight
+
+    def settle_as(self, scales: Float32Array) -> None:
+        """Takes these scales, whatever the weight is."""
+        self.scales = scales
+
+    def forget(self) -> None:
+        """Takes the scales anew the next time."""
+        self.scales = None
 
     def make_room_for_bias(
         self, bias: npt.NDArray[np.float32], input_scale: float, limit: int

@@ -11,7 +11,8 @@ from gfcompile.quantize._pt2e import (
     QuantizationSpec,
     Quantizer,
 )
-from gfcompile.quantize.observers import ActivationObserver, WeightObserver
+from gfcompile.quantize.attention import Attention, find_attentions, module_name
+from gfcompile.quantize.observers import ActivationObserver, FixedObserver, WeightObserver
 from gfcompile.quantize.scheme import OpKind, QuantScheme
 from gfcompile.runtime.errors import UserError
 
@@ -19,32 +20,43 @@ __all__ = ["KeptFloat", "QuantNode", "SchemeQuantizer", "find_layers"]
 
 aten = torch.ops.aten
 _INT32 = torch.iinfo(torch.int32)
+_NAMED = "the scheme names it"
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantNode:
-    """A layer to quantize: its name in the module, its kind, its node in the exported graph."""
+    """An input to quantize, with the weight and bias that it meets.
+
+    An attention has three, named "q", "k" and "v" behind its own name, and no weights.
+
+    Attributes:
+        name: the layer's in the module.
+        node: the layer's in the exported graph.
+        index: which operand of it the input is.
+    """
 
     name: str
     op: OpKind
     node: fx.Node
+    index: int = 0
 
     @property
     def input(self) -> fx.Node:
-        return _operand(self.node, 0)
+        return _operand(self.node, self.index)
 
     @property
-    def weight(self) -> fx.Node:
-        return _operand(self.node, 1)
+    def weight(self) -> fx.Node | None:
+        return None if self.op == "attention" else _operand(self.node, 1)
 
     @property
     def bias(self) -> fx.Node | None:
-        return _operand(self.node, 2) if _has_bias(self.node) else None
+        weightless = self.op == "attention" or not _has_bias(self.node)
+        return None if weightless else _operand(self.node, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeptFloat:
-    """A layer with weights of two dimensions or more that stays in float, and why."""
+    """A layer that stays in float, and why: an attention, or one with a matrix of weights."""
 
     name: str
     reason: str
@@ -60,7 +72,27 @@ def find_layers(
     """
     chosen: list[QuantNode] = []
     kept: list[KeptFloat] = []
+    attentions = {attention.softmax: attention for attention in find_attentions(graph)}
     for node in graph.nodes:
+        if node in attentions:
+            attention = attentions[node]
+            reason = _keeps_attention(attention, scheme)
+            if reason is None:
+                chosen += [
+                    QuantNode(
+                        name=f"{attention.name}.{part}",
+                        op="attention",
+                        node=edge.user,
+                        index=edge.index,
+                    )
+                    for part, edge in attention.operands.items()
+                ]
+            else:
+                kept.append(KeptFloat(name=attention.name, reason=reason))
+            continue
+        if node.target == aten.scaled_dot_product_attention.default:
+            kept.append(KeptFloat(name=module_name(node), reason="attention in a single call"))
+            continue
         if node.target == aten.linear.default:
             op: OpKind | None = "linear"
             other = ""
@@ -74,7 +106,7 @@ def find_layers(
             continue
         name = _layer_name(node)
         if scheme.keeps_float(name):
-            kept.append(KeptFloat(name=name, reason="the scheme names it"))
+            kept.append(KeptFloat(name=name, reason=_NAMED))
         elif op is None:
             kept.append(KeptFloat(name=name, reason=other))
         elif op not in scheme.ops:
@@ -83,7 +115,9 @@ def find_layers(
             kept.append(KeptFloat(name=name, reason="its weight or bias is computed"))
         else:
             chosen.append(QuantNode(name=name, op=op, node=node))
-    _check_names(scheme, [layer.name for layer in chosen] + [layer.name for layer in kept])
+    names = [layer.name for layer in chosen if layer.op != "attention"]
+    names += [attention.name for attention in attentions.values()]
+    _check_names(scheme, names + [layer.name for layer in kept])
     return tuple(chosen), tuple(kept)
 
 
@@ -94,7 +128,15 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
     or a residual addition reaches those in float.
     """
 
-    def __init__(self, scheme: QuantScheme) -> None:
+    def __init__(
+        self,
+        scheme: QuantScheme,
+        activation_observer: type[ActivationObserver] = ActivationObserver,
+        weight_observer: type[WeightObserver] = WeightObserver,
+        fixed_observer: type[FixedObserver] = FixedObserver,
+        **options: object,
+    ) -> None:
+        """`options` go to those observers whose parameters are not fixed."""
         super().__init__()
         self.scheme = scheme
         activation, weight = scheme.activation, scheme.weight
@@ -102,22 +144,38 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
             dtype=torch.int8,
             quant_min=activation.low,
             quant_max=activation.high,
-            observer_or_fake_quant_ctr=ActivationObserver.with_args(
-                scheme=activation, rule=scheme.activation_range
+            observer_or_fake_quant_ctr=activation_observer.with_args(
+                scheme=activation, rule=scheme.activation_range, **options
             ),
         )
         self._weight = QuantizationSpec(
             dtype=torch.int8,
             quant_min=weight.low,
             quant_max=weight.high,
-            observer_or_fake_quant_ctr=WeightObserver.with_args(scheme=weight),
+            observer_or_fake_quant_ctr=weight_observer.with_args(
+                scheme=weight, rule=scheme.weight_range, **options
+            ),
+        )
+
+        self._softmax = QuantizationSpec(
+            dtype=torch.int8,
+            quant_min=activation.low,
+            quant_max=activation.high,
+            observer_or_fake_quant_ctr=fixed_observer.with_args(
+                scheme=activation,
+                scale=scheme.softmax_scale,
+                zero_point=scheme.softmax_zero_point,
+            ),
         )
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         layers, _ = find_layers(model.graph, self.scheme)
         for layer in layers:
-            specs = {layer.input: self._activation, layer.weight: self._weight}
+            specs = {layer.input: self._activation}
+            if layer.weight is not None:
+                specs[layer.weight] = self._weight
             if layer.bias is not None:
+                assert layer.weight is not None
                 specs[layer.bias] = DerivedQuantizationSpec(
                     derived_from=[(layer.input, layer.node), (layer.weight, layer.node)],
                     derive_qparams_fn=_bias_qparams,
@@ -128,9 +186,10 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
                     qscheme=torch.per_channel_symmetric,
                     ch_axis=0,
                 )
-            layer.node.meta["quantization_annotation"] = QuantizationAnnotation(
-                input_qspec_map=specs, _annotated=True
-            )
+            _annotate(layer.node, specs)
+        for attention in find_attentions(model.graph):
+            if _keeps_attention(attention, self.scheme) is None:
+                _annotate(attention.weights.user, {attention.weights.source: self._softmax})
         return model
 
     def validate(self, model: fx.GraphModule) -> None:
@@ -142,6 +201,25 @@ def _bias_qparams(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (input_scale, _), (weight_scales, zeros) = (o.calculate_qparams() for o in observers)
     return input_scale * weight_scales, zeros
+
+
+def _annotate(node: fx.Node, specs: dict[fx.Node, object]) -> None:
+    """Adds to what is said of the node's inputs; a product may take two."""
+    known = node.meta.get("quantization_annotation")
+    if known is not None:
+        specs = {**known.input_qspec_map, **specs}
+    node.meta["quantization_annotation"] = QuantizationAnnotation(
+        input_qspec_map=specs, _annotated=True
+    )
+
+
+def _keeps_attention(attention: Attention, scheme: QuantScheme) -> str | None:
+    """Why an attention stays in float; None if it does not."""
+    if scheme.keeps_float(attention.name):
+        return _NAMED
+    if "attention" not in scheme.ops:
+        return "the scheme leaves attention in float"
+    return None
 
 
 def _tiles_its_input(conv: fx.Node) -> bool:

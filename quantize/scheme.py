@@ -7,13 +7,13 @@ stands for (q - zero_point) * scale. Zero is always one of the represented value
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from gfcompile.runtime.errors import UserError
 
 __all__ = ["OpKind", "QuantScheme", "TensorScheme"]
 
-OpKind = Literal["linear", "patch_conv2d"]
+OpKind = Literal["linear", "patch_conv2d", "attention"]
 RangeRule = Literal["mse", "minmax"]
 
 
@@ -44,31 +44,63 @@ class QuantScheme:
     """Which layers are quantized, and how.
 
     A quantized layer is y = dq(q(x)) @ dq(weight) + dq(bias): its input, weight and bias are
-    integers, its output is not. Everything else (normalization, GELU, spectra, means, residual
-    additions) stays in float.
+    integers, its output is not. Everything else (normalization, GELU, softmax, spectra, means,
+    residual additions) stays in float. A tensor that several layers read has one scale. So all
+    scales are settled here: none is left that an emitter would have to choose or change, as it
+    would for an int8 concatenation or addition (equal on all sides).
 
     Attributes:
         ops: the kinds of layer to quantize. "linear" is a Linear with a constant weight;
             "patch_conv2d" a Conv2d whose kernel tiles the image (stride = kernel, no padding),
-            which is a Linear over patches.
+            which is a Linear over patches; "attention" the two products of softmax(q @ k.T) @ v,
+            whose operands are integers, scaling and softmax between them in float.
         keep_float: names of layers that stay in float, as the module has them
-            ("blocks.0.mlp.fc1"), with shell wildcards ("blocks.*.fc2").
+            ("blocks.0.mlp.fc1"), with shell wildcards ("blocks.*.fc2"). An attention has the name
+            of the module that it is computed in ("blocks.0.attn"); what it calls its own layers
+            ("blocks.0.attn.qkv") is quantized or not for itself.
         weight: [-127, 127], not -128: two products of int8 pairs then fit int16, which the fast
             path of ARM cores without a dot product relies on.
+        weight_range: how the scale of a weight channel is chosen: "minmax" makes its largest
+            magnitude the largest integer, "mse" clips where that minimizes the squared error.
         activation: one scale and zero point per tensor.
         activation_range: "mse" clips where that minimizes the expected squared error, "minmax"
             never clips what calibration saw.
         bias_limit: largest magnitude of an int32 bias, whose scale is that of the input times
             that of the weight. It leaves half the accumulator to the products; a weight channel
             that is tiny beside its bias gets a coarser scale instead of a saturated bias.
+        softmax_scale, softmax_zero_point: of what an attention's softmax returns. No image has a
+            say in them: it lies in [0, 1], and TFLite knows no other scale for it.
     """
 
-    ops: frozenset[OpKind] = frozenset({"linear", "patch_conv2d"})
+    ops: frozenset[OpKind] = frozenset({"linear", "patch_conv2d", "attention"})
     keep_float: tuple[str, ...] = ()
     weight: TensorScheme = TensorScheme(low=-127, high=127, symmetric=True, per_channel=True)
+    weight_range: RangeRule = "minmax"
     activation: TensorScheme = TensorScheme(low=-128, high=127, symmetric=False, per_channel=False)
     activation_range: RangeRule = "mse"
     bias_limit: int = 2**30
+    softmax_scale: float = 1 / 256
+    softmax_zero_point: int = -128
+
+    @classmethod
+    def with_weight_bits(cls, bits: int, *, keep_float: tuple[str, ...] = ()) -> Self:
+        """The scheme for weights of 8 or 4 bits; activations have 8 either way.
+
+        Raises:
+            UserError: another number of bits.
+        """
+        if bits == 8:
+            return cls(keep_float=keep_float)
+        if bits == 4:
+            # With 15 values for a channel, room for its rare large weights is dear.
+            weight = TensorScheme(low=-7, high=7, symmetric=True, per_channel=True)
+            return cls(keep_float=keep_float, weight=weight, weight_range="mse")
+        raise UserError(f"weights of {bits} bits; choose 4 or 8")
+
+    @property
+    def weight_bits(self) -> int:
+        """What a weight is stored in: 4 or 8 bits."""
+        return 4 if self.weight.high <= 7 else 8
 
     def keeps_float(self, name: str) -> bool:
         """Whether the layer is named by `keep_float`."""
@@ -77,3 +109,16 @@ class QuantScheme:
     def to_dict(self) -> Mapping[str, Any]:
         """The scheme as plain JSON values, in a fixed order."""
         return asdict(self) | {"ops": sorted(self.ops), "keep_float": list(self.keep_float)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`."""
+        return cls(
+            **{
+                **values,
+                "ops": frozenset(values["ops"]),
+                "keep_float": tuple(values["keep_float"]),
+                "weight": TensorScheme(**values["weight"]),
+                "activation": TensorScheme(**values["activation"]),
+            }
+        )

@@ -3,6 +3,11 @@
 import os
 
 import pytest
+from hypothesis import settings
+
+# The same examples every time, and no clock: how fast a shared machine is proves nothing.
+settings.register_profile("gfcompile", derandomize=True, deadline=None)
+settings.load_profile("gfcompile")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -35,8 +35,15 @@ def filter_model(form: str, shape: tuple[int, ...], *weights: npt.NDArray[np.gen
             model.graph.register_initializer(value)
             found = [value]
         values += found
+    model.functions[function.identifier()] = function
+    model.graph.opset_imports[function.domain] = 1
     call = ir.node(
-        function.name, values, domain=function.domain, outputs=[ir.val("filtered")], name="filter"
+        function.name,
+        values,
+        {"channels": c} if form == "circular" else {},
+        domain=function.domain,
+        outputs=[ir.val("filtered")],
+        name="filter",
     )
     call.outputs[0].shape, call.outputs[0].dtype = identity.outputs[0].shape, ir.DataType.FLOAT
     model.graph.insert_before(identity, call)

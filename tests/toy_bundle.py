@@ -207,7 +207,7 @@ def write_manifest(toy: Toy, **changes: Any) -> None:
             sha256=hashlib.sha256(path.read_bytes()).hexdigest(), size_bytes=path.stat().st_size
         )
         for path in sorted(toy.folder.iterdir())
-        if path.name != "manifest.json"
+        if path.is_file() and path.name != "manifest.json"
     }
     manifest = Manifest(
         created_by="tests",

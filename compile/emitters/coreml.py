@@ -1,7 +1,6 @@
 """An .mlpackage, for Core ML on iPhone, iPad and Mac; checked here by evaluating what was saved."""
 
 import dataclasses
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +12,19 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 import gfcompile
-from gfcompile.compile.emission import Emission, EmissionRequest
+from gfcompile.compile.emission import Emission, EmissionRequest, Pruning
 from gfcompile.compile.graph import run
-from gfcompile.compile.ledger import Int8Limits, LedgerEntry, compare, compare_int8, demand
+from gfcompile.compile.ledger import (
+    MAX_LOGIT_STEPS,
+    MIN_EQUAL_ACTIVATIONS,
+    LedgerEntry,
+    compare,
+    compare_int8,
+    demand,
+)
+from gfcompile.compile.prune import selections
 from gfcompile.compile.trace import rounding_tolerance
-from gfcompile.compile.verify import recompute
+from gfcompile.compile.verify import notes_on_patches, patches_in_common, recompute
 from gfcompile.runtime.bundle import TensorSpec
 from gfcompile.targets.coreml.emit import LOGITS, Emitted, Place, emit
 from gfcompile.targets.coreml.evaluate import Evaluator
@@ -34,7 +41,8 @@ EVALUATED = "evaluated, not Apple's runtime"
 _HALF_ROUNDING = 2.0**-11 / np.sqrt(12)
 _HALF_ROUNDINGS_PER_OPERATION = 2
 # An activation of 100 steps is rounded by up to a twentieth of one, some times over.
-_HALF_LIMITS = Int8Limits(min_equal=0.9, max_steps=2, logits_max_steps=3.0, logits_mean_steps=1.0)
+_HALF_MIN_EQUAL = 0.9
+_HALF_MAX_LOGIT_STEPS = 3.0
 
 
 def emit_coreml(request: EmissionRequest, options: CoremlOptions) -> Emission:
@@ -70,7 +78,7 @@ def emit_coreml(request: EmissionRequest, options: CoremlOptions) -> Emission:
         outputs=(TensorSpec(name=LOGITS, dtype="float32", shape=emitted.logits_shape),),
         library=name,
         ledger=tuple(stages),
-        notes=tuple(notes),
+        notes=(*notes, *notes_on_patches(stages[-1])),
         extra={
             "coreml": {
                 **dataclasses.asdict(options),
@@ -151,6 +159,7 @@ class _Reference:
     Attributes:
         stage: its name in the ledger.
         pixels, images, logits: one each per image.
+        pruning: of a model that prunes.
     """
 
     stage: str
@@ -158,6 +167,7 @@ class _Reference:
     pixels: Sequence[Array]
     images: Sequence[Array]
     logits: Sequence[Array]
+    pruning: Pruning | None
 
 
 def _reference(
@@ -183,7 +193,12 @@ def _reference(
                 "so the package is no smaller than in float16; --ios 16 stores them in int8"
             )
     reference = _Reference(
-        stage=stage, graph=model, pixels=golden.pixels, images=golden.inputs, logits=logits
+        stage=stage,
+        graph=model,
+        pixels=golden.pixels,
+        images=golden.inputs,
+        logits=logits,
+        pruning=request.pruning,
     )
     return reference, entries, notes
 
@@ -226,17 +241,31 @@ def _verify(
         for pixels, values in zip(reference.pixels, reference.images, strict=True)
     ]
     evaluator = Evaluator(program)
-    watched = _watched(graph, emitted)
+    chosen = selections(graph) if reference.pruning is not None else ()
+    watched = _watched(graph, emitted, chosen)
     actual, traces = [], []
     for feed in feeds:
         logits, trace = _evaluate(evaluator, feed, watched)
         actual.append(logits)
         traces.append(trace)
     int8 = None
+    tokens: tuple[float, ...] = ()
     if any(array.dtype == np.int8 for array in traces[0].values()):
         wanted = recompute(graph, traces, reference.images)
         got = [{name: trace[name] for name in wanted[0]} for trace in traces]
-        int8 = compare_int8(wanted, got, expected, actual, logits_step=_last_scale(graph))
+        int8 = compare_int8(
+            wanted,
+            got,
+            expected,
+            actual,
+            logits_step=_last_scale(graph),
+            logits_limit=_HALF_MAX_LOGIT_STEPS if half else MAX_LOGIT_STEPS,
+        )
+        if not int8.logits_agree:
+            int8 = int8.with_own_spread(expected, run(graph, reference.images, optimize=True))
+    if reference.pruning is not None:
+        places = [[trace[name] for name in chosen] for trace in traces]
+        tokens = patches_in_common(graph, chosen, places, reference.images, reference.pruning)
     largest = float(max(np.abs(logits).max() for logits in expected))
     tolerance = rounding_tolerance(graph) * largest
     if half:
@@ -249,18 +278,10 @@ def _verify(
         how=EVALUATED,
         tolerance=None if int8 else tolerance,
         int8=int8,
+        tokens_kept=tokens,
     )
-    demand(entry, expected, actual, _limits(graph, half=half))
+    demand(entry, expected, actual, min_equal=_HALF_MIN_EQUAL if half else MIN_EQUAL_ACTIVATIONS)
     return entry
-
-
-def _limits(graph: ir.Model, *, half: bool) -> Int8Limits:
-    """What int8 activations may differ by, and logits where that says something."""
-    limits = _HALF_LIMITS if half else Int8Limits()
-    if any(is_standard(node, "TopK") for node in graph.graph):
-        # One step more or less may choose another patch, and then other logits are right.
-        limits = dataclasses.replace(limits, logits_max_steps=math.inf, logits_mean_steps=math.inf)
-    return limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,14 +292,18 @@ class _Watched:
     dtype: str
 
 
-def _watched(graph: ir.Model, emitted: Emitted) -> dict[str, _Watched]:
-    """Int8 activations, and what several nodes read: between those the graph computes itself."""
+def _watched(graph: ir.Model, emitted: Emitted, chosen: Sequence[str]) -> dict[str, _Watched]:
+    """Int8 activations, and what several nodes read: between those the graph computes itself.
+
+    Args:
+        chosen: further values of the graph, by name.
+    """
     return {
         str(value.name): _Watched(place=emitted.places[str(value.name)], dtype=dtype_of(value))
         for node in graph.graph
         for value in node.outputs
         if str(value.name) in emitted.places
-        and (dtype_of(value) == "int8" or len(value.consumers()) > 1)
+        and (dtype_of(value) == "int8" or len(value.consumers()) > 1 or str(value.name) in chosen)
     }
 
 

@@ -1,6 +1,6 @@
 """A .tflite file, run here by LiteRT against its graph."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,14 +11,10 @@ import gfcompile
 from gfcompile.compile.emission import Emission, EmissionRequest
 from gfcompile.compile.emitters.tflite_graph import fitted_graph
 from gfcompile.compile.graph import run
-from gfcompile.compile.ledger import (
-    Int8Limits,
-    compare,
-    compare_int8,
-    demand,
-)
+from gfcompile.compile.ledger import LedgerEntry, compare, compare_int8, demand
+from gfcompile.compile.prune import selections
 from gfcompile.compile.trace import OUTPUT, rounding_tolerance
-from gfcompile.compile.verify import recompute
+from gfcompile.compile.verify import notes_on_patches, patches_in_common, recompute
 from gfcompile.runtime.bundle import TensorSpec
 from gfcompile.runtime.images import dequantize, encode
 from gfcompile.runtime.tflite import TfliteInterpreter
@@ -32,8 +28,9 @@ from gfcompile.targets.tflite.options import TfliteOptions
 
 Array = npt.NDArray[Any]
 
-# Kernels of other CPUs round the product of an integer sum and its scale in other ways.
-_LIMITS = Int8Limits(min_equal=0.99, max_steps=3, logits_max_steps=3.0, logits_mean_steps=1.0)
+# Of the logits' own scale: kernels round the product of an integer sum and its scale in different
+# ways.
+_MAX_LOGIT_STEPS = 3.0
 
 
 def emit_tflite(request: EmissionRequest, target: ModelFormat, options: TfliteOptions) -> Emission:
@@ -65,27 +62,16 @@ def emit_tflite(request: EmissionRequest, target: ModelFormat, options: TfliteOp
         logits = [
             dequantize(next(iter(interpreter.run(image).values())), output_spec) for image in images
         ]
-        expected = run(model, request.golden.inputs)
-        agreement = None
-        if int8:
-            names = _activations(model, made)
-            watched = emit(model, also=names, **keywords)
-            traces = _traces(watched, names, images)
-            wanted = recompute(model, traces, request.golden.inputs)
-            got = [{name: trace[name] for name in wanted[0]} for trace in traces]
-            agreement = compare_int8(
-                wanted, got, expected, logits, logits_step=_step_of_logits(made)
-            )
-        entry = compare(
-            "artifact",
-            ledger[-1].stage if ledger else "lowered",
-            expected,
+        entry = _verified(
+            request,
+            model,
+            made,
+            lambda names: emit(model, also=names, **keywords),
+            images,
             logits,
+            against=ledger[-1].stage if ledger else "lowered",
             how=interpreter.package,
-            tolerance=None if int8 else rounding_tolerance(model) * float(np.abs(expected).max()),
-            int8=agreement,
         )
-        demand(entry, expected, logits, _LIMITS)
     delegation = interpreter.delegation()
     return Emission(
         kind="tflite",
@@ -96,6 +82,7 @@ def emit_tflite(request: EmissionRequest, target: ModelFormat, options: TfliteOp
         outputs=(output_spec,),
         library=library,
         ledger=(*ledger, entry),
+        notes=tuple(notes_on_patches(entry)),
         extra={
             "operators": dict(sorted(delegation.operators.items())),
             "not_delegated": dict(sorted(delegation.left.items())),
@@ -104,6 +91,67 @@ def emit_tflite(request: EmissionRequest, target: ModelFormat, options: TfliteOp
             "interface": options.interface,
         },
     )
+
+
+def _verified(
+    request: EmissionRequest,
+    model: ir.Model,
+    made: TfliteModel,
+    watched: Callable[[Sequence[str]], TfliteModel],
+    images: Sequence[Array],
+    logits: Sequence[Array],
+    *,
+    against: str,
+    how: str,
+) -> LedgerEntry:
+    """The ledger's entry for a file that gave these logits.
+
+    Args:
+        watched: the same file with further outputs, by names of the graph's values.
+        images: as the file takes them.
+        against, how: see `LedgerEntry`.
+
+    Raises:
+        CompileError: the file computes something else than `model`.
+    """
+    inputs = request.golden.inputs
+    expected = run(model, inputs)
+    int8 = request.precision == "int8"
+    agreement = None
+    tokens: tuple[float, ...] = ()
+    activations = _activations(model, made) if int8 else []
+    chosen = selections(model) if request.pruning is not None else ()
+    if activations or chosen:
+        traces = _traces(watched([*activations, *chosen]), [*activations, *chosen], images)
+        if int8:
+            wanted = recompute(model, traces, inputs)
+            got = [{name: trace[name] for name in wanted[0]} for trace in traces]
+            agreement = compare_int8(
+                wanted,
+                got,
+                expected,
+                logits,
+                logits_step=_step_of_logits(made),
+                logits_limit=_MAX_LOGIT_STEPS,
+            )
+            if not agreement.logits_agree:
+                agreement = agreement.with_own_spread(expected, run(model, inputs, optimize=True))
+        if request.pruning is not None:
+            places = [[trace[name] for name in chosen] for trace in traces]
+            tokens = patches_in_common(model, chosen, places, inputs, request.pruning)
+    entry = compare(
+        "artifact",
+        against,
+        expected,
+        logits,
+        how=how,
+        # Two float evaluations of the same graph, in other orders of summation.
+        tolerance=None if int8 else rounding_tolerance(model) * float(np.abs(expected).max()),
+        int8=agreement,
+        tokens_kept=tokens,
+    )
+    demand(entry, expected, logits)
+    return entry
 
 
 def _info(request: EmissionRequest, options: TfliteOptions) -> ModelInfo:
@@ -172,7 +220,8 @@ def _traces(
             values = results[tensor.name]
             if channels_last:
                 values = values.transpose(to_channels_first(values.ndim))
-            trace[name] = values
+            # TFLite's indices have half the bits of ONNX's.
+            trace[name] = values.astype(np.int64) if values.dtype == np.int32 else values
         traces.append(trace)
     return traces
 

@@ -1,11 +1,16 @@
 """A static plan of kernels, which the C runtime of this project executes."""
 
+from typing import TYPE_CHECKING
+
 from gfcompile.compile.emission import Emission, EmissionRequest
 from gfcompile.compile.verify import verify
 from gfcompile.runtime.bundle import TensorSpec
 from gfcompile.targets.target import Target
 from gfcompile.targets.tvm.emit import emit
 from gfcompile.targets.tvm.partition import partition
+
+if TYPE_CHECKING:
+    from gfcompile.compile.graph import Graph
 
 
 def emit_plan(request: EmissionRequest, target: Target) -> Emission:
@@ -28,14 +33,20 @@ def emit_plan(request: EmissionRequest, target: Target) -> Emission:
         )
     with request.progress.stage("verify the artifact"):
         entry, notes = verify(
-            graph.model, program, artifact, target, request.folder, request.golden.inputs
+            graph.model,
+            program,
+            artifact,
+            target,
+            request.folder,
+            request.golden.inputs,
+            request.pruning,
         )
     inputs = [program.tensors[name] for name in program.inputs]
     outputs = [program.tensors[name] for name in program.outputs]
     int8 = request.precision == "int8"
     return Emission(
         kind="gfrt",
-        storage="int8 products, float16 filters" if int8 else "float32",
+        storage=_storage(graph, artifact.plan.packed_bytes) if int8 else "float32",
         compute=target.int8_compute if int8 else "float32",
         arch=target.cpu.arch,
         inputs=tuple(TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in inputs),
@@ -54,3 +65,15 @@ def emit_plan(request: EmissionRequest, target: Target) -> Emission:
             "arena_lower_bound_bytes": artifact.arena.lower_bound_bytes,
         },
     )
+
+
+def _storage(graph: "Graph", packed_bytes: int) -> str:
+    """What an int8 bundle holds."""
+    four_bits = graph.scheme["weight"]["high"] <= 7
+    if four_bits and packed_bytes:
+        weights = "int4 weights (expanded to int8 when loaded), int8 activations"
+    elif four_bits:
+        weights = "weights of 4 bits as int8, int8 activations"
+    else:
+        weights = "int8 products"
+    return f"{weights}, float16 filters"

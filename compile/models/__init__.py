@@ -4,12 +4,13 @@ Importing this imports no torch: `load_model` does.
 """
 
 import difflib
-from collections.abc import Mapping
+import importlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, cast
 
-from gfcompile.compile.models.gfnet_specs import SPECS, GFNetSpec
+from gfcompile.compile.models import convnext_specs, dynamicvit_specs, gfnet_specs, swin_specs
 from gfcompile.compile.models.spec import ModelSpec, Paper
 from gfcompile.runtime.errors import UserError
 from gfcompile.runtime.images import Transform
@@ -17,9 +18,24 @@ from gfcompile.runtime.images import Transform
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["LoadedModel", "ModelSpec", "Paper", "load_model", "model_names", "model_spec"]
+__all__ = [
+    "KeepRatio",
+    "LoadedModel",
+    "ModelSpec",
+    "Paper",
+    "load_model",
+    "load_student",
+    "model_names",
+    "model_spec",
+]
 
-_SPECS: dict[str, GFNetSpec] = {spec.name: spec for spec in SPECS}
+KeepRatio = float | Sequence[float]
+
+_SPECS: dict[str, ModelSpec] = {
+    spec.name: spec
+    for family in (gfnet_specs, dynamicvit_specs, convnext_specs, swin_specs)
+    for spec in family.SPECS
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +73,22 @@ def model_names() -> tuple[str, ...]:
     return tuple(_SPECS)
 
 
-def model_spec(name: str) -> ModelSpec:
+def model_spec(name: str, keep_ratio: KeepRatio | None = None) -> ModelSpec:
     """The model called `name`.
 
+    Args:
+        keep_ratio: how many patches are kept, see `ModelSpec.pruned`; as published when None.
+
     Raises:
-        UserError: there is none of that name.
+        UserError: there is none of that name, or it cannot keep as many.
     """
-    return _find(name)
+    spec = _find(name)
+    if keep_ratio is None:
+        return spec
+    pruning = [other.name for other in _SPECS.values() if other.parent == name]
+    if pruning:
+        raise UserError(f"{name} keeps all its patches; {pruning[0]} takes a keep ratio")
+    return spec.pruned(keep_ratio)
 
 
 def load_model(
@@ -72,6 +97,7 @@ def load_model(
     checkpoint: Path | None = None,
     image_size: int | None = None,
     num_classes: int | None = None,
+    keep_ratio: KeepRatio | None = None,
     seed: int = 0,
 ) -> LoadedModel:
     """The model called `name`, with weights from `checkpoint`, or random ones drawn from `seed`.
@@ -79,28 +105,72 @@ def load_model(
     Without `image_size` the model is as large as its checkpoint, or as published; weights of
     another size are interpolated. The number of classes is the checkpoint's.
 
+    Args:
+        keep_ratio: see `model_spec`.
+
     Raises:
-        UserError: unknown name, impossible size, or a checkpoint that cannot be used.
+        UserError: unknown name, impossible size or keep ratio, or a checkpoint that cannot be
+            used.
     """
-    spec = _find(name)
-    if checkpoint is None:
-        return _untrained(spec.resized(image_size=image_size, num_classes=num_classes), seed)
+    spec = model_spec(name, keep_ratio)
     # The size asked for is checked first: reading a checkpoint can take seconds.
-    spec.resized(image_size=image_size, num_classes=num_classes)
+    asked = spec.resized(image_size=image_size, num_classes=num_classes)
+    if checkpoint is None:
+        return _untrained(asked, seed)
     return _trained(spec, checkpoint, image_size=image_size, num_classes=num_classes)
 
 
-def _untrained(spec: GFNetSpec, seed: int) -> LoadedModel:
-    from gfcompile.compile.models import gfnet
+def load_student(
+    name: str, teacher: LoadedModel, *, keep_ratio: KeepRatio | None = None, seed: int = 0
+) -> LoadedModel:
+    """The pruning model called `name` as its fine-tuning starts: its parent, untrained predictors.
 
-    module = gfnet.build(spec, gfnet.random_weights(spec, seed))
+    Raises:
+        UserError: `teacher` is not the model's parent, or the keep ratio is impossible.
+    """
+    from gfcompile.compile.models.weights import start_weights
+
+    spec = model_spec(name, keep_ratio)
+    if spec.parent != teacher.spec.name:
+        wanted = f"learns from {spec.parent}" if spec.parent else "prunes nothing, so has no parent"
+        raise UserError(f"{name} {wanted}, not from {teacher.spec.name}")
+    spec = spec.resized(image_size=teacher.image_size, num_classes=teacher.num_classes)
+    inherited = {key: value.clone() for key, value in teacher.module.state_dict().items()}
+    drawn = start_weights(spec, seed)
+    state = {key: inherited.get(key, value) for key, value in drawn.items()}
+    return LoadedModel(
+        spec=spec,
+        module=_family(spec).build(spec, state),
+        weights=f"{teacher.weights}, with untrained predictors (seed {seed})",
+        is_random=teacher.is_random,
+    )
+
+
+class _Family(Protocol):
+    """What each module that builds a family's networks has."""
+
+    def build(self, spec: ModelSpec, state: "Mapping[str, Tensor]") -> "nn.Module": ...
+
+    def random_weights(self, spec: ModelSpec, seed: int) -> "Mapping[str, Tensor]": ...
+
+    def resize_weights(
+        self, state: "Mapping[str, Tensor]", spec: ModelSpec
+    ) -> "Mapping[str, Tensor]": ...
+
+
+def _family(spec: ModelSpec) -> _Family:
+    return cast(_Family, importlib.import_module(f"{__name__}.{spec.family}"))
+
+
+def _untrained(spec: ModelSpec, seed: int) -> LoadedModel:
+    family = _family(spec)
+    module = family.build(spec, family.random_weights(spec, seed))
     return LoadedModel(spec=spec, module=module, weights=f"random (seed {seed})", is_random=True)
 
 
 def _trained(
-    spec: GFNetSpec, checkpoint: Path, *, image_size: int | None, num_classes: int | None
+    spec: ModelSpec, checkpoint: Path, *, image_size: int | None, num_classes: int | None
 ) -> LoadedModel:
-    from gfcompile.compile.models import gfnet
     from gfcompile.compile.models.checkpoint import check_fits, read_state_dict, sha256
 
     state: Mapping[str, Tensor] = read_state_dict(checkpoint)
@@ -113,13 +183,13 @@ def _trained(
     wanted = trained.resized(image_size=image_size)
     weights = f"checkpoint {checkpoint.name} sha256:{sha256(checkpoint)}"
     if wanted.image_size != trained.image_size:
-        state = gfnet.resize_weights(state, wanted)
+        state = _family(spec).resize_weights(state, wanted)
         weights += f", interpolated from {trained.image_size} to {wanted.image_size} pixels"
-    module = gfnet.build(wanted, state)
+    module = _family(spec).build(wanted, state)
     return LoadedModel(spec=wanted, module=module, weights=weights, is_random=False)
 
 
-def _find(name: str) -> GFNetSpec:
+def _find(name: str) -> ModelSpec:
     if name in _SPECS:
         return _SPECS[name]
     near = difflib.get_close_matches(name.lower().replace("-", "_"), _SPECS, n=1)

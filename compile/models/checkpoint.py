@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gfcompile.compile.models.spec import ModelSpec, Shapes
+from gfcompile.quantize import is_quantized, read_quantized
 from gfcompile.runtime.errors import UserError
 
 _ACCEPTED = 'a state dict, {"model": state dict}, {"state_dict": ...} or .safetensors'
@@ -19,10 +20,14 @@ _UNREADABLE = "truncated, or no PyTorch checkpoint"
 # What training wrappers put before every name: DistributedDataParallel, torch.compile.
 _WRAPPERS = ("module.", "_orig_mod.")
 _SHOWN_MISMATCHES = 3
+# Entries that are no weights: a counter of training steps, and what follows from the window size.
+_DERIVED = (".num_batches_tracked", ".relative_position_index", ".attn_mask")
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, as float32.
+    """The weights in a checkpoint by name, as float32; of a quantized one, multiples of its scales.
+
+    What follows from the architecture is left out.
 
     Nothing that the file says is executed: pickles are read with `weights_only`, which lets
     tensors and containers through, and the argparse.Namespace that training scripts add.
@@ -32,6 +37,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise UserError(f"{path}: {'is a folder' if path.is_dir() else 'no such checkpoint'}")
+    if is_quantized(path):
+        return dict(read_quantized(path).state)
     try:
         read = _read_safetensors if _is_safetensors(path) else _read_pickle
     except OSError as error:
@@ -44,6 +51,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: holds no state dict; accepted: {_ACCEPTED}")
     state = {}
     for name, value in content.items():
+        if str(name).endswith(_DERIVED):
+            continue
         if not isinstance(value, Tensor):
             kind = type(value).__name__
             raise UserError(f"{path}: {name!r} is a {kind}, not a tensor; accepted: {_ACCEPTED}")

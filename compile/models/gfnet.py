@@ -5,15 +5,13 @@ stochastic depth, which evaluation does not see, are left out.
 """
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gfcompile.compile.models.gfnet_specs import GFNetSpec
-
-State = Mapping[str, Tensor]
+from gfcompile.compile.models.layers import Mlp, PatchEmbed, with_weights
+from gfcompile.compile.models.weights import State, resample_grid
 
 _FILTER = ".filter.complex_weight"
 
@@ -35,20 +33,6 @@ class GlobalFilter(nn.Module):
         return y.reshape(x.shape)
 
 
-class Mlp(nn.Module):
-    """Two linear layers with a GELU between."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc2(self.act(self.fc1(x)))
-        return y
-
-
 class Block(nn.Module):
     """x + gamma * mlp(norm2(filter(norm1(x)))): one residual; gamma in the pyramids only."""
 
@@ -63,18 +47,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, N, C)
         branch: Tensor = self.mlp(self.norm2(self.filter(self.norm1(x))))
         return x + (branch if self.gamma is None else self.gamma * branch)
-
-
-class PatchEmbed(nn.Module):
-    """An image to one token per patch."""
-
-    def __init__(self, dim: int, patch_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, N, C)
-        grid: Tensor = self.proj(x)  # (B, C, h, w)
-        return grid.flatten(2).transpose(1, 2)
 
 
 class DownLayer(nn.Module):
@@ -144,16 +116,12 @@ def build(spec: GFNetSpec, state: State) -> nn.Module:
 
     Filters are made Hermitian on the way in, whoever trained or drew them.
     """
-    with torch.device("meta"):
-        module = GFNetPyramid(spec) if spec.is_pyramid else GFNet(spec)
     weights = {
         name: hermitian(value, value.shape[0]) if name.endswith(_FILTER) else value
         for name, value in state.items()
     }
-    # view_as_complex, for one, takes no other layout.
-    contiguous = {name: value.contiguous() for name, value in weights.items()}
-    module.load_state_dict(contiguous, assign=True)
-    return module.eval()
+    network: type[GFNet | GFNetPyramid] = GFNetPyramid if spec.is_pyramid else GFNet
+    return with_weights(lambda: network(spec), weights)
 
 
 def hermitian(weight: Tensor, w: int) -> Tensor:
@@ -188,16 +156,10 @@ def _resize(name: str, value: Tensor, target: tuple[int, ...]) -> Tensor:
     if name == "pos_embed":
         old, new = math.isqrt(value.shape[1]), math.isqrt(target[1])
         grid = value.reshape(old, old, -1)
-        return _bicubic(grid, (new, new), align_corners=False).reshape(target)
+        return resample_grid(grid, (new, new)).reshape(target)
     assert name.endswith(_FILTER), f"{name} does not depend on the image size"
     h, half = target[:2]
-    return _bicubic(value.flatten(2), (h, half), align_corners=True).reshape(target)
-
-
-def _bicubic(grid: Tensor, size: tuple[int, int], *, align_corners: bool) -> Tensor:
-    channels_first = grid.permute(2, 0, 1).unsqueeze(0)  # (1, C, h, w)
-    resized = F.interpolate(channels_first, size, mode="bicubic", align_corners=align_corners)
-    return resized[0].permute(1, 2, 0)
+    return resample_grid(value.flatten(2), (h, half), align_corners=True).reshape(target)
 
 
 def random_weights(spec: GFNetSpec, seed: int) -> State:

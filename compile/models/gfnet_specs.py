@@ -73,6 +73,10 @@ class GFNetSpec(ModelSpec):
             total += depth * dim * _filter_macs(side, side)
         return total
 
+    @property
+    def unprunable_because(self) -> str:
+        return "its global filters need the whole grid of patches"
+
     def trained_as(self, shapes: Shapes) -> Self:
         classes = image_size = None
         match shapes.get("head.weight"):

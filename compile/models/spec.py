@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -34,7 +34,12 @@ class ModelSpec(ABC):
         image_size, num_classes: of the published weights, unless `resized`.
         patch_size: side of the image patch behind one token of the first stage.
         dims, depths: channels and blocks of each stage; one entry where there are no stages.
-        top1_percent: ImageNet accuracy as published; None at any other size or class count.
+        top1_percent: ImageNet accuracy as published; None at any other size, class count or
+            keep ratio.
+        prune_before: blocks before which patches are dropped (or sent to a cheaper path, where
+            the family says so); of the third stage where there are several.
+        keep_ratios: share of all patches that is kept from each of these blocks on.
+        parent: the model that prunes nothing, but is the same otherwise.
     """
 
     name: str
@@ -46,6 +51,12 @@ class ModelSpec(ABC):
     dims: tuple[int, ...]
     depths: tuple[int, ...]
     top1_percent: float | None = None
+    prune_before: tuple[int, ...] = ()
+    keep_ratios: tuple[float, ...] = ()
+    parent: str | None = None
+
+    def __post_init__(self) -> None:
+        assert len(self.prune_before) == len(self.keep_ratios)
 
     @property
     @abstractmethod
@@ -54,7 +65,10 @@ class ModelSpec(ABC):
 
     @abstractmethod
     def shapes(self) -> Shapes:
-        """Name and shape of every entry of the model's state dict, in its order."""
+        """Name and shape of every entry of the model's state dict, in its order.
+
+        Counters of training steps are left out, which some checkpoints have and none needs.
+        """
 
     @property
     @abstractmethod
@@ -76,7 +90,28 @@ class ModelSpec(ABC):
     @property
     def parameters(self) -> int:
         """How many numbers the model learns."""
-        return sum(math.prod(shape) for shape in self.shapes().values())
+        return sum(
+            math.prod(shape) for name, shape in self.shapes().items() if ".running_" not in name
+        )
+
+    @property
+    def prunable_patches(self) -> int:
+        """How many patches there are before the first is dropped."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def kept_patches(self) -> tuple[int, ...]:
+        """How many patches are kept from each block in `prune_before` on."""
+        return kept_patches(self.prunable_patches, self.keep_ratios)
+
+    @property
+    def float_layers(self) -> tuple[str, ...]:
+        """Layers, as shell patterns, that int8 leaves in float.
+
+        Score predictors: rounding their near-ties would keep other patches.
+        """
+        drops = any(kept < self.prunable_patches for kept in self.kept_patches)
+        return ("*score_predictor.*",) if drops else ()
 
     @property
     def transform(self) -> Transform:
@@ -101,4 +136,80 @@ class ModelSpec(ABC):
             raise UserError(f"{classes} classes; {self.name} needs at least one")
         published = (size, classes) == (self.image_size, self.num_classes)
         top1_percent = self.top1_percent if published else None
-        return replace(self, image_size=size, num_classes=classes, top1_percent=top1_percent)
+        spec = replace(self, image_size=size, num_classes=classes, top1_percent=top1_percent)
+        spec._check_patches_are_left()
+        return spec
+
+    def pruned(self, keep_ratio: float | Sequence[float]) -> Self:
+        """The same model, keeping another share of its patches.
+
+        Args:
+            keep_ratio: one number, from which each stage's share follows as in the paper, or
+                for each block in `prune_before` the share of all patches that is kept from there
+                on.
+
+        Raises:
+            UserError: the model drops no patches, or not in this way.
+        """
+        if not self.prune_before:
+            raise UserError(f"{self.name} takes no keep ratio: {self.unprunable_because}")
+        if isinstance(keep_ratio, float | int):
+            ratios = self._stage_ratios(keep_ratio)
+        else:
+            ratios = tuple(keep_ratio)
+        if len(ratios) != len(self.prune_before):
+            raise UserError(
+                f"{len(ratios)} keep ratios; {self.name} takes one, or "
+                f"{len(self.prune_before)}, one per pruning stage"
+            )
+        if not all(0 < ratio <= 1 for ratio in ratios):
+            raise UserError(
+                f"keep ratio {_show(keep_ratio)} keeps {_show(ratios)} of the patches; "
+                "each must be above 0 and at most 1"
+            )
+        if not self.chooses_anew and list(ratios) != sorted(ratios, reverse=True):
+            raise UserError(
+                f"keep ratios {_show(ratios)} grow; each is the share of all patches, and "
+                f"{self.name} cannot bring back what it has dropped"
+            )
+        top1_percent = self.top1_percent if ratios == self.keep_ratios else None
+        spec = replace(self, keep_ratios=ratios, top1_percent=top1_percent)
+        spec._check_patches_are_left()
+        return spec
+
+    @property
+    def chooses_anew(self) -> bool:
+        """Whether each pruning stage chooses among all patches, not those kept before."""
+        return False
+
+    @property
+    def unprunable_because(self) -> str:
+        """Why the model drops no patches; of no meaning where it does."""
+        return "it drops no patches"
+
+    def _stage_ratios(self, keep_ratio: float) -> tuple[float, ...]:
+        """The share of all patches kept from each stage on, as the paper derives it from one."""
+        return tuple(keep_ratio ** (stage + 1) for stage in range(len(self.prune_before)))
+
+    def _check_patches_are_left(self) -> None:
+        if 0 in self.kept_patches:
+            raise UserError(
+                f"{self.name} has {self.prunable_patches} patches at {self.image_size} pixels, "
+                f"of which keep ratios {_show(self.keep_ratios)} leave none"
+            )
+
+
+def kept_patches(num_patches: int, keep_ratios: Sequence[float]) -> tuple[int, ...]:
+    """How many patches are alive after each pruning stage, the class token not counted.
+
+    The reference truncates and we must match it token for token, so this is `int`, not `round`.
+
+    >>> kept_patches(196, (0.7, 0.7**2, 0.7**3))
+    (137, 96, 67)
+    """
+    return tuple(int(num_patches * ratio) for ratio in keep_ratios)
+
+
+def _show(ratios: float | Sequence[float]) -> str:
+    values = [ratios] if isinstance(ratios, float | int) else ratios
+    return ", ".join(f"{value:.4g}" for value in values)

@@ -36,7 +36,30 @@ double gfi_now(void) {
 
 /* ---- models ---- */
 
-/* Maps weights.bin, shared with every process that runs this bundle. */
+/* The size of weights.bin. */
+static size_t stored_bytes(const gfi_header *header) {
+    uint64_t plain = header->weights_bytes - header->packed_bytes;
+    return (size_t)(plain + (header->packed_bytes + 1) / 2);
+}
+
+/* The weights in their size: from `stored`, whose end holds two integers of four bits a byte. */
+static void *expand_weights(const gfi_header *header, const uint8_t *stored) {
+    size_t plain = (size_t)(header->weights_bytes - header->packed_bytes);
+    int8_t *weights = mmap(NULL, (size_t)header->weights_bytes, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (weights == MAP_FAILED)
+        return NULL;
+    memcpy(weights, stored, plain);
+    for (size_t i = 0; i < header->packed_bytes; i++) {
+        int half = stored[plain + i / 2] >> (i % 2 * 4) & 15;
+        weights[plain + i] = (int8_t)((half ^ 8) - 8); /* bit 3 is the sign */
+    }
+    mprotect(weights, (size_t)header->weights_bytes, PROT_READ);
+    return weights;
+}
+
+/* Maps weights.bin, shared with every process that runs this bundle; weights of four bits are
+ * expanded, each process its own. */
 static gfrt_status map_weights(gfrt_model *model, uint32_t flags) {
     const gfi_header *header = model->plan.header;
     char path[4096];
@@ -47,30 +70,40 @@ static gfrt_status map_weights(gfrt_model *model, uint32_t flags) {
     if (file < 0)
         return gfi_fail(GFRT_NOT_FOUND, "%s: %s; copy the bundle again", path, strerror(errno));
     struct stat status;
-    size_t size = (size_t)header->weights_bytes;
-    void *weights = NULL;
+    size_t size = stored_bytes(header);
+    void *stored = NULL;
     gfrt_status result = GFRT_OK;
     if (fstat(file, &status) != 0) {
         result = gfi_fail(GFRT_NOT_FOUND, "%s: %s", path, strerror(errno));
-    } else if ((uint64_t)status.st_size != header->weights_bytes) {
+    } else if ((uint64_t)status.st_size != size) {
         result = gfi_fail(GFRT_DAMAGED, "%s has %lld bytes instead of %zu; copy the bundle again",
                           path, (long long)status.st_size, size);
     } else if (size > 0) {
-        weights = mmap(NULL, size, PROT_READ, MAP_SHARED, file, 0);
-        if (weights == MAP_FAILED) {
-            weights = NULL;
+        stored = mmap(NULL, size, PROT_READ, MAP_SHARED, file, 0);
+        if (stored == MAP_FAILED) {
+            stored = NULL;
             result = gfi_fail(GFRT_NO_MEMORY, "%s cannot be mapped: %s", path, strerror(errno));
         }
     }
     close(file);
-    model->weights = weights;
     if (result == GFRT_OK && (flags & GFRT_VERIFY)) {
         uint8_t hash[GFI_HASH_BYTES];
-        gfi_sha256(weights, size, hash);
+        gfi_sha256(stored, size, hash);
         if (memcmp(hash, header->weights_hash, sizeof hash) != 0)
             result = gfi_fail(GFRT_DAMAGED, "%s was changed: its SHA-256 differs; copy the bundle "
                                             "again", path);
     }
+    if (result == GFRT_OK && header->packed_bytes > 0) {
+        model->weights = expand_weights(header, stored);
+        if (!model->weights)
+            result = gfi_fail(GFRT_NO_MEMORY, "no memory for the %llu bytes of the weights",
+                              (unsigned long long)header->weights_bytes);
+    } else if (result == GFRT_OK) {
+        model->weights = stored;
+        stored = NULL;
+    }
+    if (stored)
+        munmap(stored, size);
     return result;
 }
 

@@ -38,6 +38,7 @@ typedef struct {
     uint8_t hash[GFI_HASH_BYTES]; /* of everything after this field */
     uint8_t weights_hash[GFI_HASH_BYTES];
     uint64_t weights_bytes;
+    uint64_t packed_bytes; /* at their end: int8 that weights.bin holds in four bits each */
     uint64_t arena_bytes;
     uint64_t workspace_bytes; /* per thread */
     uint32_t device;
@@ -92,7 +93,7 @@ typedef struct {
     uint32_t reserved;
 } gfi_io;
 
-_Static_assert(sizeof(gfi_header) == 352, "as in plan.py");
+_Static_assert(sizeof(gfi_header) == 360, "as in plan.py");
 _Static_assert(sizeof(gfi_tensor) == 88, "as in plan.py");
 _Static_assert(sizeof(gfi_step) == 48, "as in plan.py");
 _Static_assert(sizeof(gfi_arg) == 8, "as in plan.py");
@@ -205,7 +206,7 @@ struct gfrt_model {
     gfi_plan plan;
     const gfi_device *device;
     void *loaded;         /* what the device made of the model */
-    const void *weights;  /* mapped from weights.bin */
+    const void *weights;  /* mapped from weights.bin, or brought to their size from it */
     char *bundle;
     char name[96];        /* of the device */
     atomic_size_t users;  /* the caller, and each context */

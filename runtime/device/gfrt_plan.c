@@ -159,6 +159,8 @@ static gfrt_status check_header(const gfi_header *header, size_t size) {
         header->arena_bytes > BYTES_LIMIT || header->weights_bytes > BYTES_LIMIT ||
         header->workspace_bytes > BYTES_LIMIT)
         return DAMAGED("its header");
+    if (header->packed_bytes > header->weights_bytes)
+        return DAMAGED("its packed weights");
     if (!is_name(header->library_id, sizeof header->library_id) ||
         !is_name(header->library, sizeof header->library))
         return DAMAGED("the name of its library");

@@ -13,6 +13,7 @@ import numpy as np
 import tvm
 
 import gfcompile.runtime.device as runtime_device
+from gfcompile.quantize.int4 import fits_int4, pack_int4
 from gfcompile.runtime.bench import BENCH_NAME
 from gfcompile.runtime.errors import CompileError
 from gfcompile.targets.target import Cpu, Target
@@ -20,16 +21,21 @@ from gfcompile.targets.tvm import cuda, link
 from gfcompile.targets.tvm.kernel import (
     ActStorage,
     Array,
+    Attention,
     CircularFilter,
     Dense,
     Dequantize,
     DftFilter,
+    GatherRows,
     Generic,
+    InversePermutation,
     Kernel,
     LayerNorm,
     Patchify,
     Quantize,
     Scheduled,
+    SelectTokens,
+    Softmax,
     TokenMean,
 )
 from gfcompile.targets.tvm.memory import Arena, Lifetime, align, plan_arena
@@ -66,7 +72,7 @@ class _Function:
 
 @dataclass
 class _Weights:
-    """weights.bin as it grows: aligned, equal arrays once."""
+    """A part of weights.bin as it grows: aligned, equal arrays once."""
 
     data: bytearray = field(default_factory=bytearray)
     offsets: dict[tuple[str, bytes], int] = field(default_factory=dict)
@@ -115,7 +121,7 @@ def emit(
         (folder / "kernels.cubin").write_bytes(module.cubin)
     builder = _PlanBuilder(program, scheduled, functions, storage, module)
     steps, tensors, arena = builder.build()
-    weights = bytes(builder.weights.data)
+    weights = builder.stored_weights()
     (folder / "weights.bin").write_bytes(weights)
     used = list(dict.fromkeys(step.kernel for step in steps))
     library_id = _library_id(objects, used)
@@ -148,7 +154,8 @@ def emit(
         outputs=tuple(PlanIO(name=name, tensor=builder.index_of[name]) for name in program.outputs),
         arena_bytes=arena.size_bytes,
         workspace_bytes=_workspace_bytes(functions),
-        weights_bytes=len(weights),
+        weights_bytes=builder.plain_bytes + len(builder.packed.data),
+        packed_bytes=len(builder.packed.data),
         weights_sha256=hashlib.sha256(weights).hexdigest(),
     )
     (folder / "plan.bin").write_bytes(serialize(plan))
@@ -170,6 +177,7 @@ def kernel_name(kernel: Kernel) -> str:
             parts += [f"add{kernel.residual_rows}_{_short(kernel.residual_dtype)}"] * bool(
                 kernel.residual_rows
             )
+            suffix += f"x{kernel.out_groups}" if kernel.out_groups > 1 else ""
             return "_".join(parts) + suffix
         case LayerNorm():
             # Layers that differ in eps alone are rare, but must not share a name.
@@ -185,6 +193,19 @@ def kernel_name(kernel: Kernel) -> str:
             return f"patchify_{grid}_{patch}_{kernel.layout}{suffix}"
         case TokenMean():
             return f"token_mean_{kernel.batch}x{kernel.tokens}x{kernel.n}{suffix}"
+        case Attention():
+            shape = f"{kernel.batch}x{kernel.tokens}x{kernel.heads}x{kernel.dim}"
+            return f"attention_{shape}_{_short(kernel.x)}{suffix}"
+        case SelectTokens():
+            # Leading rows and their offset are part of what is computed.
+            extra = f"{kernel.leading}_{kernel.offset}_{kernel.index}"
+            return f"select_{kernel.batch}x{kernel.tokens}to{kernel.kept}_{extra}"
+        case InversePermutation():
+            return f"inverse_permutation_{kernel.batch}x{kernel.n}"
+        case GatherRows():
+            return f"gather_{kernel.batch}x{kernel.tokens}to{kernel.kept}x{kernel.n}"
+        case Softmax():
+            return f"softmax_{kernel.rows}x{kernel.n}"
         case Quantize():
             return f"quantize_{kernel.size}"
         case Dequantize():
@@ -293,6 +314,8 @@ class _PlanBuilder:
         self.storage = storage
         self.module = module
         self.weights = _Weights()
+        self.packed = _Weights()  # what weights.bin holds in four bits each
+        self._packed_tensors: set[int] = set()
         self.index_of: dict[str, int] = {}
         self._tensors: list[PlanTensor] = []
         self._offsets: Mapping[str, int] = {}
@@ -305,7 +328,20 @@ class _PlanBuilder:
         steps = [step for i, call in enumerate(self.program.calls) for step in self._steps(i, call)]
         for name in self.program.outputs:
             assert name in self.index_of, f"nothing writes the output {name}"
+        for index in self._packed_tensors:  # they come after the others
+            offset = self.plain_bytes + self._tensors[index].offset
+            self._tensors[index] = dataclasses.replace(self._tensors[index], offset=offset)
         return tuple(steps), tuple(self._tensors), arena
+
+    @property
+    def plain_bytes(self) -> int:
+        """The size of the weights that are stored as they are."""
+        return align(len(self.weights.data)) if self.packed.data else len(self.weights.data)
+
+    def stored_weights(self) -> bytes:
+        """What weights.bin holds."""
+        plain = bytes(self.weights.data).ljust(self.plain_bytes, b"\0")
+        return plain + pack_int4(np.frombuffer(self.packed.data, np.int8)).tobytes()
 
     def _lifetimes(self) -> list[Lifetime]:
         first = dict.fromkeys(self.program.inputs, 0)
@@ -358,7 +394,10 @@ class _PlanBuilder:
                     name = _temp_name(position, arg)
                     operands[arg] = self._place(name, dtype, shape, "arena", self._offsets[name])
                 else:
-                    operands[arg] = self._constant(f"{call.label}.{arg}", constants[arg], shape)
+                    packs = isinstance(call.kernel, Dense) and arg == "w"
+                    operands[arg] = self._constant(
+                        f"{call.label}.{arg}", constants[arg], shape, packs
+                    )
             if not outputs:  # it fills a scratch tensor; which one does not matter to the plan
                 outputs = [operands[arg] for arg in function.args if arg in plan.temps]
             steps.append(self._step(function, call.label, operands, outputs))
@@ -403,8 +442,16 @@ class _PlanBuilder:
             storage_offset=self.storage.offset if quantized else 0,
         )
 
-    def _constant(self, name: str, array: Array, shape: tuple[int, ...]) -> int:
+    def _constant(self, name: str, array: Array, shape: tuple[int, ...], packs: bool) -> int:
         assert array.size == np.prod(shape), f"{name}: {array.shape} for {shape}"
+        # int8, perhaps four to a word; what does not fit is stored as it is.
+        packs = packs and array.dtype in (np.int8, np.int32)
+        if packs and fits_int4(np.ascontiguousarray(array).view(np.int8)):
+            offset = self.packed.add(array)
+            name = f"{array.dtype}@packed+{offset}"
+            index = self._place(name, str(array.dtype), shape, "weights", offset)
+            self._packed_tensors.add(index)
+            return index
         offset = self.weights.add(array)
         return self._place(f"{array.dtype}@{offset}", str(array.dtype), shape, "weights", offset)
 

@@ -40,9 +40,9 @@ _ITEM_BYTES: dict[DType, int] = {
 
 _MAGIC = b"GFRTPLAN"
 # magic, format, header bytes, plan bytes, sha256 of what follows, sha256 of the weights,
-# weights, arena and workspace bytes, device, capability (2), arch, library id, library,
+# weights, packed, arena and workspace bytes, device, capability (2), arch, library id, library,
 # counts (tensors, steps, args, kernels, inputs, outputs, string bytes), CPU features
-_HEADER = struct.Struct("<8s2IQ32s32s3Q4I72s120s8I")
+_HEADER = struct.Struct("<8s2IQ32s32s4Q4I72s120s8I")
 _HASHED_FROM = 8 + 4 + 4 + 8 + 32
 _TENSOR = struct.Struct("<4I6qQf2iI")  # name, dtype, space, ndim, shape, offset, scale, zp, so, 0
 _STEP = struct.Struct("<4I3I3I2I")  # kernel, label, first arg, args, grid, block, shared, 0
@@ -57,7 +57,7 @@ class PlanTensor:
 
     Attributes:
         name: unique; a trace is keyed by it.
-        space: "arena" (activations, writable) or "weights" (mapped from weights.bin).
+        space: "arena" (activations, writable) or "weights" (read from weights.bin).
         offset: into the space, a multiple of ALIGNMENT.
         scale, zero_point, storage_offset: real = (stored - storage_offset - zero_point) * scale;
             a scale of 0 says that it is not quantized.
@@ -123,6 +123,8 @@ class Plan:
         compute_capability: of the GPU that kernels.cubin was assembled for.
         workspace_bytes: scratch per thread for kernels that allocate within themselves; 0 for
             the project's own schedules, which take their scratch as arguments.
+        packed_bytes: of the weights, how many at their end are int8 that weights.bin holds in four
+            bits each, see `quantize.int4`; loading brings them to their size.
         weights_sha256: of weights.bin.
     """
 
@@ -139,6 +141,7 @@ class Plan:
     arena_bytes: int
     workspace_bytes: int = 0
     weights_bytes: int = 0
+    packed_bytes: int = 0
     weights_sha256: str = hashlib.sha256(b"").hexdigest()
 
 
@@ -178,6 +181,7 @@ def check(plan: Plan) -> None:
         assert step.outputs, step
         assert set(step.outputs) <= set(step.args), step
         assert all(plan.tensors[arg].space == "arena" for arg in step.outputs), step
+    assert 0 <= plan.packed_bytes <= plan.weights_bytes, plan
     assert plan.inputs, "a model needs an input"
     assert plan.outputs, "a model needs an output"
     for io in (*plan.inputs, *plan.outputs):
@@ -237,6 +241,7 @@ def serialize(plan: Plan, *, format_version: int = FORMAT_VERSION) -> bytes:
         bytes(32),
         bytes.fromhex(plan.weights_sha256),
         plan.weights_bytes,
+        plan.packed_bytes,
         plan.arena_bytes,
         plan.workspace_bytes,
         _DEVICES.index(plan.device),
@@ -318,18 +323,19 @@ def parse(data: bytes) -> Plan:
         for r in records(_STEP, 1)
     )
     return Plan(
-        device=_DEVICES[header[9]],
-        arch=_ARCHES[header[12]],
-        library=header[14].rstrip(b"\0").decode(),
-        library_id=header[13].rstrip(b"\0").decode(),
+        device=_DEVICES[header[10]],
+        arch=_ARCHES[header[13]],
+        library=header[15].rstrip(b"\0").decode(),
+        library_id=header[14].rstrip(b"\0").decode(),
         cpu_features=tuple(text(header[-1]).split()),
-        compute_capability=(header[10], header[11]),
+        compute_capability=(header[11], header[12]),
         tensors=tensors,
         steps=steps,
         inputs=tuple(io(r) for r in records(_IO, 4)),
         outputs=tuple(io(r) for r in records(_IO, 5)),
-        arena_bytes=header[7],
-        workspace_bytes=header[8],
+        arena_bytes=header[8],
+        workspace_bytes=header[9],
         weights_bytes=header[6],
+        packed_bytes=header[7],
         weights_sha256=header[5].hex(),
     )

@@ -10,6 +10,7 @@ from gfcompile.compile.passes.expand_layer_norms import expand_layer_norms
 from gfcompile.compile.passes.infer_shapes import check_model
 from gfcompile.compile.passes.quantize_constants import quantize_constants
 from gfcompile.compile.passes.quantize_values import quantize_edges, quantize_values
+from gfcompile.compile.passes.remove_dead_code import remove_dead_code
 from gfcompile.quantize.qparams import QParams
 from gfcompile.runtime.errors import CompileError
 from gfcompile.targets.tflite.results import values_without_scale
@@ -27,6 +28,7 @@ def test_expanded_norm_equals_the_norm_but_for_its_epsilon(shape: tuple[int, ...
     x = 2 + sampled(*shape, seed=2)
     expected = run(model, x)
     assert expand_layer_norms(model)
+    remove_dead_code(model)
     check_model(model)
     assert "LayerNormalization" not in ops(model)
     # The epsilon is a millionth of the variance, of which the root takes a half.
@@ -51,7 +53,9 @@ def test_convolved_filter_equals_the_filter(grid: tuple[int, int]) -> None:
     spectra = np.fft.rfft2(kernel, axes=(0, 1)) * np.fft.rfft2(x.reshape(2, h, w, 3), axes=(1, 2))
     expected = np.fft.irfft2(spectra, s=grid, axes=(1, 2)).reshape(x.shape)
     assert convolve_global_filters(model)
+    remove_dead_code(model)
     check_model(model)
+    assert ops(model)["Conv"] == 1
     np.testing.assert_allclose(run(model, x), expected, rtol=0, atol=1e-5)
 
 
@@ -84,7 +88,7 @@ def test_constants_get_integers_and_the_bias_the_scale_of_the_products() -> None
     model = model_of(GRAPH, **CONSTANTS)
     x = sampled(2, 8)
     exact = run(model, x)
-    quantize_values(model, {name: QParams(0.02, 0) for name in ("l", "g", "y")})
+    quantize_values(model, {name: QParams(0.04, 0) for name in ("l", "g", "y")})
     quantize_constants(model)
     check_model(model)
     dtypes = {
@@ -102,8 +106,8 @@ def test_constants_get_integers_and_the_bias_the_scale_of_the_products() -> None
     np.testing.assert_array_equal(
         bias.const_value.numpy(), CONSTANTS["s"] * weight.const_value.numpy()
     )
-    # Three roundings of half a step, and those of 8 weights and inputs.
-    np.testing.assert_allclose(run(model, x), exact, rtol=0, atol=0.15)
+    # Three roundings of half a step, the others multiplied by at most 2; and 8 inputs' own.
+    np.testing.assert_allclose(run(model, x), exact, rtol=0, atol=0.2)
 
 
 def test_edges_of_a_node_share_a_scale() -> None:

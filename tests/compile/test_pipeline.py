@@ -15,7 +15,9 @@ from gfcompile.compile.bundle import Bundle
 from gfcompile.compile.models.gfnet_specs import GFNetSpec
 from gfcompile.compile.pipeline import CompileConfig, compile_model
 from gfcompile.runtime.errors import UserError
-from gfcompile.runtime.images import Transform, preprocess, stand_in_photos
+from gfcompile.runtime.images import Transform, normalize, preprocess, stand_in_photos
+from gfcompile.targets.target import Gpu
+from gfcompile.targets.tvm.standin.build import build_standin
 from tools import need, need_arm64_sysroot
 
 
@@ -92,6 +94,52 @@ def test_jetson_kernels_are_verified_behind_the_stand_in_driver(
     assert all(kernel["spill_bytes"] == 0 for kernel in bundle.manifest.kernels)
     for name in ("kernels.ptx", "kernels.cubin"):
         assert bundle.manifest.files[name].size_bytes > 0
+
+
+@pytest.mark.slow
+def test_the_jetson_bundle_itself_runs_as_arm64_behind_the_stand_in_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need("qemu-aarch64")
+    need_arm64_sysroot()
+    sources: list[tuple[str, Gpu]] = []
+
+    def remember(source: str, gpu: Gpu, arch: str, folder: Path) -> Path:
+        sources.append((source, gpu))
+        return build_standin(source, gpu, arch, folder)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("gfcompile.compile.verify.build_standin", remember)
+    bundle = compiled(tmp_path, "jetson-tx2", "int8", dump=tmp_path / "dump")
+    ((source, gpu),) = sources
+    driver = build_standin(source, gpu, "aarch64", tmp_path / "driver")
+    pixels = np.fromfile(bundle.path / "golden" / "image.u8", np.uint8).reshape(64, 64, 3)
+    transform = Transform.from_dict(dict(bundle.manifest.transform or {}))
+    image = normalize(pixels, transform)
+    env = {"LD_LIBRARY_PATH": str(driver)}
+    with gfcompile.runtime.load(bundle.path, device="qemu", env=env) as session:
+        logits = session.run(image)
+        assert "cuda" in session.device_name
+    graph = ort.InferenceSession(max((tmp_path / "dump").glob("*.onnx")))
+    (expected,) = graph.run(None, {"image": image})
+    steps = np.abs(logits - expected) / head_scale(bundle)
+    assert steps.max() <= 2
+    assert steps.mean() <= 0.5
+
+
+def head_scale(bundle: Bundle) -> float:
+    """The scale of the head's int8 input."""
+    (entry,) = (e for e in bundle.manifest.ledger if e["stage"] == "artifact")
+    return float(entry["int8"]["logits_step"])
+
+
+@pytest.mark.slow
+def test_gfnet_xs_for_tx2_keeps_its_sizes(tmp_path: Path) -> None:
+    config = CompileConfig(
+        model="gfnet_xs", target="jetson-tx2", precision="int8", output=tmp_path / "out"
+    )
+    bundle = compile_model(config)
+    assert bundle.size_bytes <= 18_000_000
+    assert bundle.manifest.files["libgfnet_xs.so"].size_bytes <= 600_000
 
 
 def test_every_dumped_stage_is_valid_and_runs_in_onnx_runtime(tmp_path: Path) -> None:

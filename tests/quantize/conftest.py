@@ -1,7 +1,10 @@
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 
@@ -32,21 +35,22 @@ class Block(nn.Module):
 
 
 class MiniGfnet(nn.Module):
-    """Every kind of layer of a GFNet pyramid: 24x16 images, 6x4 patches, then 3x2."""
+    """Every kind of layer of a GFNet pyramid, for h x w patches of 4x4 pixels, halved once."""
 
-    def __init__(self) -> None:
+    def __init__(self, h: int = 6, w: int = 4) -> None:
         super().__init__()
+        self.h, self.w = h, w
         self.patch = nn.Conv2d(3, 16, 4, 4)
-        self.first = Block(16, 6, 4)
+        self.first = Block(16, h, w)
         self.down = nn.Conv2d(16, 24, 2, 2)
-        self.second = Block(24, 3, 2)
+        self.second = Block(24, h // 2, w // 2)
         self.norm = nn.LayerNorm(24)
         self.head = nn.Linear(24, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.patch(x).flatten(2).transpose(1, 2)
         x = self.first(x)
-        x = self.down(x.transpose(1, 2).reshape(-1, 16, 6, 4)).flatten(2).transpose(1, 2)
+        x = self.down(x.transpose(1, 2).reshape(-1, 16, self.h, self.w)).flatten(2).transpose(1, 2)
         x = self.second(x)
         return self.head(self.norm(x).mean(1))
 
@@ -66,6 +70,28 @@ MINI_LAYERS = (
 def mini_gfnet() -> nn.Module:
     torch.manual_seed(0)
     return MiniGfnet().eval()
+
+
+@pytest.fixture
+def square_gfnet() -> nn.Module:
+    """The same for 16x16 images."""
+    torch.manual_seed(0)
+    return MiniGfnet(4, 4).eval()
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty-four images of 18x18 pixels in three folders; a class is a direction of stripes."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:18, :18]
+    for label, stripes in enumerate((np.sin(y), np.sin(x), np.sin(x + y))):
+        (folder / f"class{label}").mkdir()
+        for i in range(8):
+            noisy = 128 + 60 * stripes[..., np.newaxis] + rng.normal(0, 20, (18, 18, 3))
+            pixels = np.clip(noisy, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"class{label}" / f"{i}.png")
+    return folder
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from gfcompile.quantize.qparams import (
     dequantize,
     from_range,
     minimize_squared_error,
+    mse_scales,
     quantize,
     symmetric_scales,
 )
@@ -129,3 +130,20 @@ def test_the_search_finds_what_brute_force_over_both_ends_finds() -> None:
 )
 def test_halves_round_to_even_and_the_rest_saturates(value: float, integer: int) -> None:
     assert quantize(np.array([value]), 1.0, 0, ACTIVATION)[0] == integer
+
+
+def test_four_bit_scales_leave_less_error_than_those_that_clip_nothing() -> None:
+    scheme = QuantScheme.with_weight_bits(4).weight
+    weight = np.random.default_rng(0).standard_t(4, (6, 500)).astype(np.float32)
+
+    def error(scales: np.ndarray) -> np.ndarray:
+        column = scales[:, np.newaxis]
+        rounded = dequantize(quantize(weight, column, 0, scheme), column, 0)
+        return np.square(rounded - weight).sum(axis=1)
+
+    widest = symmetric_scales(weight, 0, scheme)
+    best = mse_scales(weight, 0, scheme)
+    assert (error(best) < 0.75 * error(widest)).all()
+    for factor in (0.98, 1.02):
+        assert (error(best) <= 1.02 * error(best * np.float32(factor))).all()
+    assert np.array_equal(mse_scales(np.zeros((2, 3), np.float32), 0, scheme), [2.0**-60] * 2)

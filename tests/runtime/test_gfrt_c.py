@@ -117,7 +117,7 @@ def field(plan: bytes, at: int, layout: str, *values: object) -> bytes:
 def test_each_fault_of_a_plan_is_named(opener: Path, toy: Toy, tmp_path: Path) -> None:
     toy = toy.copy(tmp_path / "toy")
     good = plans.serialize(toy.plan)
-    tensors = 352
+    tensors = 360
     steps = tensors + 88 * len(toy.plan.tensors)
     args = steps + 48 * len(toy.plan.steps)
     arg_count = sum(len(step.args) for step in toy.plan.steps)
@@ -128,13 +128,14 @@ def test_each_fault_of_a_plan_is_named(opener: Path, toy: Toy, tmp_path: Path) -
         (good[:-8], 3, f"{len(good) - 8} bytes instead of {len(good)}"),
         (good[:400] + b"!" + good[401:], 3, "its hash differs"),
         (plans.serialize(toy.plan, format_version=2), 4, "written by a newer gfcompile"),
-        (field(good, 112, "<I", 9), 3, "its header"),
-        (field(good, 124, "<I", 1), 5, "the bundle is for aarch64, this machine is x86_64"),
-        (field(good, 200, "<4s", b"../x"), 3, "the name of its library"),
-        (field(good, 320, "<I", 2**31), 3, "its counts"),
-        (field(good, 320, "<I", 9), 3, "its sections"),
+        (field(good, 120, "<I", 9), 3, "its header"),
+        (field(good, 96, "<Q", 2**39), 3, "its packed weights"),
+        (field(good, 132, "<I", 1), 5, "the bundle is for aarch64, this machine is x86_64"),
+        (field(good, 208, "<4s", b"../x"), 3, "the name of its library"),
+        (field(good, 328, "<I", 2**31), 3, "its counts"),
+        (field(good, 328, "<I", 9), 3, "its sections"),
         (field(good, tensors, "<I", 2**20), 3, "the name of tensor 0"),
-        (field(good, tensors + 4, "<I", 7), 3, "the type of tensor 0"),
+        (field(good, tensors + 4, "<I", 99), 3, "the type of tensor 0"),
         (field(good, tensors + 16, "<q", -1), 3, "the shape of tensor 0"),
         (field(good, tensors + 16, "<2q", 2**39, 2**39), 3, "the shape of tensor 0"),
         (field(good, tensors + 64, "<Q", 8), 3, "the place of tensor 0"),
