@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from gfcompile.targets.onnx_values import VIEWS, constant, dtype_of, is_standard
+from gfcompile.targets.onnx_values import VIEWS, constant, dtype_of, is_standard, scalar_quantization
 from gfcompile.targets.tflite.emitter import integer_weights
 
 # Results that hold the integers of their operands, or none at all.
@@ -65,10 +65,13 @@ def _with_bias(node: ir.Node) -> ir.Value:
 
 
 def _is_quantized(value: ir.Value) -> bool:
-    """Whether a QuantizeLinear alone reads the value."""
+    """Whether a QuantizeLinear alone reads the value, with a scale that its operator can write."""
     readers = value.consumers()
-    return (
-        len(readers) == 1
-        and not value.is_graph_output()
-        and is_standard(readers[0], "QuantizeLinear")
-    )
+    if len(readers) != 1 or value.is_graph_output():
+        return False
+    if not is_standard(readers[0], "QuantizeLinear"):
+        return False
+    node = value.producer()
+    if node is not None and is_standard(node, *PROBABILITIES):
+        return scalar_quantization(readers[0]) == PROBABILITIES[node.op_type]
+    return True
