@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from gfcompile.compile.bundle import Bundle
     from gfcompile.compile.progress import Progress
     from gfcompile.compile.quantization import Quantized
-    from gfcompile.targets.target import Target
+    from gfcompile.targets.target import AnyTarget, Target
 
 _EPILOG = """\
 examples:
@@ -81,7 +81,9 @@ def _compile(options: argparse.Namespace) -> None:
     # Light until it compiles: a mistake in the arguments is answered before torch and TVM load.
     from gfcompile.compile.pipeline import CompileConfig, compile_model
     from gfcompile.compile.progress import ConsoleProgress, SilentProgress
+    from gfcompile.targets.coreml.options import CoremlOptions
     from gfcompile.targets.target import find_target
+    from gfcompile.targets.tflite.options import TfliteOptions
 
     started = time.perf_counter()
     quiet = options.quiet or not _is_first_process()
@@ -93,10 +95,11 @@ def _compile(options: argparse.Namespace) -> None:
         if not _is_first_process():
             return
         options.weight_bits, options.keep_float = 8, []  # as the checkpoint says
+    is_coreml = options.target == "coreml"
     config = CompileConfig(
         model=options.model,
         target=options.target,
-        precision="int8" if options.int8 else "float32",
+        precision=options.precision,
         checkpoint=options.checkpoint,
         image_size=options.image_size,
         num_classes=options.num_classes,
@@ -109,6 +112,15 @@ def _compile(options: argparse.Namespace) -> None:
         dump=options.dump,
         labels=options.labels,
         seed=options.seed,
+        tflite=TfliteOptions(
+            interface=options.interface, input="tensor" if is_coreml else options.input or "tensor"
+        ),
+        coreml=CoremlOptions(
+            ios=options.ios,
+            layout=options.layout,
+            input="tensor" if is_coreml and options.input == "tensor" else "image",
+            license=options.license,
+        ),
         cache=not options.no_cache,
     )
     bundle = compile_model(config, progress)
@@ -120,7 +132,7 @@ def _compile(options: argparse.Namespace) -> None:
         _print_bundle(bundle, find_target(options.target), notes, took)
 
 
-def _print_bundle(bundle: "Bundle", target: "Target", notes: Sequence[str], took: float) -> None:
+def _print_bundle(bundle: "Bundle", target: "AnyTarget", notes: Sequence[str], took: float) -> None:
     manifest = bundle.manifest
     precision = manifest.precision
     print(f"\n{manifest.model} for {target.name}: {target.description}")
@@ -166,9 +178,13 @@ def _print_ledger(ledger: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def _next_step(bundle: "Bundle", target: "Target") -> str:
+def _next_step(bundle: "Bundle", target: "AnyTarget") -> str:
     import platform
 
+    from gfcompile.targets.target import ModelFormat
+
+    if isinstance(target, ModelFormat):
+        return f"gfcompile run {bundle.path} PHOTO"
     if target.gpu is not None:
         name = bundle.path.name
         return f"copy {bundle.path} to the board, and there: {name}/gfbench {name}"
@@ -248,7 +264,6 @@ def _is_first_process() -> bool:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from gfcompile.runtime.images import Transform, preprocess
     from gfcompile.runtime.session import load
 
     results = []
@@ -258,18 +273,20 @@ def _run(options: argparse.Namespace) -> None:
             _complain(f"note: weights are {weights}, the classes mean nothing")
         for image in options.images:
             top = session.classify(image, top=options.top)
-            result = {
+            result: dict[str, Any] = {
                 "image": str(image),
                 "weights": weights,
                 "device": options.device,
                 "top": [{"index": i, "label": label, "probability": p} for i, label, p in top],
             }
-            if options.device == "qemu":
+            if session.stand_in:
+                took = session.stand_in
+                result["stand_in"] = session.stand_in
+            elif options.device == "qemu":
                 took = "under qemu: what the device computes, not how fast"
             else:
                 # The image's own values: what they are can matter to the time, as zeros do.
-                transform = Transform.from_dict(dict(session.manifest.transform or {}))
-                latency = session.benchmark(preprocess(image, transform))
+                latency = session.benchmark(session.encode(image))
                 took = (
                     f"{latency.median_ms:.2f} ms, median of {latency.runs} runs "
                     f"on {_count(options.threads, 'thread')}"
@@ -316,9 +333,9 @@ def _models(options: argparse.Namespace) -> None:
 def _targets(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from gfcompile.targets.target import all_targets, find_target
+    from gfcompile.targets.target import AnyTarget, all_targets, find_target
 
-    targets = list(all_targets())
+    targets: list[AnyTarget] = list(all_targets())
     try:
         targets.insert(0, find_target("host"))
     except UserError as error:  # not a machine that we compile for; the others are listed
@@ -330,7 +347,20 @@ def _targets(options: argparse.Namespace) -> None:
         print(_describe_target(target))
 
 
-def _describe_target(target: "Target") -> str:
+def _describe_target(target: "AnyTarget") -> str:
+    from gfcompile.targets.target import Target
+
+    machine = f"    {_describe_machine(target)}\n" if isinstance(target, Target) else ""
+    return (
+        f"{target.name}\n"
+        f"    {target.description}\n"
+        f"{machine}"
+        f"    --int8: {target.int8_compute};\n"
+        f"            {target.int8_note}"
+    )
+
+
+def _describe_machine(target: "Target") -> str:
     cpu, gpu = target.cpu, target.gpu
     isa = " ".join([cpu.arch, cpu.mcpu, *(f for f in cpu.features if f.startswith("+"))])
     if gpu is not None:
@@ -344,14 +374,7 @@ def _describe_target(target: "Target") -> str:
             f"{cpu.cores} cores at {cpu.clock_ghz:.2f} GHz: fp32 {cpu.fp32_gflops:.0f} GFLOP/s, "
             f"int8 {cpu.int8_gops:.0f} GOP/s each"
         )
-    return (
-        f"{target.name}\n"
-        f"    {target.description}\n"
-        f"    {isa}\n"
-        f"    {peaks}; memory {target.bandwidth_gb_s:.1f} GB/s\n"
-        f"    --int8: {target.int8_compute};\n"
-        f"            {target.int8_note}"
-    )
+    return f"{isa}\n    {peaks}; memory {target.bandwidth_gb_s:.1f} GB/s"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -398,7 +421,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _compile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="one of `gfcompile models`")
     parser.add_argument("--target", required=True, help="one of `gfcompile targets`")
-    parser.add_argument("--int8", action="store_true", help="quantize to int8")
+    precision = parser.add_mutually_exclusive_group()
+    for flag, value, text in (
+        ("--int8", "int8", "quantize to int8"),
+        ("--fp16", "float16", "store weights as float16 (model formats; coreml's default)"),
+        ("--fp32", "float32", "store and compute in float32 (the default but for coreml)"),
+    ):
+        precision.add_argument(flag, dest="precision", action="store_const", const=value, help=text)
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="trained weights (default: random)"
     )
@@ -429,6 +458,34 @@ def _compile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write each stage's ONNX there")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="class names, one per line")
+    tflite = parser.add_argument_group("tflite")
+    tflite.add_argument(
+        "--interface",
+        choices=("float32", "int8", "uint8"),
+        default="float32",
+        help="dtype of input and output; the integer ones go with --int8 (default: float32)",
+    )
+    tflite.add_argument(
+        "--input",
+        choices=("tensor", "uint8-image"),
+        help="uint8-image: the model takes pixels and normalizes them (default: tensor; for "
+        "coreml uint8-image)",
+    )
+    coreml = parser.add_argument_group("coreml")
+    coreml.add_argument(
+        "--ios",
+        type=int,
+        choices=(15, 16, 17, 18),
+        default=17,
+        help="the oldest system that is to load the package, or its macOS (default: 17)",
+    )
+    coreml.add_argument(
+        "--layout",
+        choices=("ane", "plain"),
+        default="ane",
+        help="ane: channels first, as the Neural Engine likes it; plain: as the graph is",
+    )
+    coreml.add_argument("--license", default="", metavar="TEXT", help="for the licence field")
     parser.add_argument("--no-cache", action="store_true", help="build everything, keep nothing")
     parser.add_argument("--quiet", action="store_true", help="print only the bundle's path")
     add_quantization_arguments(parser)

@@ -42,6 +42,7 @@ class Int8Agreement:
             `logits_step`, the scale of the activation that the last product reads.
         own_max_steps, own_mean_steps: the same between ONNX Runtime with and without its
             optimizations; 0 where it was not needed.
+        logits_limit: what logits may differ by, in steps, where that does not tell it.
     """
 
     tensors: int
@@ -53,13 +54,20 @@ class Int8Agreement:
     logits_mean_steps: float
     own_max_steps: float = 0.0
     own_mean_steps: float = 0.0
+    logits_limit: float = MAX_LOGIT_STEPS
 
     @property
     def logits_agree(self) -> bool:
         """Whether the logits are as close as rounding ties leave them."""
-        return self.logits_max_steps <= max(
-            MAX_LOGIT_STEPS, SPREAD * self.own_max_steps
-        ) and self.logits_mean_steps <= max(MEAN_LOGIT_STEPS, SPREAD * self.own_mean_steps)
+        mean_limit = MEAN_LOGIT_STEPS / MAX_LOGIT_STEPS * self.logits_limit
+        return self.logits_max_steps <= self.logits_margin and self.logits_mean_steps <= max(
+            mean_limit, SPREAD * self.own_mean_steps
+        )
+
+    @property
+    def logits_margin(self) -> float:
+        """How many steps a logit may have moved."""
+        return max(self.logits_limit, SPREAD * self.own_max_steps)
 
     def with_own_spread(self, one: Sequence[Array], other: Sequence[Array]) -> "Int8Agreement":
         """This, knowing the logits of two evaluations of the graph itself."""
@@ -133,6 +141,7 @@ def compare_int8(
     actual_logits: Sequence[Array],
     *,
     logits_step: float,
+    logits_limit: float = MAX_LOGIT_STEPS,
 ) -> Int8Agreement:
     """Agreement of an artifact with its QDQ graph over the images of both sequences.
 
@@ -140,7 +149,7 @@ def compare_int8(
         reference, actual: per image, int8 activations by name: what the graph makes of the
             artifact's inputs, and what the artifact made of them.
         reference_logits, actual_logits: per image, end to end.
-        logits_step: see `Int8Agreement`.
+        logits_step, logits_limit: see `Int8Agreement`.
     """
     values = unequal = max_steps = 0
     names: set[str] = set()
@@ -162,14 +171,24 @@ def compare_int8(
         logits_step=logits_step,
         logits_max_steps=float(steps.max()),
         logits_mean_steps=float(steps.mean()),
+        logits_limit=logits_limit,
     )
 
 
-def demand(entry: LedgerEntry, reference: Sequence[Array], actual: Sequence[Array]) -> None:
+def demand(
+    entry: LedgerEntry,
+    reference: Sequence[Array],
+    actual: Sequence[Array],
+    *,
+    min_equal: float = MIN_EQUAL_ACTIVATIONS,
+) -> None:
     """Checks that an artifact computes what its graph says.
 
     Where another patch was kept, logits are those of other patches, and only what each kernel
     computed is held against the graph.
+
+    Args:
+        min_equal: the share of int8 activations that must be equal.
 
     Raises:
         CompileError: it is further from it than rounding explains.
@@ -186,7 +205,7 @@ def demand(entry: LedgerEntry, reference: Sequence[Array], actual: Sequence[Arra
         margin = entry.tolerance
     else:
         int8 = entry.int8
-        if int8.equal < MIN_EQUAL_ACTIVATIONS or int8.max_steps > MAX_ACTIVATION_STEPS:
+        if int8.equal < min_equal or int8.max_steps > MAX_ACTIVATION_STEPS:
             raise CompileError(
                 f"{what}: {int8.equal:.2%} of {int8.values} int8 activations are equal and the "
                 f"worst is {int8.max_steps} steps off; please report this"
@@ -196,7 +215,7 @@ def demand(entry: LedgerEntry, reference: Sequence[Array], actual: Sequence[Arra
                 f"{what} by {int8.logits_max_steps:.2f} int8 steps at the logits "
                 f"({int8.logits_mean_steps:.2f} on average); please report this"
             )
-        margin = int8.logits_step * max(MAX_LOGIT_STEPS, SPREAD * int8.own_max_steps)
+        margin = int8.logits_step * int8.logits_margin
     if not same_tokens:
         return
     for wanted, got in zip(np.concatenate(reference), np.concatenate(actual), strict=True):

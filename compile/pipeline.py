@@ -1,8 +1,8 @@
 """The stages in order: from what was asked for to a bundle."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,10 +18,17 @@ from gfcompile.compile.bundle import (
     write_bundle,
 )
 from gfcompile.compile.cache import Cache, open_cache, toolchain
+from gfcompile.compile.emission import (
+    Emission,
+    EmissionRequest,
+    Golden,
+    Pruning,
+    RequestedPrecision,
+)
 from gfcompile.compile.models import KeepRatio, LoadedModel, load_model, model_spec
 from gfcompile.compile.progress import Progress, SilentProgress
 from gfcompile.quantize import QuantScheme, is_quantized
-from gfcompile.runtime.bundle import Manifest, Precision, TensorSpec
+from gfcompile.runtime.bundle import Manifest, Precision
 from gfcompile.runtime.errors import UserError
 from gfcompile.runtime.images import (
     Transform,
@@ -31,8 +38,10 @@ from gfcompile.runtime.images import (
     open_image,
     stand_in_photos,
 )
+from gfcompile.targets.coreml.options import CoremlOptions
 from gfcompile.targets.spectral import choose_form
-from gfcompile.targets.target import Target, find_target
+from gfcompile.targets.target import AnyTarget, ModelFormat, Target, find_target
+from gfcompile.targets.tflite.options import TfliteOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,7 +61,9 @@ class CompileConfig:
     Attributes:
         model: a name of the zoo (`gfcompile models`), or, for a module of one's own, any name.
         target: a name that `gfcompile targets` lists.
-        precision: int8 quantizes weights and activations of every product.
+        precision: int8 quantizes weights and activations of every product; float16 stores weights
+            in half precision, for model formats alone; None is float16 for Core ML, float32
+            elsewhere.
         checkpoint: trained weights; None for random ones drawn from `seed`. A quantized checkpoint
             brings its scales along.
         image_size, num_classes: None for those of the checkpoint, or as published.
@@ -64,12 +75,14 @@ class CompileConfig:
         output: the bundle's folder; None for one named after model, target and precision.
         dump: a folder for the graph after each stage, as ONNX files.
         labels: a text file with one class name per line, copied into the bundle.
+        tflite: for targets of the TFLite emitter.
+        coreml: for the target of the Core ML emitter.
         cache: whether to keep and reuse results in the user's cache.
     """
 
     model: str
     target: str
-    precision: Literal["float32", "int8"] = "float32"
+    precision: RequestedPrecision | None = None
     checkpoint: Path | None = None
     image_size: int | None = None
     num_classes: int | None = None
@@ -82,6 +95,8 @@ class CompileConfig:
     dump: Path | None = None
     labels: Path | None = None
     seed: int = 0
+    tflite: TfliteOptions = field(default_factory=TfliteOptions)
+    coreml: CoremlOptions = field(default_factory=CoremlOptions)
     cache: bool = True
 
 
@@ -106,7 +121,7 @@ def compile_model(
     progress = progress or SilentProgress()
     target = find_target(config.target)
     job = _Job(config=config, target=target, progress=progress, module=module)
-    output = config.output or default_output(config.model, target.name, config.precision)
+    output = config.output or default_output(config.model, target.name, job.precision)
     check_output(output)
     job.check()
     with open_cache(enabled=config.cache, note=progress.note) as cache:
@@ -123,19 +138,18 @@ def compile_model(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Golden:
-    """The inputs that the ledger is taken over."""
-
-    pixels: Sequence[npt.NDArray[np.uint8]]  # (H, W, 3) each
-    inputs: Sequence[npt.NDArray[np.float32]]  # (1, 3, H, W) each
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Job:
     config: CompileConfig
-    target: Target
+    target: AnyTarget
     progress: Progress
     module: "nn.Module | None"
+
+    @property
+    def precision(self) -> RequestedPrecision:
+        if self.config.precision is not None:
+            return self.config.precision
+        is_coreml = isinstance(self.target, ModelFormat) and self.target.emitter == "coreml"
+        return "float16" if is_coreml else "float32"
 
     def check(self) -> None:
         """Says early what would fail late.
@@ -156,20 +170,21 @@ class _Job:
                 f"--fft native: {self.target.name} has no FFT of its own; "
                 "choose auto, dft or circular"
             )
+        self.check_emitter()
         if config.checkpoint is not None and not config.checkpoint.is_file():
             raise UserError(f"{config.checkpoint}: no such checkpoint file")
         if config.labels is not None and not config.labels.is_file():
             raise UserError(f"{config.labels}: no such file of labels")
         if config.calibration_data is not None:
-            if config.precision != "int8":
+            if self.precision != "int8":
                 raise UserError("--calibration-data is for --int8; add it or leave this out")
             self.calibration_files()
         default = (config.weight_bits, config.keep_float) == (8, ())
-        if config.precision != "int8" and not default:
+        if self.precision != "int8" and not default:
             raise UserError("--weight-bits and --keep-float are for --int8")
         QuantScheme.with_weight_bits(config.weight_bits)
         if self.is_quantized:
-            if config.precision != "int8":
+            if self.precision != "int8":
                 raise UserError(f"{config.checkpoint} is a quantized checkpoint: add --int8")
             if config.calibration_data is not None or not default:
                 raise UserError(
@@ -185,7 +200,32 @@ class _Job:
     @property
     def is_calibrated(self) -> bool:
         """Whether scales come from images."""
-        return self.config.precision == "int8" and not self.is_quantized
+        return self.precision == "int8" and not self.is_quantized
+
+    def check_emitter(self) -> None:
+        """Says early what the target's emitter cannot do.
+
+        Raises:
+            UserError: see `compile_model`.
+        """
+        config, target = self.config, self.target
+        if isinstance(target, Target):
+            if self.precision == "float16":
+                raise UserError(
+                    f"--fp16 is for model formats such as tflite; {target.name} has float32 and "
+                    "--int8"
+                )
+        elif target.integer_only and self.precision != "int8":
+            raise UserError(f"{target.name} takes integer operators alone: add --int8")
+        if config.tflite != TfliteOptions():
+            if isinstance(target, Target) or target.emitter != "tflite":
+                raise UserError(f"--interface and --input are for tflite, not for {target.name}")
+            if config.tflite.interface != "float32" and self.precision != "int8":
+                raise UserError(f"--interface {config.tflite.interface} needs --int8")
+        if config.coreml != CoremlOptions() and (
+            isinstance(target, Target) or target.emitter != "coreml"
+        ):
+            raise UserError(f"--ios, --layout and --license are for coreml, not for {target.name}")
 
     def key(self) -> Mapping[str, object]:
         """All that the bundle depends on."""
@@ -194,6 +234,8 @@ class _Job:
             "fft": self.config.fft,
             "target": self.target,
             "labels": self.config.labels,
+            "precision": self.precision,
+            "options": [self.config.tflite, self.config.coreml],
         }
 
     def graph_key(self, loaded: "_Loaded") -> Mapping[str, object]:
@@ -208,7 +250,7 @@ class _Job:
         config = self.config
         return {
             "model": config.model,
-            "precision": config.precision,
+            "int8": self.precision == "int8",
             "checkpoint": config.checkpoint,
             "image_size": config.image_size,
             "num_classes": config.num_classes,
@@ -238,6 +280,13 @@ class _Job:
             )
         stride = math.ceil(len(files) / MAX_CALIBRATION_IMAGES)
         return files[::stride]
+
+    def calibration(self, loaded: "_Loaded") -> list[npt.NDArray[np.float32]]:
+        """Inputs of the graph, (1, 3, H, W) each, to calibrate with."""
+        return [
+            normalize(crop(open_image(path), loaded.transform), loaded.transform)
+            for path in self.calibration_files()
+        ]
 
     def keep(self, folder: Path, cache: Cache) -> None:
         self.write(folder / "bundle", cache)
@@ -276,6 +325,7 @@ class _Job:
             keep_ratio=config.keep_ratio,
             seed=config.seed,
         )
+        kept = model.spec.kept_patches
         return _Loaded(
             module=model.module,
             transform=model.transform,
@@ -283,11 +333,10 @@ class _Job:
             is_random=model.is_random,
             filters=model.spec.filters,
             float_layers=model.spec.float_layers,
-            kept_patches=model.spec.kept_patches,
-            chooses_anew=model.spec.chooses_anew,
+            pruning=Pruning(kept=kept, chosen_anew=model.spec.chooses_anew) if kept else None,
         )
 
-    def graph(self, loaded: "_Loaded", golden: _Golden) -> "Graph":
+    def graph(self, loaded: "_Loaded", golden: Golden) -> "Graph":
         from gfcompile.compile.graph import build_graph
         from gfcompile.compile.quantization import calibrate_model
         from gfcompile.quantize import load_quantized
@@ -299,13 +348,9 @@ class _Job:
             if self.is_quantized:
                 assert config.checkpoint is not None
                 return load_quantized(config.checkpoint, module, torch.from_numpy(golden.inputs[0]))
-            images = [
-                normalize(crop(open_image(path), loaded.transform), loaded.transform)
-                for path in self.calibration_files()
-            ]
             return calibrate_model(
                 module,
-                images,
+                self.calibration(loaded),
                 weight_bits=config.weight_bits,
                 keep_float=(*loaded.float_layers, *config.keep_float),
             )
@@ -314,86 +359,86 @@ class _Job:
         return build_graph(
             loaded.module,
             golden.inputs,
-            quantize=quantize if self.config.precision == "int8" else None,
+            quantize=quantize if self.precision == "int8" else None,
             fft=self.config.fft,
             choose_form=lambda h, w, c: choose_form(self.target, h, w, c),
             progress=self.progress,
             on_stage=dump,
         )
 
-    def emit(self, loaded: "_Loaded", graph: "Graph", golden: _Golden, folder: Path) -> Manifest:
+    def emit(self, loaded: "_Loaded", graph: "Graph", golden: Golden, folder: Path) -> Manifest:
         """Fills the bundle's folder, verifies what was made, and describes it."""
-        from gfcompile.compile.verify import Pruning, verify
-        from gfcompile.targets.tvm.emit import emit
-        from gfcompile.targets.tvm.partition import partition
-
         config, target = self.config, self.target
-        with self.progress.stage("compile the kernels"):
-            program = partition(graph.model)
-            library = f"lib{config.model}.so"
-            artifact = emit(
-                program,
-                target,
-                folder,
-                library=library,
-                mean=loaded.transform.mean,
-                std=loaded.transform.std,
-            )
-        pruning = None
-        if loaded.kept_patches:
-            pruning = Pruning(kept=loaded.kept_patches, chosen_anew=loaded.chooses_anew)
-        with self.progress.stage("verify the artifact"):
-            entry, notes = verify(
-                graph.model, program, artifact, target, folder, golden.inputs, pruning
-            )
-        if program.unscheduled:
-            operators = ", ".join(program.unscheduled)
-            notes.append(
-                f"{operators}: some have no schedule of gfcompile's own yet and run several times "
-                "slower than they could"
-            )
-        inputs = [program.tensors[name] for name in program.inputs]
-        outputs = [program.tensors[name] for name in program.outputs]
-        self.write_golden(graph, golden, folder)
+        labels: list[str] = []
         if config.labels is not None:
-            labels = _read_labels(config.labels, outputs[0].shape[-1])
+            classes = graph.model.graph.outputs[0].shape
+            assert classes is not None
+            labels = _read_labels(config.labels, int(classes.numpy()[-1]))
             (folder / "labels.txt").write_text("\n".join(labels) + "\n", encoding="utf-8")
-        int8 = config.precision == "int8"
+        emission = self.emission(
+            EmissionRequest(
+                model=config.model,
+                precision=self.precision,
+                weights=loaded.weights,
+                graph=graph,
+                transform=loaded.transform,
+                golden=golden,
+                calibration=lambda: self.calibration(loaded),
+                labels=labels,
+                folder=folder,
+                progress=self.progress,
+                pruning=loaded.pruning,
+            )
+        )
+        self.write_golden(graph, golden, folder)
         return Manifest(
             created_by=f"gfcompile {gfcompile.__version__}",
             model=config.model,
             target=target.name,
+            kind=emission.kind,
             precision=Precision(
-                requested=config.precision,
-                storage=_storage(graph, artifact.plan.packed_bytes) if int8 else "float32",
-                compute=target.int8_compute if int8 else "float32",
+                requested=self.precision, storage=emission.storage, compute=emission.compute
             ),
-            arch=target.cpu.arch,
-            inputs=tuple(TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in inputs),
-            outputs=tuple(TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in outputs),
+            arch=emission.arch,
+            inputs=emission.inputs,
+            outputs=emission.outputs,
             weights=loaded.weights,
-            device=artifact.plan.device,
-            library=library,
-            cpu_features=artifact.plan.cpu_features,
-            compute_capability=target.gpu.compute_capability if target.gpu else None,
+            device=emission.device,
+            library=emission.library,
+            cpu_features=emission.cpu_features,
+            compute_capability=emission.compute_capability,
             transform=loaded.transform.to_dict(),
-            notes=(*self.notes(loaded, graph), *notes),
-            ledger=(*graph.ledger, *([entry.to_dict()] if entry is not None else [])),
+            notes=(*self.notes(loaded, graph), *emission.notes),
+            ledger=(*graph.ledger, *(entry.to_dict() for entry in emission.ledger)),
             filters=tuple(graph.filters),
-            kernels=artifact.kernels,
+            kernels=emission.kernels,
             versions=dict(toolchain()),
             extra={
-                "mcpu": target.cpu.mcpu,
-                "qemu_cpu": target.cpu.qemu_cpu,
                 "scheme": graph.scheme,
                 "layers": graph.layers,
                 "kept_float": graph.kept_float,
-                "arena_bytes": artifact.arena.size_bytes,
-                "arena_lower_bound_bytes": artifact.arena.lower_bound_bytes,
                 "calibration_images": graph.calibration_images,
                 "training": graph.training,
+                **emission.extra,
             },
         )
+
+    def emission(self, request: EmissionRequest) -> Emission:
+        """What the target's emitter makes; each brings packages that the others do without."""
+        target = self.target
+        if isinstance(target, Target):
+            from gfcompile.compile.emitters.tvm import emit_plan
+
+            return emit_plan(request, target)
+        if target.emitter == "tflite":
+            from gfcompile.compile.emitters.tflite import emit_tflite
+
+            return emit_tflite(request, target, self.config.tflite)
+        if target.emitter == "coreml":
+            from gfcompile.compile.emitters.coreml import emit_coreml
+
+            return emit_coreml(request, self.config.coreml)
+        raise AssertionError(f"no emitter is called {target.emitter}")
 
     def notes(self, loaded: "_Loaded", graph: "Graph") -> list[str]:
         """What is not as the user might think."""
@@ -404,7 +449,7 @@ class _Job:
                 f"weights are {loaded.weights}: speed and size are real, classes mean nothing; "
                 "give --checkpoint"
             )
-        if config.precision == "int8":
+        if self.precision == "int8":
             if graph.training:
                 notes.append(
                     f"from a quantized checkpoint: epochs of training {graph.training['epochs']}, "
@@ -421,7 +466,7 @@ class _Job:
                 notes.append(f"kept in float: {names}")
         return notes
 
-    def write_golden(self, graph: "Graph", golden: _Golden, folder: Path) -> None:
+    def write_golden(self, graph: "Graph", golden: Golden, folder: Path) -> None:
         """One golden input, as pixels, and its logits by the graph in ONNX Runtime."""
         from gfcompile.compile.graph import run
 
@@ -440,8 +485,7 @@ class _Loaded:
     is_random: bool
     filters: tuple[tuple[int, int, int], ...] = ()
     float_layers: tuple[str, ...] = ()
-    kept_patches: tuple[int, ...] = ()
-    chooses_anew: bool = False
+    pruning: Pruning | None = None
 
 
 class _Dump:
@@ -461,22 +505,10 @@ class _Dump:
         self.count += 1
 
 
-def _golden(transform: Transform) -> _Golden:
+def _golden(transform: Transform) -> Golden:
     photos = [open_image(path) for path in stand_in_photos()[:GOLDEN_IMAGES]]
     pixels = [crop(photo, transform) for photo in photos]
-    return _Golden(pixels=pixels, inputs=[normalize(image, transform) for image in pixels])
-
-
-def _storage(graph: "Graph", packed_bytes: int) -> str:
-    """What an int8 bundle holds."""
-    four_bits = graph.scheme["weight"]["high"] <= 7
-    if four_bits and packed_bytes:
-        weights = "int4 weights (expanded to int8 when loaded), int8 activations"
-    elif four_bits:
-        weights = "weights of 4 bits as int8, int8 activations"
-    else:
-        weights = "int8 products"
-    return f"{weights}, float16 filters"
+    return Golden(pixels=pixels, inputs=[normalize(image, transform) for image in pixels])
 
 
 def _read_labels(path: Path, classes: int) -> list[str]:

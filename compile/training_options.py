@@ -103,7 +103,7 @@ def check_training_arguments(options: argparse.Namespace) -> None:
             if getattr(options, name) is not None:
                 flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
                 raise UserError(f"{flag} is for --train-data; add it")
-    elif not getattr(options, "int8", True):
+    elif getattr(options, "precision", "int8") != "int8":
         raise UserError("--train-data trains for --int8; add it")
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from gfcompile.compile.emission import Pruning
 from gfcompile.compile.graph import run
 from gfcompile.compile.ledger import LedgerEntry, compare, compare_int8, demand
 from gfcompile.compile.trace import INPUT, rounding_tolerance, session
@@ -39,14 +40,6 @@ from gfcompile.targets.tvm.plan import serialize
 from gfcompile.targets.tvm.standin.build import build_standin
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pruning:
-    """How a model prunes: patches kept per stage; see `kept_patches.places_in_grid`."""
-
-    kept: tuple[int, ...]
-    chosen_anew: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +77,15 @@ def verify(
             entry = _verify_at(place, model, program, list(images[: place.images]), pruning)
     except DeviceError as error:
         return None, [f"the artifact was not verified on this machine: {error}"]
+    return entry, notes_on_patches(entry)
+
+
+def notes_on_patches(entry: LedgerEntry) -> list[str]:
+    """What is to be told if an artifact keeps other patches than its graph."""
     if all(share == 1.0 for share in entry.tokens_kept):
-        return entry, []
+        return []
     shares = ", ".join(f"{share:.1%}" for share in entry.tokens_kept)
-    return entry, [f"of the patches that its graph keeps, the artifact keeps {shares} per stage"]
+    return [f"of the patches that its graph keeps, the artifact keeps {shares} per stage"]
 
 
 def _verify_at(
@@ -117,7 +115,7 @@ def _verify_at(
     traces = [_values(program, records) for records in result.trace]
     agreement = None
     if int8:
-        wanted = _recompute(model, traces, images)
+        wanted = recompute(model, traces, images)
         got = [{name: trace[name] for name in wanted[0]} for trace in traces]
         agreement = compare_int8(wanted, got, expected, actual, logits_step=_last_scale(program))
         if not agreement.logits_agree:
@@ -222,19 +220,37 @@ def _tokens_kept(
     pruning: Pruning,
 ) -> tuple[float, ...]:
     """The share of kept patches that the graph and its artifact have in common, per stage."""
-    watched = model.clone()
+    chosen = [
+        [trace[s.tensor][:, s.leading :] - s.offset for s in program.selections] for trace in traces
+    ]
     names = [selection.graph_value for selection in program.selections]
+    return patches_in_common(model, names, chosen, images, pruning)
+
+
+def patches_in_common(
+    model: ir.Model,
+    names: Sequence[str],
+    chosen: Sequence[Sequence[Array]],
+    images: Sequence[Array],
+    pruning: Pruning,
+) -> tuple[float, ...]:
+    """The share of the patches that `model` keeps which an artifact has chosen too, per stage.
+
+    Args:
+        names: the values of the graph that say which patches stay.
+        chosen: for each image, what the artifact has for these values.
+    """
+    watched = model.clone()
     for value in [output for node in watched.graph for output in node.outputs]:
         if value.name in names:
             watched.graph.outputs.append(value)
     runner = session(watched)
     shares = []
-    for trace, image in zip(traces, images, strict=True):
-        wanted = [np.asarray(array) for array in runner.run(names, {INPUT: image})]
-        got = [trace[s.tensor][:, s.leading :] - s.offset for s in program.selections]
+    for got, image in zip(chosen, images, strict=True):
+        wanted = [np.asarray(array) for array in runner.run(list(names), {INPUT: image})]
         places = (
-            places_in_grid(chosen, pruning.kept, chosen_anew=pruning.chosen_anew)
-            for chosen in (wanted, got)
+            places_in_grid(places, pruning.kept, chosen_anew=pruning.chosen_anew)
+            for places in (wanted, got)
         )
         shares.append([overlap(a, b) for a, b in zip(*places, strict=True)])
     return tuple(float(share) for share in np.mean(shares, axis=0))
@@ -250,7 +266,7 @@ def _last_scale(program: Program) -> float:
     return scales[-1]
 
 
-def _recompute(
+def recompute(
     model: ir.Model, traces: Sequence[Mapping[str, Array]], images: Sequence[Array]
 ) -> list[dict[str, Array]]:
     """The int8 activations that the graph computes, each from what the artifact had before it.

@@ -31,13 +31,20 @@ class Precision:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """An input or output: real value = (stored - zero_point) * scale where scale is not 0."""
+    """An input or output: real value = (stored - zero_point) * scale where scale is not 0.
+
+    Attributes:
+        layout: order of an image's axes.
+        pixels: it takes an image's pixels as they are; otherwise normalized.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     scale: float = 0.0
     zero_point: int = 0
+    layout: Literal["nchw", "nhwc"] = "nchw"
+    pixels: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +52,10 @@ class Manifest:
     """manifest.json: a typed core, and `extra` for whatever else a stage has to say.
 
     Attributes:
-        kind: which runtime runs it: "gfrt" is the C runtime of this project.
+        kind: which runtime runs it: "gfrt" is the C runtime of this project, "tflite" is LiteRT.
         device: where the kernels run.
         arch: of the library, as `uname -m` says it; "any" where there is none.
-        library: file name of the library, for kind "gfrt".
+        library: file name of the library (kind "gfrt") or of the model ("tflite", "coreml").
         cpu_features: what the kernels need of the CPU, as /proc/cpuinfo spells it.
         compute_capability: of the GPU that the kernels were assembled for.
         transform: how an image becomes the input (`Transform.to_dict`).

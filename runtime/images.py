@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 import numpy as np
 import numpy.typing as npt
 
+from gfcompile.runtime.bundle import TensorSpec
 from gfcompile.runtime.errors import BundleError, UserError
 
 if TYPE_CHECKING:
@@ -175,13 +176,53 @@ def preprocess(image: "Path | str | Image.Image", transform: Transform) -> npt.N
     Raises:
         UserError: as `open_image` and `crop`.
     """
+    return normalize(cropped(image, transform), transform)
+
+
+def cropped(image: "Path | str | Image.Image", transform: Transform) -> npt.NDArray[np.uint8]:
+    """The pixels of an image file or a PIL image that the model sees, (H, W, 3).
+
+    Raises:
+        UserError: as `open_image` and `crop`.
+    """
     if not isinstance(image, str | Path):
-        return normalize(crop(to_rgb(image), transform), transform)
+        return crop(to_rgb(image), transform)
     opened = open_image(image)
     try:
-        return normalize(crop(opened, transform), transform)
+        return crop(opened, transform)
     except UserError as error:
         raise UserError(f"{image}: {error}") from None
+
+
+def encode(
+    pixels: npt.NDArray[np.uint8], transform: Transform, spec: TensorSpec
+) -> npt.NDArray[Any]:
+    """What the input `spec` takes for pixels HWC or NHWC: its layout, its dtype, its scale."""
+    if pixels.ndim == 3:
+        pixels = pixels[np.newaxis]
+    if spec.pixels:
+        return pixels
+    values = normalize(pixels, transform)
+    if spec.layout == "nhwc":
+        values = np.ascontiguousarray(values.transpose(0, 2, 3, 1))
+    return quantize(values, spec)
+
+
+def quantize(values: npt.NDArray[np.float32], spec: TensorSpec) -> npt.NDArray[Any]:
+    """Real values as `spec` stores them: rint(value / scale) + zero_point, saturated."""
+    if not spec.scale:
+        return values
+    limits = np.iinfo(spec.dtype)
+    stored = np.rint(values / np.float32(spec.scale)) + np.float32(spec.zero_point)
+    return np.asarray(np.clip(stored, limits.min, limits.max), spec.dtype)
+
+
+def dequantize(values: npt.NDArray[Any], spec: TensorSpec) -> npt.NDArray[np.float32]:
+    """The real values that `spec` stores as `values`."""
+    if not spec.scale:
+        return np.asarray(values, np.float32)
+    shifted: npt.NDArray[np.float32] = values.astype(np.float32) - np.float32(spec.zero_point)
+    return shifted * np.float32(spec.scale)
 
 
 def stand_in_photos() -> list[Path]:

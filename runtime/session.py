@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from gfcompile.runtime import images
 from gfcompile.runtime.bench import BenchResult, qemu_command, run_bench
 from gfcompile.runtime.bundle import Manifest, TensorSpec, check_bundle
 from gfcompile.runtime.device import gfrt
 from gfcompile.runtime.device.gfrt import StepProfile, TensorInfo, TraceRecord
+from gfcompile.runtime.engine import Engine, Latency, measure
+from gfcompile.runtime.engines import find_opener
 from gfcompile.runtime.errors import BundleError, DeviceError, UserError
 from gfcompile.runtime.trace import logical_values
 
@@ -21,16 +23,6 @@ if TYPE_CHECKING:
 
 Device = Literal["local", "process", "qemu"]
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Latency:
-    """Time of one inference, from input to output."""
-
-    median_ms: float
-    min_ms: float
-    p90_ms: float
-    runs: int
 
 
 class Session:
@@ -43,9 +35,7 @@ class Session:
         threads: that the kernels run on; 0 is one for each CPU.
     """
 
-    def __init__(
-        self, bundle: Path, manifest: Manifest, engine: "_Local | _Process", threads: int
-    ) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, engine: "Engine", threads: int) -> None:
         self.manifest = manifest
         self.inputs: tuple[TensorSpec, ...] = manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = manifest.outputs
@@ -56,6 +46,11 @@ class Session:
     @property
     def device_name(self) -> str:
         return self._engine.device_name
+
+    @property
+    def stand_in(self) -> str:
+        """What stands in for the device's own runtime, in words; empty where nothing does."""
+        return self._engine.stand_in
 
     def run(self, array: Array) -> Array:
         """The first output; `array` may hold several batches, one after the other."""
@@ -78,25 +73,25 @@ class Session:
 
         The image is a file, a PIL image, or uint8 pixels (H, W, 3) that were already cropped.
         """
-        from gfcompile.runtime import images
-
-        if self.manifest.transform is None:
-            raise BundleError("the bundle does not say how an image becomes its input")
-        transform = images.Transform.from_dict(dict(self.manifest.transform))
-        if isinstance(image, np.ndarray):
-            values = images.normalize(image, transform)
-        else:
-            values = images.preprocess(image, transform)
+        logits = images.dequantize(self.run(self.encode(image)), self.outputs[0])
         labels = gfrt.read_labels(str(self._bundle))
         return [
             (index, labels[index] if index < len(labels) else f"class {index}", probability)
-            for index, probability in gfrt.top_classes(self.run(values), top)
+            for index, probability in gfrt.top_classes(logits, top)
         ]
+
+    def encode(self, image: "str | Path | Image.Image | npt.NDArray[np.uint8]") -> Array:
+        """What the model takes for an image (see `classify`): its input's shape and dtype."""
+        if self.manifest.transform is None:
+            raise BundleError("the bundle does not say how an image becomes its input")
+        transform = images.Transform.from_dict(dict(self.manifest.transform))
+        pixels = image if isinstance(image, np.ndarray) else images.cropped(image, transform)
+        return images.encode(pixels, transform, self.inputs[0])
 
     def trace(self, array: Array) -> dict[str, Array]:
         """Every tensor that a step writes, by name; int8 as the graph has it.
 
-        Several batches come one after the other, along the first axis.
+        Several batches come one after the other, along the first axis. For bundles of kind "gfrt".
         """
         runs = self._engine.trace(self._batches(array))
         values = [{r.tensor.name: logical_values(r) for r in records} for records in runs]
@@ -168,7 +163,9 @@ def load(
     folder = Path(bundle)
     manifest = check_bundle(folder, local=device != "qemu")
     if manifest.kind != "gfrt":
-        raise BundleError(f"a bundle of kind {manifest.kind!r} does not run on this machine")
+        if device != "local":
+            raise DeviceError(f"bundles of kind {manifest.kind!r} run with --device local alone")
+        return Session(folder, manifest, _format_engine(folder, manifest, threads), threads)
     if device == "local":
         return Session(folder, manifest, _Local(folder, threads), threads)
     prefix: list[str] = []
@@ -181,8 +178,22 @@ def load(
     return Session(folder, manifest, _Process(folder, manifest, prefix, env, threads), threads)
 
 
+def _format_engine(folder: Path, manifest: Manifest, threads: int) -> "Engine":
+    """What runs a model file of others on this machine."""
+    if manifest.kind == "tflite":
+        from gfcompile.runtime.tflite import TfliteEngine
+
+        return TfliteEngine(folder / manifest.library, threads)
+    opener = find_opener(manifest.kind)
+    if opener is None:
+        raise BundleError(f"a bundle of kind {manifest.kind!r} does not run on this machine")
+    return opener(folder, manifest, threads)
+
+
 class _Local:
     """The bundle's library in this process, through gfrt.py."""
+
+    stand_in = ""
 
     def __init__(self, bundle: Path, threads: int) -> None:
         try:
@@ -226,21 +237,7 @@ class _Local:
         return steps
 
     def benchmark(self, batch: Array, runs: int, warmup: int) -> Latency:
-        from time import perf_counter
-
-        for _ in range(warmup):
-            self._run(batch)
-        times = []
-        for _ in range(runs):
-            start = perf_counter()
-            self._run(batch)
-            times.append(1e3 * (perf_counter() - start))
-        return Latency(
-            median_ms=float(np.median(times)),
-            min_ms=min(times),
-            p90_ms=sorted(times)[runs * 9 // 10],
-            runs=runs,
-        )
+        return measure(lambda: self._run(batch), runs, warmup)
 
     def close(self) -> None:
         self._context.close()
@@ -249,6 +246,8 @@ class _Local:
 
 class _Process:
     """The bundle's gfbench, in a process of its own."""
+
+    stand_in = ""
 
     def __init__(
         self,

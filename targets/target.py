@@ -1,7 +1,7 @@
 """What the compiler knows of a device, and the registry of devices by name."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from gfcompile.runtime.errors import UserError
 
@@ -76,39 +76,69 @@ class Gpu:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
-    """A device that gfcompile compiles for.
+class _Named:
+    """What every target has.
 
     Attributes:
         name: as given to --target.
-        description: the device in words.
-        cpu: the CPU that the library runs on.
-        gpu: the GPU that the kernels run on; None where they run on the CPU.
-        bandwidth_gb_s: peak memory bandwidth.
+        description: the device or the format in words.
         int8_compute: what int8 products are computed in there, for the manifest.
         int8_note: what --int8 buys there, in one sentence, for `gfcompile targets`.
     """
 
     name: str
     description: str
-    cpu: Cpu
-    gpu: Gpu | None = None
-    bandwidth_gb_s: float
     int8_compute: str
     int8_note: str
 
 
-_TARGETS: dict[str, Target] = {}
+@dataclass(frozen=True, kw_only=True)
+class Target(_Named):
+    """A device that gfcompile compiles kernels for, which its own C runtime runs.
+
+    Attributes:
+        cpu: the CPU that the library runs on.
+        gpu: the GPU that the kernels run on; None where they run on the CPU.
+        bandwidth_gb_s: peak memory bandwidth.
+    """
+
+    cpu: Cpu
+    gpu: Gpu | None = None
+    bandwidth_gb_s: float
 
 
-def register_target(target: Target) -> Target:
+@dataclass(frozen=True, kw_only=True)
+class ModelFormat(_Named):
+    """A model file that a runtime of others executes, on whatever device it finds.
+
+    Attributes:
+        emitter: which emitter writes it, and the kind of its bundles: "tflite" or "coreml".
+        integer_only: whether every operator must be an integer one.
+    """
+
+    emitter: Literal["tflite", "coreml"]
+    integer_only: bool = False
+
+
+AnyTarget = Target | ModelFormat
+
+# Short names for what most users of a format want.
+ALIASES = {"tflite": "tflite-xnnpack"}
+
+_TARGETS: dict[str, AnyTarget] = {}
+
+
+_Registered = TypeVar("_Registered", Target, ModelFormat)
+
+
+def register_target(target: _Registered) -> _Registered:
     """Adds `target` to the registry; a name can be taken once."""
     assert target.name not in _TARGETS, f"target {target.name} is registered twice"
     _TARGETS[target.name] = target
     return target
 
 
-def find_target(name: str) -> Target:
+def find_target(name: str) -> AnyTarget:
     """The target called `name`; "host" is looked up on this machine.
 
     Raises:
@@ -121,20 +151,21 @@ def find_target(name: str) -> Target:
 
         return host_target()
     _import_all()
+    name = ALIASES.get(name, name)
     if name in _TARGETS:
         return _TARGETS[name]
-    names = ["host", *sorted(_TARGETS)]
+    names = ["host", *ALIASES, *sorted(_TARGETS)]
     known = ", ".join(names)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"unknown target {name!r}{hint} (known: {known})")
 
 
-def all_targets() -> tuple[Target, ...]:
+def all_targets() -> tuple[AnyTarget, ...]:
     """Every registered target in the order of registration; `host` is a name for one of its own."""
     _import_all()
     return tuple(_TARGETS.values())
 
 
 def _import_all() -> None:
-    from gfcompile.targets import jetson, raspberry_pi, x86  # noqa: F401 - they register
+    from gfcompile.targets import jetson, phones, raspberry_pi, x86  # noqa: F401 - they register

@@ -20,8 +20,10 @@ _WEIGHTS_OF = frozenset(("MatMul", "Conv", "Gemm", "DequantizeLinear", "Quantize
 _MIN_SQNR_DB = 60.0
 
 
-def halve_constants(model: ir.Model, refuse: Callable[[str], None]) -> bool:
-    """Halves every large float32 constant of `model` that is no product's weight.
+def halve_constants(
+    model: ir.Model, refuse: Callable[[str], None], *, products: bool = False
+) -> bool:
+    """Halves every large float32 constant of `model`, weights of products only if `products`.
 
     One that float16 cannot hold to 60 dB is left alone. Returns whether any was halved.
     """
@@ -33,7 +35,9 @@ def halve_constants(model: ir.Model, refuse: Callable[[str], None]) -> bool:
         readers = [use.node for use in value.uses()]
         if not readers or value.is_graph_output():
             continue
-        if any(node.op_type in _WEIGHTS_OF and node.domain == "" for node in readers):
+        if not products and any(
+            node.op_type in _WEIGHTS_OF and node.domain == "" for node in readers
+        ):
             continue
         with np.errstate(over="ignore"):
             halved = array.astype(np.float16)

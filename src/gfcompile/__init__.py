@@ -2,11 +2,17 @@
 
 from typing import TYPE_CHECKING
 
+from gfcompile.runtime.engines import register_engine
+
 __version__ = "0.1.0"
 __all__ = ["CompileConfig", "__version__", "compile_model"]
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from gfcompile.compile.pipeline import CompileConfig, compile_model
+    from gfcompile.runtime.bundle import Manifest
+    from gfcompile.runtime.engine import Engine
 
 
 def __getattr__(name: str) -> object:
@@ -16,3 +22,12 @@ def __getattr__(name: str) -> object:
 
         return getattr(pipeline, name)
     raise AttributeError(f"module 'gfcompile' has no attribute {name!r}")
+
+
+def _open_coreml(folder: "Path", manifest: "Manifest", threads: int) -> "Engine":
+    from gfcompile.targets.coreml.engine import open_engine
+
+    return open_engine(folder, manifest, threads)
+
+
+register_engine("coreml", _open_coreml)

@@ -26,8 +26,10 @@ from gfcompile.compile.progress import Progress
 from gfcompile.runtime import session
 from gfcompile.runtime.bundle import Manifest, Precision, TensorSpec
 from gfcompile.runtime.errors import BundleError, CompileError, UserError
-from gfcompile.runtime.images import imagenet_transform, stand_in_photos
+from gfcompile.runtime.images import imagenet_transform, preprocess, stand_in_photos
 from gfcompile.runtime.session import Latency
+from gfcompile.targets.coreml.options import CoremlOptions
+from gfcompile.targets.tflite.options import TfliteOptions
 
 XS_FOR_HOST = ["--model", "gfnet_xs", "--target", "host"]
 
@@ -102,7 +104,7 @@ def fake_compile(config: CompileConfig, progress: Progress | None = None) -> Bun
         MANIFEST,
         model=config.model,
         target=config.target,
-        precision=replace(MANIFEST.precision, requested=config.precision),
+        precision=replace(MANIFEST.precision, requested=config.precision or "float32"),
     )
 
     def build(folder: Path) -> Manifest:
@@ -382,6 +384,7 @@ class FakeSession:
         MANIFEST,
         transform=imagenet_transform(64).to_dict(),
     )
+    stand_in = ""
 
     def __enter__(self) -> Self:
         return self
@@ -392,6 +395,9 @@ class FakeSession:
     def classify(self, image: Path, top: int) -> list[tuple[int, str, float]]:
         assert image.name.endswith(".jpg")
         return [(7, "cat", 0.75), (8, "dog", 0.25)][:top]
+
+    def encode(self, image: Path) -> np.ndarray:
+        return preprocess(image, imagenet_transform(64))
 
     def benchmark(self, array: np.ndarray) -> Latency:
         assert array.shape == (1, 3, 64, 64)
@@ -438,6 +444,34 @@ def test_run_under_qemu_claims_no_time(
     assert "not how fast" in first
     assert " ms" not in first
     assert len(classes) == 1
+
+
+@pytest.mark.usefixtures("loaded")
+def test_run_says_what_stands_in_and_claims_no_time(
+    run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeSession, "stand_in", "evaluated, not Apple's runtime")
+    photo = str(stand_in_photos()[0])
+    _, out, _ = run("run", "bundle", photo)
+    assert out.splitlines()[0] == f"{photo}: evaluated, not Apple's runtime"
+    (result,) = json.loads(run("run", "bundle", photo, "--json")[1])
+    assert result["stand_in"] == "evaluated, not Apple's runtime"
+    assert "median_ms" not in result
+
+
+def test_flags_of_coreml_reach_the_compiler(
+    run: Callable[..., Run], compiles: list[CompileConfig]
+) -> None:
+    common = ("--model", "gfnet_xs", "--target", "coreml")
+    for flags in ("", "--input uint8-image", "--fp32 --ios 15 --layout plain --input tensor"):
+        assert run(*common, *flags.split(), "--license", "MIT")[0] == 0
+    first, same, other = compiles
+    assert first == same
+    assert first.precision is None
+    assert first.coreml == CoremlOptions(license="MIT")
+    assert first.tflite == TfliteOptions()
+    assert other.precision == "float32"
+    assert other.coreml == CoremlOptions(ios=15, layout="plain", input="tensor", license="MIT")
 
 
 @pytest.mark.usefixtures("loaded")

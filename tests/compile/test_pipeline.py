@@ -7,44 +7,18 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from small_models import PYRAMID, SPEC, build
 from torch import nn
 
 import gfcompile.runtime
 from gfcompile.compile.bundle import Bundle
-from gfcompile.compile.models import gfnet
 from gfcompile.compile.models.gfnet_specs import GFNetSpec
-from gfcompile.compile.models.spec import Paper
 from gfcompile.compile.pipeline import CompileConfig, compile_model
 from gfcompile.runtime.errors import UserError
 from gfcompile.runtime.images import Transform, normalize, preprocess, stand_in_photos
 from gfcompile.targets.target import Gpu
 from gfcompile.targets.tvm.standin.build import build_standin
 from tools import need, need_arm64_sysroot
-
-SPEC = GFNetSpec(
-    name="gfnet_small",
-    family="gfnet",
-    paper=Paper(title="none", arxiv="0"),
-    image_size=64,
-    num_classes=10,
-    patch_size=8,
-    dims=(48,),
-    depths=(2,),
-)
-PYRAMID = GFNetSpec(
-    name="gfnet_h_small",
-    family="gfnet",
-    paper=Paper(title="none", arxiv="0"),
-    image_size=64,
-    num_classes=10,
-    patch_size=4,
-    dims=(16, 32),
-    depths=(1, 2),
-)
-
-
-def build(spec: GFNetSpec) -> nn.Module:
-    return gfnet.build(spec, gfnet.random_weights(spec, seed=0))
 
 
 def compiled(

@@ -163,8 +163,8 @@ def test_another_architecture(arm_toy: Toy) -> None:
 
 
 def test_another_kind_of_bundle(mine: Toy) -> None:
-    edit_manifest(mine, kind="coreml")
-    refused(mine.folder, "a bundle of kind 'coreml' does not run on this machine")
+    edit_manifest(mine, kind="other")
+    refused(mine.folder, "a bundle of kind 'other' does not run on this machine")
 
 
 def test_the_runtime_imports_no_heavy_package_and_fast() -> None:

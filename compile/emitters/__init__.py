@@ -1,0 +1,1 @@
+"""One module per kind of artifact: from an `EmissionRequest` to a verified `Emission`."""

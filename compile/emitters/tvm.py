@@ -1,0 +1,85 @@
+"""A static plan of kernels, which the C runtime of this project executes."""
+
+from typing import TYPE_CHECKING
+
+from gfcompile.compile.emission import Emission, EmissionRequest
+from gfcompile.compile.verify import verify
+from gfcompile.runtime.bundle import TensorSpec
+from gfcompile.targets.target import Target
+from gfcompile.targets.tvm.emit import emit
+from gfcompile.targets.tvm.partition import partition
+
+if TYPE_CHECKING:
+    from gfcompile.compile.graph import Graph
+
+
+def emit_plan(request: EmissionRequest, target: Target) -> Emission:
+    """Kernels, plan and weights for `target`, run here against the graph if this machine can.
+
+    Raises:
+        CompileError: a node that nothing takes, or an artifact whose numbers are wrong.
+    """
+    graph, transform = request.graph, request.transform
+    with request.progress.stage("compile the kernels"):
+        program = partition(graph.model)
+        library = f"lib{request.model}.so"
+        artifact = emit(
+            program,
+            target,
+            request.folder,
+            library=library,
+            mean=transform.mean,
+            std=transform.std,
+        )
+    with request.progress.stage("verify the artifact"):
+        entry, notes = verify(
+            graph.model,
+            program,
+            artifact,
+            target,
+            request.folder,
+            request.golden.inputs,
+            request.pruning,
+        )
+    if program.unscheduled:
+        operators = ", ".join(program.unscheduled)
+        notes.append(
+            f"{operators}: some have no schedule of gfcompile's own yet and run several times "
+            "slower than they could"
+        )
+    inputs = [program.tensors[name] for name in program.inputs]
+    outputs = [program.tensors[name] for name in program.outputs]
+    int8 = request.precision == "int8"
+    return Emission(
+        kind="gfrt",
+        storage=_storage(graph, artifact.plan.packed_bytes) if int8 else "float32",
+        compute=target.int8_compute if int8 else "float32",
+        arch=target.cpu.arch,
+        inputs=tuple(TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in inputs),
+        outputs=tuple(TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in outputs),
+        device=artifact.plan.device,
+        library=library,
+        cpu_features=artifact.plan.cpu_features,
+        compute_capability=target.gpu.compute_capability if target.gpu else None,
+        kernels=artifact.kernels,
+        ledger=() if entry is None else (entry,),
+        notes=tuple(notes),
+        extra={
+            "mcpu": target.cpu.mcpu,
+            "qemu_cpu": target.cpu.qemu_cpu,
+            "arena_bytes": artifact.arena.size_bytes,
+            "arena_lower_bound_bytes": artifact.arena.lower_bound_bytes,
+        },
+    )
+
+
+def _storage(graph: "Graph", packed_bytes: int) -> str:
+    """What an int8 bundle holds."""
+    four_bits = graph.scheme["weight"]["high"] <= 7
+    if four_bits and packed_bytes:
+        weights = "int4 weights (expanded to int8 when loaded), int8 activations"
+    elif four_bits:
+        weights = "weights of 4 bits as int8, int8 activations"
+    else:
+        weights = "int8 products"
+    return f"{weights}, float16 filters"

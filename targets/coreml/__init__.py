@@ -1,0 +1,1 @@
+"""ONNX -> .mlpackage, on any machine, and an evaluator for what was saved."""
