@@ -35,7 +35,7 @@ _ABANDONED_SECONDS = 24 * 3600.0
 # The packages whose version changes what a compilation makes.
 _PACKAGES = (
     *("torch", "torchao", "apache-tvm", "apache-tvm-ffi", "onnx", "onnx-ir", "onnxscript"),
-    *("onnxsim", "onnxruntime", "numpy", "pillow", "safetensors", "ziglang"),
+    *("onnxsim", "onnxruntime", "numpy", "pillow", "safetensors", "ziglang", "ai-edge-litert"),
     *("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvcc-cu12", "nvidia-cuda-runtime-cu12"),
 )
 

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from gfcompile.compile.emission import Pruning
 from gfcompile.compile.graph import run
 from gfcompile.compile.ledger import LedgerEntry, compare, compare_int8, demand
-from gfcompile.compile.trace import INPUT, rounding_tolerance, session
+from gfcompile.compile.trace import INPUT, OUTPUT, rounding_tolerance, session
 from gfcompile.runtime.bench import BENCH_NAME, qemu_command, run_bench
 from gfcompile.runtime.device.gfrt import TensorInfo, TraceRecord
 from gfcompile.runtime.errors import CompileError, DeviceError
@@ -264,6 +264,28 @@ def _last_scale(program: Program) -> float:
         if isinstance(call.kernel, Dense) and call.kernel.x == "int8"
     ]
     return scales[-1]
+
+
+def run_given(
+    model: ir.Model,
+    given: Sequence[Mapping[str, Array]],
+    images: Sequence[Array],
+    *,
+    optimize: bool = False,
+) -> list[Array]:
+    """The logits that the graph gives to each image if these of its values were as given."""
+    cut = model.clone()
+    for value in [output for node in cut.graph for output in node.outputs]:
+        if str(value.name) in given[0]:
+            source = ir.Value(name=f"{value.name}/given", shape=value.shape, type=value.type)
+            value.replace_all_uses_with(source)
+            cut.graph.inputs.append(source)
+    runner = session(cut, optimize=optimize)
+    results = []
+    for values, image in zip(given, images, strict=True):
+        feeds = {INPUT: image} | {f"{name}/given": array for name, array in values.items()}
+        results.append(np.asarray(runner.run([OUTPUT], feeds)[0]))
+    return results
 
 
 def recompute(

@@ -45,5 +45,7 @@ def check_tflite(model: ir.Model, *inputs: Array) -> TfliteModel:
 
 
 def _onnx_outputs(model: ir.Model, inputs: Sequence[Array]) -> list[Array]:
-    feeds = {str(v.name): array for v, array in zip(model.graph.inputs, inputs, strict=True)}
+    # TFLite's indices have half the bits of ONNX's.
+    wide = [array.astype(np.int64) if array.dtype == np.int32 else array for array in inputs]
+    feeds = {str(v.name): array for v, array in zip(model.graph.inputs, wide, strict=True)}
     return [np.asarray(output) for output in session(model, threads=1).run(None, feeds)]

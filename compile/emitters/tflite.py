@@ -1,6 +1,8 @@
 """A .tflite file, run here by LiteRT against its graph."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,10 @@ import onnx_ir as ir
 import gfcompile
 from gfcompile.compile.emission import Emission, EmissionRequest
 from gfcompile.compile.emitters.tflite_graph import fitted_graph
-from gfcompile.compile.graph import run
 from gfcompile.compile.ledger import LedgerEntry, compare, compare_int8, demand
 from gfcompile.compile.prune import selections
 from gfcompile.compile.trace import OUTPUT, rounding_tolerance
-from gfcompile.compile.verify import notes_on_patches, patches_in_common, recompute
+from gfcompile.compile.verify import notes_on_patches, patches_in_common, recompute, run_given
 from gfcompile.runtime.bundle import TensorSpec
 from gfcompile.runtime.images import dequantize, encode
 from gfcompile.runtime.tflite import TfliteInterpreter
@@ -27,10 +28,6 @@ from gfcompile.targets.tflite.model_file import Tensor
 from gfcompile.targets.tflite.options import TfliteOptions
 
 Array = npt.NDArray[Any]
-
-# Of the logits' own scale: kernels round the product of an integer sum and its scale in different
-# ways.
-_MAX_LOGIT_STEPS = 3.0
 
 
 def emit_tflite(request: EmissionRequest, target: ModelFormat, options: TfliteOptions) -> Emission:
@@ -71,6 +68,7 @@ def emit_tflite(request: EmissionRequest, target: ModelFormat, options: TfliteOp
             logits,
             against=ledger[-1].stage if ledger else "lowered",
             how=interpreter.package,
+            integer_only=target.integer_only,
         )
     delegation = interpreter.delegation()
     return Emission(
@@ -103,6 +101,7 @@ def _verified(
     *,
     against: str,
     how: str,
+    integer_only: bool,
 ) -> LedgerEntry:
     """The ledger's entry for a file that gave these logits.
 
@@ -110,35 +109,39 @@ def _verified(
         watched: the same file with further outputs, by names of the graph's values.
         images: as the file takes them.
         against, how: see `LedgerEntry`.
+        integer_only: whether nothing is computed in floating point.
 
     Raises:
         CompileError: the file computes something else than `model`.
     """
     inputs = request.golden.inputs
-    expected = run(model, inputs)
     int8 = request.precision == "int8"
     agreement = None
     tokens: tuple[float, ...] = ()
     activations = _activations(model, made) if int8 else []
-    chosen = selections(model) if request.pruning is not None else ()
-    if activations or chosen:
-        traces = _traces(watched([*activations, *chosen]), [*activations, *chosen], images)
-        if int8:
-            wanted = recompute(model, traces, inputs)
-            got = [{name: trace[name] for name in wanted[0]} for trace in traces]
-            agreement = compare_int8(
-                wanted,
-                got,
-                expected,
-                logits,
-                logits_step=_step_of_logits(made),
-                logits_limit=_MAX_LOGIT_STEPS,
-            )
-            if not agreement.logits_agree:
-                agreement = agreement.with_own_spread(expected, run(model, inputs, optimize=True))
-        if request.pruning is not None:
-            places = [[trace[name] for name in chosen] for trace in traces]
-            tokens = patches_in_common(model, chosen, places, inputs, request.pruning)
+    chosen = selections(model)
+    traces = _traces(watched([*activations, *chosen]), [*activations, *chosen], images)
+    # A score on the edge may fall to either side, and another patch is kept: logits are held
+    # against those of the same patches.
+    places = [{name: trace[name] for name in chosen} for trace in traces]
+    expected = run_given(model, places, inputs)
+    if chosen and request.pruning is not None:
+        kept = [list(choice.values()) for choice in places]
+        tokens = patches_in_common(model, chosen, kept, inputs, request.pruning)
+    if int8:
+        wanted = recompute(model, traces, inputs)
+        got = [{name: trace[name] for name in wanted[0]} for trace in traces]
+        agreement = compare_int8(
+            wanted,
+            got,
+            expected,
+            logits,
+            logits_step=_step_of_logits(made),
+            logits_limit=_max_logit_steps(len(activations), integer_only=integer_only),
+        )
+        if not agreement.logits_agree:
+            optimized = run_given(model, places, inputs, optimize=True)
+            agreement = agreement.with_own_spread(expected, optimized)
     entry = compare(
         "artifact",
         against,
@@ -148,10 +151,9 @@ def _verified(
         # Two float evaluations of the same graph, in other orders of summation.
         tolerance=None if int8 else rounding_tolerance(model) * float(np.abs(expected).max()),
         int8=agreement,
-        tokens_kept=tokens,
     )
     demand(entry, expected, logits)
-    return entry
+    return replace(entry, tokens_kept=tokens)
 
 
 def _info(request: EmissionRequest, options: TfliteOptions) -> ModelInfo:
@@ -191,6 +193,16 @@ def _storage(precision: str) -> str:
         "float16": "float16 weights",
         "int8": "int8 products, float16 filters",
     }[precision]
+
+
+def _max_logit_steps(activations: int, *, integer_only: bool) -> float:
+    """How many steps of their own scale logits may be off.
+
+    Kernels round the product of an integer sum and its scale in different ways. Where the residual
+    stream is in integers too, each of its steps that fell to the other side stays, and they add up
+    as independent errors do.
+    """
+    return math.sqrt(activations) if integer_only else 3.0
 
 
 def _activations(model: ir.Model, made: TfliteModel) -> list[str]:

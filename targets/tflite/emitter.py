@@ -155,7 +155,7 @@ class Emitter:
             shape = channels_last(shape)
         quantize = self.quantizer_of(value) if quantized else None
         if quantize is None:
-            tensor = self.file.tensor(str(value.name), _held_dtype(value), shape)
+            tensor = self.file.tensor(str(value.name), held_dtype(value), shape)
             self.hold(value, tensor, as_image=as_image)
             return tensor
         stored = quantize.outputs[0]
@@ -340,6 +340,7 @@ def attributes_of(node: ir.Node) -> Mapping[str, Any]:
     return {name: attribute.value for name, attribute in node.attributes.items()}
 
 
-def _held_dtype(value: ir.Value) -> str:
+def held_dtype(value: ir.Value) -> str:
+    """What a value is stored as where it is not quantized; indices need no 64 bits."""
     dtype = dtype_of(value)
     return "int32" if dtype == "int64" else dtype

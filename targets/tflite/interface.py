@@ -8,8 +8,8 @@ import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 
 from gfcompile.runtime.errors import CompileError
-from gfcompile.targets.onnx_values import dtype_of, is_standard, scalar_quantization, shape_of
-from gfcompile.targets.tflite.emitter import Emitter, channels_last
+from gfcompile.targets.onnx_values import is_standard, scalar_quantization, shape_of
+from gfcompile.targets.tflite.emitter import Emitter, channels_last, held_dtype
 from gfcompile.targets.tflite.model_file import Quantization, Tensor
 from gfcompile.targets.tflite.options import Interface
 
@@ -27,7 +27,7 @@ def add_input(emit: Emitter, value: ir.Value, interface: Interface) -> Tensor:
     is_image = len(shape_of(value)) == 4
     shape = channels_last(shape_of(value)) if is_image else shape_of(value)
     if interface == "float32":
-        tensor = emit.file.tensor(str(value.name), dtype_of(value), shape)
+        tensor = emit.file.tensor(str(value.name), held_dtype(value), shape)
         emit.hold(value, tensor, as_image=is_image)
         return tensor
     quantize = _only_quantizer(emit, value)

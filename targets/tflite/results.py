@@ -8,7 +8,13 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from gfcompile.targets.onnx_values import VIEWS, constant, dtype_of, is_standard, scalar_quantization
+from gfcompile.targets.onnx_values import (
+    VIEWS,
+    constant,
+    dtype_of,
+    is_standard,
+    scalar_quantization,
+)
 from gfcompile.targets.tflite.emitter import integer_weights
 
 # Results that hold the integers of their operands, or none at all.

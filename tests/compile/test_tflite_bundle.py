@@ -3,15 +3,21 @@
 from pathlib import Path
 
 import numpy as np
+import pruning_cases
 import pytest
 import torch
 from ai_edge_litert import schema_py_generated as schema
 from small_models import PYRAMID, SPEC, build
+from tflite_models import check_tflite
 
 import gfcompile.runtime
 from gfcompile.compile.bundle import Bundle
 from gfcompile.compile.models.gfnet_specs import GFNetSpec
+from gfcompile.compile.models.spec import ModelSpec
+from gfcompile.compile.passes import lower
 from gfcompile.compile.pipeline import CompileConfig, compile_model
+from gfcompile.compile.prune import freeze
+from gfcompile.compile.trace import trace
 from gfcompile.runtime.errors import CompileError, UserError
 from gfcompile.runtime.images import Transform, dequantize, preprocess, stand_in_photos
 from gfcompile.targets.tflite.options import TfliteOptions
@@ -157,3 +163,45 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(
 ) -> None:
     with pytest.raises(UserError, match=message):
         compiled(tmp_path, precision, target=target, options=options)
+
+
+def test_batches_of_images_are_taken_where_the_graph_has_them() -> None:
+    images = torch.from_numpy(
+        np.random.default_rng(0).standard_normal((3, 3, 64, 64)).astype(np.float32)
+    )
+    lowered = lower(
+        trace(build(PYRAMID), images),
+        fft="dft",
+        choose_form=lambda *_: "dft",
+        half_constants=False,
+    )
+    check_tflite(lowered.model, images.numpy())
+
+
+@pytest.mark.parametrize("spec", pruning_cases.SPECS, ids=lambda spec: spec.name)
+def test_pruning_models_of_every_family_convert(spec: ModelSpec) -> None:
+    image = pruning_cases.images(spec, count=2)
+    module = freeze(pruning_cases.build(spec))
+    lowered = lower(
+        trace(module, image), fft="dft", choose_form=lambda *_: "dft", half_constants=False
+    )
+    check_tflite(lowered.model, image.numpy())
+
+
+@pytest.mark.parametrize("target", ["tflite", "tflite-int-only"])
+def test_int8_pruning_model_is_held_against_its_graph(tmp_path: Path, target: str) -> None:
+    spec = pruning_cases.DEIT
+    config = CompileConfig(
+        model=spec.name,
+        target=target,
+        precision="int8",
+        image_size=spec.image_size,
+        output=tmp_path / "bundle",
+        cache=False,
+    )
+    bundle = compile_model(config, module=freeze(pruning_cases.build(spec)))
+    entry = next(e for e in bundle.manifest.ledger if e["stage"] == "artifact")
+    assert entry["int8"]["max_steps"] <= 1
+    left = set(bundle.manifest.extra["not_delegated"])
+    chosen = {"ADD", "CONCATENATION", "GATHER", "RESHAPE", "TOPK_V2"}
+    assert left <= chosen if target == "tflite" else chosen <= left

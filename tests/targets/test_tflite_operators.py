@@ -189,6 +189,17 @@ CASES = {
         },
         [sampled(1, 9), sampled(1, 9, 8, seed=1)],
     ),
+    "smallest": (
+        "g (float[2,9] x) => (float[2,3] y, int64[2,3] where) {"
+        " y, where = TopK<axis=-1, largest=0>(x, k) }",
+        {"k": np.array([3])},
+        [sampled(2, 9)],
+    ),
+    "indices in order": (
+        "g (int64[2,5] x) => (int64[2,5] y) { y, where = TopK<axis=-1, largest=0>(x, k) }",
+        {"k": np.array([5])},
+        [np.array([[4, 0, 9, 7, 1], [3, 8, 2, 6, 5]], np.int32)],
+    ),
     "largest": (
         "g (float[3,7] x) => (int64[3] y) { y = ArgMax<axis=1, keepdims=0>(x) }",
         {},

@@ -8,6 +8,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from gfcompile.targets.onnx_values import constant, dtype_of, shape_of
 from gfcompile.targets.tflite.emitter import Emitter, input_of, lowers
+from gfcompile.targets.tflite.model_file import Tensor
 
 
 @lowers("TopK")
@@ -16,18 +17,32 @@ def lower_top_k(emit: Emitter, node: ir.Node) -> None:
     rank = len(shape_of(x))
     if node.attributes.get_int("axis", -1) % rank != rank - 1:
         raise emit.refuse(node, "the last axis alone; transpose before and after")
-    if not node.attributes.get_int("largest", 1):
-        raise emit.refuse(node, "the largest alone; negate the values")
     k = constant(node.inputs[1])
     if k is None:
         raise emit.refuse(node, "a constant number alone")
     count = emit.file.constant("count", np.array(int(k.reshape(-1)[0]), np.int32))
     source = emit.stored(x) if emit.integer_only else emit.real(x)
-    best = emit.file.tensor(str(values.name), source.dtype, shape_of(values), source.quantization)
+    smallest = not node.attributes.get_int("largest", 1)
+    if smallest:
+        source = _negated(emit, node, source, f"{values.name}/source")
+    best = emit.file.tensor(
+        f"{values.name}/largest" if smallest else str(values.name),
+        source.dtype,
+        shape_of(values),
+        source.quantization,
+    )
     where = emit.file.tensor(str(places.name), "int32", shape_of(places))
     emit.operator("TOPK_V2", [source, count], [best, where], schema.TopKV2OptionsT())
-    emit.hold(values, best)
+    emit.hold(values, _negated(emit, node, best, str(values.name)) if smallest else best)
     emit.hold(places, where)
+
+
+def _negated(emit: Emitter, node: ir.Node, tensor: Tensor, name: str) -> Tensor:
+    if tensor.quantization is not None:
+        raise emit.refuse(node, "the largest of quantized values alone; negate them before")
+    result = emit.file.tensor(name, tensor.dtype, tensor.shape)
+    emit.operator("NEG", [tensor], [result], schema.NegOptionsT())
+    return result
 
 
 @lowers("Gather")
