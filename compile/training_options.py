@@ -122,6 +122,7 @@ def quantize_config(options: argparse.Namespace, output: Path | None) -> "Quanti
         output=output,
         image_size=options.image_size,
         num_classes=options.num_classes,
+        keep_ratio=options.keep_ratio,
         weight_bits=options.weight_bits,
         keep_float=tuple(options.keep_float),
         training=TrainConfig(seed=options.seed, **given(_TRAINING)),  # type: ignore[arg-type]
