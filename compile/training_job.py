@@ -1,5 +1,6 @@
 """What every training reads and writes: images, where it is shown, and a file to resume from."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ __all__ = ["TrainingJob"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingJob:
+class TrainingJob(ABC):
     """What a training reads and writes.
 
     Attributes:
@@ -47,9 +48,9 @@ class TrainingJob:
     tensorboard: Path | None = None
 
     @property
+    @abstractmethod
     def path(self) -> Path:
         """Where the checkpoint goes."""
-        return self.output or Path(f"{self.model}.safetensors")
 
     @property
     def state_path(self) -> Path:
