@@ -18,6 +18,7 @@ import copy
 import json
 import multiprocessing
 import os
+import platform
 import statistics
 import sys
 import tempfile
@@ -49,6 +50,7 @@ from gfcompile.quantize.prepared import prepare_training
 from gfcompile.quantize.qparams import QParams
 from gfcompile.runtime import load
 from gfcompile.runtime.images import imagenet_transform, preprocess
+from gfcompile.targets.target import find_target
 
 Array = npt.NDArray[Any]
 Kind = Literal["gfnet", "pyramid"]
@@ -132,9 +134,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_digits(folder / "digits")
         jobs = [(kind, seed) for seed in range(options.seeds) for kind in SPECS]
         results: list[Result] = []
-        # The models are too small for two threads; two at a time keep two cores busy.
+        # The models are too small for two threads; two at a time keep two cores busy. Tracing and
+        # TVM keep what they allocate, so each measurement has a process of its own.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=context, max_tasks_per_child=1) as pool:
             futures = [
                 pool.submit(measure, kind, seed, folder, options.quick) for kind, seed in jobs
             ]
@@ -149,6 +152,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         report = {
             "benchmark": "accuracy",
+            "machine": {
+                "cpu": find_target("host").description,
+                "load": os.getloadavg()[0],
+                "kernel": platform.release(),
+                "python": platform.python_version(),
+            },
             "versions": {package: metadata.version(package) for package in PACKAGES},
             "seeds": options.seeds,
             "quick": options.quick,

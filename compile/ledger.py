@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,10 @@ MIN_EQUAL_ACTIVATIONS = 0.99
 MAX_ACTIVATION_STEPS = 1
 MAX_LOGIT_STEPS = 2.0
 MEAN_LOGIT_STEPS = 0.5
+# A deep graph carries a tie that fell to the other side further than that. How far is told by two
+# evaluations in ONNX Runtime, as it is written and optimized: the artifact is a third one, and two
+# of three may lie on opposite sides of the other.
+SPREAD = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,8 @@ class Int8Agreement:
         max_steps: the largest difference of two activations, in steps of their scale.
         logits_max_steps, logits_mean_steps: difference of logits, end to end, in steps of
             `logits_step`, the scale of the activation that the last product reads.
+        own_max_steps, own_mean_steps: the same between ONNX Runtime with and without its
+            optimizations; 0 where it was not needed.
     """
 
     tensors: int
@@ -45,6 +51,20 @@ class Int8Agreement:
     logits_step: float
     logits_max_steps: float
     logits_mean_steps: float
+    own_max_steps: float = 0.0
+    own_mean_steps: float = 0.0
+
+    @property
+    def logits_agree(self) -> bool:
+        """Whether the logits are as close as rounding ties leave them."""
+        return self.logits_max_steps <= max(
+            MAX_LOGIT_STEPS, SPREAD * self.own_max_steps
+        ) and self.logits_mean_steps <= max(MEAN_LOGIT_STEPS, SPREAD * self.own_mean_steps)
+
+    def with_own_spread(self, one: Sequence[Array], other: Sequence[Array]) -> "Int8Agreement":
+        """This, knowing the logits of two evaluations of the graph itself."""
+        steps = np.abs(np.concatenate(one) - np.concatenate(other)) / self.logits_step
+        return replace(self, own_max_steps=float(steps.max()), own_mean_steps=float(steps.mean()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +76,8 @@ class LedgerEntry:
         images: how many were compared.
         how: where the stage's numbers were computed.
         tolerance: what `max_abs_error` may be, where a bound applies.
+        tokens_kept: of a pruning model, the share of kept patches in common, per pruning stage.
+            A score on the edge may fall to either side, and another patch is kept.
     """
 
     stage: str
@@ -67,6 +89,7 @@ class LedgerEntry:
     how: str
     tolerance: float | None = None
     int8: Int8Agreement | None = None
+    tokens_kept: tuple[float, ...] = ()
 
     def to_dict(self) -> Mapping[str, Any]:
         """JSON values; equal arrays have an SQNR without bound, written as null."""
@@ -85,6 +108,7 @@ def compare(
     how: str,
     tolerance: float | None = None,
     int8: Int8Agreement | None = None,
+    tokens_kept: tuple[float, ...] = (),
 ) -> LedgerEntry:
     """The entry for the logits of each image, `reference` being those of the stage before."""
     wanted, got = np.concatenate(reference), np.concatenate(actual)
@@ -98,6 +122,7 @@ def compare(
         how=how,
         tolerance=tolerance,
         int8=int8,
+        tokens_kept=tokens_kept,
     )
 
 
@@ -143,13 +168,17 @@ def compare_int8(
 def demand(entry: LedgerEntry, reference: Sequence[Array], actual: Sequence[Array]) -> None:
     """Checks that an artifact computes what its graph says.
 
+    Where another patch was kept, logits are those of other patches, and only what each kernel
+    computed is held against the graph.
+
     Raises:
         CompileError: it is further from it than rounding explains.
     """
+    same_tokens = all(share == 1.0 for share in entry.tokens_kept)
     what = f"the compiled artifact ({entry.how}) differs from its graph"
     if entry.int8 is None:
         assert entry.tolerance is not None
-        if not entry.max_abs_error <= entry.tolerance:
+        if same_tokens and not entry.max_abs_error <= entry.tolerance:
             raise CompileError(
                 f"{what} by {entry.max_abs_error:.3g}, float rounding explains "
                 f"{entry.tolerance:.3g}; please report this"
@@ -162,14 +191,14 @@ def demand(entry: LedgerEntry, reference: Sequence[Array], actual: Sequence[Arra
                 f"{what}: {int8.equal:.2%} of {int8.values} int8 activations are equal and the "
                 f"worst is {int8.max_steps} steps off; please report this"
             )
-        if not (
-            int8.logits_max_steps <= MAX_LOGIT_STEPS and int8.logits_mean_steps <= MEAN_LOGIT_STEPS
-        ):
+        if same_tokens and not int8.logits_agree:
             raise CompileError(
                 f"{what} by {int8.logits_max_steps:.2f} int8 steps at the logits "
                 f"({int8.logits_mean_steps:.2f} on average); please report this"
             )
-        margin = MAX_LOGIT_STEPS * int8.logits_step
+        margin = int8.logits_step * max(MAX_LOGIT_STEPS, SPREAD * int8.own_max_steps)
+    if not same_tokens:
+        return
     for wanted, got in zip(np.concatenate(reference), np.concatenate(actual), strict=True):
         best, second = np.sort(wanted)[-1:-3:-1] if wanted.size > 1 else (wanted[0], -np.inf)
         # Each of the two may have moved by the margin.

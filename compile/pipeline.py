@@ -283,6 +283,8 @@ class _Job:
             is_random=model.is_random,
             filters=model.spec.filters,
             float_layers=model.spec.float_layers,
+            kept_patches=model.spec.kept_patches,
+            chooses_anew=model.spec.chooses_anew,
         )
 
     def graph(self, loaded: "_Loaded", golden: _Golden) -> "Graph":
@@ -321,7 +323,7 @@ class _Job:
 
     def emit(self, loaded: "_Loaded", graph: "Graph", golden: _Golden, folder: Path) -> Manifest:
         """Fills the bundle's folder, verifies what was made, and describes it."""
-        from gfcompile.compile.verify import verify
+        from gfcompile.compile.verify import Pruning, verify
         from gfcompile.targets.tvm.emit import emit
         from gfcompile.targets.tvm.partition import partition
 
@@ -337,8 +339,13 @@ class _Job:
                 mean=loaded.transform.mean,
                 std=loaded.transform.std,
             )
+        pruning = None
+        if loaded.kept_patches:
+            pruning = Pruning(kept=loaded.kept_patches, chosen_anew=loaded.chooses_anew)
         with self.progress.stage("verify the artifact"):
-            entry, notes = verify(graph.model, program, artifact, target, folder, golden.inputs)
+            entry, notes = verify(
+                graph.model, program, artifact, target, folder, golden.inputs, pruning
+            )
         inputs = [program.tensors[name] for name in program.inputs]
         outputs = [program.tensors[name] for name in program.outputs]
         self.write_golden(graph, golden, folder)
@@ -427,6 +434,8 @@ class _Loaded:
     is_random: bool
     filters: tuple[tuple[int, int, int], ...] = ()
     float_layers: tuple[str, ...] = ()
+    kept_patches: tuple[int, ...] = ()
+    chooses_anew: bool = False
 
 
 class _Dump:

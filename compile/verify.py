@@ -26,18 +26,27 @@ from gfcompile.compile.trace import INPUT, rounding_tolerance, session
 from gfcompile.runtime.bench import BENCH_NAME, qemu_command, run_bench
 from gfcompile.runtime.device.gfrt import TensorInfo, TraceRecord
 from gfcompile.runtime.errors import CompileError, DeviceError
+from gfcompile.runtime.kept_patches import overlap, places_in_grid
 from gfcompile.runtime.trace import logical_values
 from gfcompile.targets.host import host_target
 from gfcompile.targets.onnx_values import dtype_of, shape_of
 from gfcompile.targets.target import Gpu, Target
 from gfcompile.targets.tvm import link
 from gfcompile.targets.tvm.emit import Artifact
-from gfcompile.targets.tvm.kernel import Dense, Patchify
+from gfcompile.targets.tvm.kernel import Dense
 from gfcompile.targets.tvm.partition import Program, Tensor
 from gfcompile.targets.tvm.plan import serialize
 from gfcompile.targets.tvm.standin.build import build_standin
 
 Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruning:
+    """How a model prunes: patches kept per stage; see `kept_patches.places_in_grid`."""
+
+    kept: tuple[int, ...]
+    chosen_anew: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,31 +67,46 @@ def verify(
     target: Target,
     folder: Path,
     images: Sequence[Array],
+    pruning: Pruning | None = None,
 ) -> tuple[LedgerEntry | None, list[str]]:
     """The ledger's entry for the artifact in `folder`, and notes; no entry if it cannot run here.
 
     Args:
         model: the graph that was emitted.
         images: golden inputs (1, 3, H, W); emulated targets take the first one or two.
+        pruning: of a model that prunes.
 
     Raises:
         CompileError: the artifact computes something else than the graph.
     """
     try:
         with _place(artifact, target, folder) as place:
-            return _verify_at(place, model, program, list(images[: place.images])), []
+            entry = _verify_at(place, model, program, list(images[: place.images]), pruning)
     except DeviceError as error:
         return None, [f"the artifact was not verified on this machine: {error}"]
+    if all(share == 1.0 for share in entry.tokens_kept):
+        return entry, []
+    shares = ", ".join(f"{share:.1%}" for share in entry.tokens_kept)
+    return entry, [f"of the patches that its graph keeps, the artifact keeps {shares} per stage"]
 
 
 def _verify_at(
-    place: _Place, model: ir.Model, program: Program, images: Sequence[Array]
+    place: _Place,
+    model: ir.Model,
+    program: Program,
+    images: Sequence[Array],
+    pruning: Pruning | None,
 ) -> LedgerEntry:
     int8 = any(tensor.dtype == "int8" for tensor in program.tensors.values())
     infos = [_tensor_info(program.tensors[name]) for name in program.outputs]
     try:
         result = run_bench(
-            place.folder, images, infos, prefix=place.prefix, env=place.env, trace=int8
+            place.folder,
+            images,
+            infos,
+            prefix=place.prefix,
+            env=place.env,
+            trace=int8 or pruning is not None,
         )
     except DeviceError as error:
         raise CompileError(
@@ -90,12 +114,14 @@ def _verify_at(
         ) from error
     actual = [values[0] for values in result.outputs]
     expected = run(model, images)
+    traces = [_values(program, records) for records in result.trace]
     agreement = None
     if int8:
-        traces = [_values(program, records) for records in result.trace]
         wanted = _recompute(model, traces, images)
         got = [{name: trace[name] for name in wanted[0]} for trace in traces]
         agreement = compare_int8(wanted, got, expected, actual, logits_step=_last_scale(program))
+        if not agreement.logits_agree:
+            agreement = agreement.with_own_spread(expected, run(model, images, optimize=True))
     entry = compare(
         "artifact",
         "quantized" if int8 else "lowered",
@@ -105,6 +131,9 @@ def _verify_at(
         # Two float evaluations of the same graph, in other orders of summation.
         tolerance=None if int8 else rounding_tolerance(model) * float(np.abs(expected).max()),
         int8=agreement,
+        tokens_kept=()
+        if pruning is None
+        else _tokens_kept(model, program, traces, images, pruning),
     )
     demand(entry, expected, actual)
     return entry
@@ -172,26 +201,43 @@ def _tensor_info(tensor: Tensor) -> TensorInfo:
 
 
 def _values(program: Program, records: Sequence[TraceRecord]) -> dict[str, Array]:
-    """What one run wrote, by the name of the graph's value, patches put back into the image."""
+    """What one run wrote, by the name of the graph's value and in its layout."""
     values = {
         record.tensor.name: logical_values(record)
         for record in records
         if record.tensor.name in program.tensors
     }
-    for call in program.calls:
-        kernel = call.kernel
-        if isinstance(kernel, Patchify):
-            (name,) = call.writes.values()
-            patches = values[name].reshape(
-                kernel.batch,
-                kernel.grid_h,
-                kernel.grid_w,
-                kernel.channels,
-                kernel.patch_h,
-                kernel.patch_w,
-            )
-            values[name] = patches.transpose(0, 3, 1, 4, 2, 5)
-    return values
+    stored = {
+        name: values[tensor].reshape(-1)[places]
+        for name, (tensor, places) in program.stored_in.items()
+    }
+    return values | stored
+
+
+def _tokens_kept(
+    model: ir.Model,
+    program: Program,
+    traces: Sequence[Mapping[str, Array]],
+    images: Sequence[Array],
+    pruning: Pruning,
+) -> tuple[float, ...]:
+    """The share of kept patches that the graph and its artifact have in common, per stage."""
+    watched = model.clone()
+    names = [selection.graph_value for selection in program.selections]
+    for value in [output for node in watched.graph for output in node.outputs]:
+        if value.name in names:
+            watched.graph.outputs.append(value)
+    runner = session(watched)
+    shares = []
+    for trace, image in zip(traces, images, strict=True):
+        wanted = [np.asarray(array) for array in runner.run(names, {INPUT: image})]
+        got = [trace[s.tensor][:, s.leading :] - s.offset for s in program.selections]
+        places = (
+            places_in_grid(chosen, pruning.kept, chosen_anew=pruning.chosen_anew)
+            for chosen in (wanted, got)
+        )
+        shares.append([overlap(a, b) for a, b in zip(*places, strict=True)])
+    return tuple(float(share) for share in np.mean(shares, axis=0))
 
 
 def _last_scale(program: Program) -> float:

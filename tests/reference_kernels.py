@@ -8,14 +8,19 @@ import numpy.typing as npt
 import torch
 
 from gfcompile.targets.tvm.kernel import (
+    Attention,
     CircularFilter,
     Dense,
     Dequantize,
     DftFilter,
+    GatherRows,
+    InversePermutation,
     Kernel,
     LayerNorm,
     Patchify,
     Quantize,
+    SelectTokens,
+    Softmax,
     TokenMean,
 )
 from gfcompile.targets.tvm.partition import Program
@@ -40,7 +45,10 @@ def _finish(value: Array, out: str, a: Mapping[str, Array]) -> Array:
     value = value.astype(np.float32)
     if out == "float32":
         return value
-    inverse, low, high, zero = a["quant"]
+    quant = a["quant"]
+    if quant.ndim == 2:  # for each group of columns; (4, columns)
+        quant = np.repeat(quant, value.shape[-1] // len(quant), axis=0).T
+    inverse, low, high, zero = quant
     return (np.rint(np.clip(value * inverse, low, high)) + zero).astype(np.int8)
 
 
@@ -103,6 +111,47 @@ def _token_mean(kernel: TokenMean, a: Mapping[str, Array]) -> Array:
     return _finish(x.mean(axis=1), kernel.out, a)
 
 
+def _attention(kernel: Attention, a: Mapping[str, Array]) -> Array:
+    x = a["x"].reshape(kernel.batch, kernel.tokens, 3, kernel.heads, kernel.dim)
+    q, k, v = x.transpose(2, 0, 3, 1, 4).astype(np.float64)  # (batch, heads, tokens, dim)
+    s_scale, q_zero, k_zero, v_zero, o_scale = a["params"].astype(np.float64)
+    if kernel.x == "float32":
+        y = _softmax_of(q @ k.swapaxes(2, 3) * s_scale) @ v
+    else:
+        # float64 has all these integers exactly.
+        weights = _softmax_of((q - q_zero) @ (k - k_zero).swapaxes(2, 3) * s_scale)
+        p = np.minimum(np.rint(weights * 256), 255)
+        y = p @ (v - v_zero) * o_scale
+    return _finish(y.transpose(0, 2, 1, 3).reshape(-1, kernel.heads * kernel.dim), kernel.out, a)
+
+
+def _softmax_of(scores: Array) -> Array:
+    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def _softmax(kernel: Softmax, a: Mapping[str, Array]) -> Array:
+    x = a["x"].reshape(kernel.rows, kernel.n)
+    return _softmax_of(x.astype(np.float64)).astype(np.float32)
+
+
+def _select_tokens(kernel: SelectTokens, a: Mapping[str, Array]) -> Array:
+    scores = a["scores"].reshape(kernel.batch, kernel.tokens)
+    best = np.argsort(-scores, axis=1, kind="stable")[:, : kernel.kept] + kernel.offset
+    leading = np.tile(np.arange(kernel.leading), (kernel.batch, 1))
+    return np.concatenate([leading, best], axis=1).astype(kernel.index)
+
+
+def _inverse_permutation(_kernel: InversePermutation, a: Mapping[str, Array]) -> Array:
+    return np.argsort(a["x"], axis=1)
+
+
+def _gather_rows(kernel: GatherRows, a: Mapping[str, Array]) -> Array:
+    x = a["x"].reshape(kernel.batch, kernel.tokens, kernel.n)
+    indices = a["indices"].reshape(kernel.batch, kernel.kept).clip(0, kernel.tokens - 1)
+    return np.take_along_axis(x, indices[:, :, None], axis=1)
+
+
 def _quantize(_kernel: Quantize, a: Mapping[str, Array]) -> Array:
     return _finish(a["x"], "int8", a)
 
@@ -119,6 +168,11 @@ _KERNELS: dict[type[Kernel], Callable[[Any, Mapping[str, Array]], Array]] = {
     CircularFilter: _circular_filter,
     Patchify: _patchify,
     TokenMean: _token_mean,
+    Attention: _attention,
+    SelectTokens: _select_tokens,
+    InversePermutation: _inverse_permutation,
+    GatherRows: _gather_rows,
+    Softmax: _softmax,
     Quantize: _quantize,
     Dequantize: _dequantize,
 }

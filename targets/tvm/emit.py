@@ -21,16 +21,21 @@ from gfcompile.targets.tvm import cuda, link
 from gfcompile.targets.tvm.kernel import (
     ActStorage,
     Array,
+    Attention,
     CircularFilter,
     Dense,
     Dequantize,
     DftFilter,
+    GatherRows,
     Generic,
+    InversePermutation,
     Kernel,
     LayerNorm,
     Patchify,
     Quantize,
     Scheduled,
+    SelectTokens,
+    Softmax,
     TokenMean,
 )
 from gfcompile.targets.tvm.memory import Arena, Lifetime, align, plan_arena
@@ -172,6 +177,7 @@ def kernel_name(kernel: Kernel) -> str:
             parts += [f"add{kernel.residual_rows}_{_short(kernel.residual_dtype)}"] * bool(
                 kernel.residual_rows
             )
+            suffix += f"x{kernel.out_groups}" if kernel.out_groups > 1 else ""
             return "_".join(parts) + suffix
         case LayerNorm():
             # Layers that differ in eps alone are rare, but must not share a name.
@@ -187,6 +193,19 @@ def kernel_name(kernel: Kernel) -> str:
             return f"patchify_{grid}_{patch}_{kernel.layout}{suffix}"
         case TokenMean():
             return f"token_mean_{kernel.batch}x{kernel.tokens}x{kernel.n}{suffix}"
+        case Attention():
+            shape = f"{kernel.batch}x{kernel.tokens}x{kernel.heads}x{kernel.dim}"
+            return f"attention_{shape}_{_short(kernel.x)}{suffix}"
+        case SelectTokens():
+            # Leading rows and their offset are part of what is computed.
+            extra = f"{kernel.leading}_{kernel.offset}_{kernel.index}"
+            return f"select_{kernel.batch}x{kernel.tokens}to{kernel.kept}_{extra}"
+        case InversePermutation():
+            return f"inverse_permutation_{kernel.batch}x{kernel.n}"
+        case GatherRows():
+            return f"gather_{kernel.batch}x{kernel.tokens}to{kernel.kept}x{kernel.n}"
+        case Softmax():
+            return f"softmax_{kernel.rows}x{kernel.n}"
         case Quantize():
             return f"quantize_{kernel.size}"
         case Dequantize():

@@ -86,28 +86,78 @@ def _relax_module(
     outputs: Mapping[str, ir.Value],
 ) -> tvm.IRModule:
     ops = ", ".join(sorted({node.op_type for node in nodes}))
+    arrays = {name: np.asarray(constant(value)) for name, value in constants.items()}
+    protos = [proto for node in nodes for proto in _plain(node, arrays)]
     graph = onnx.helper.make_graph(
-        [ir.to_proto(node) for node in nodes],
+        protos,
         "leftover",
         [_value_info(value) for value in inputs.values()],
         [_value_info(value) for value in outputs.values()],
-        [
-            onnx.numpy_helper.from_array(np.asarray(constant(value)), name)
-            for name, value in constants.items()
-        ],
+        [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()],
     )
     graph_version = nodes[0].graph.opset_imports[""] if nodes[0].graph is not None else 20
     model = onnx.helper.make_model(
         graph, opset_imports=[onnx.helper.make_opsetid("", graph_version)]
     )
     try:
-        return relax.get_pipeline("zero")(from_onnx(model))
+        return relax.get_pipeline("zero")(_SafeTake.rewrite(from_onnx(model)))
     except Exception as error:
         # TVM raises whatever its front end meets: KeyError, InternalError, OpNotImplemented.
         reason = str(error).strip().splitlines()
         raise CompileError(
             f"TVM cannot lower one of these operators: {ops} ({reason[-1] if reason else error!r})"
         ) from error
+
+
+@relax.expr_functor.mutator
+class _SafeTake(relax.PyExprMutator):  # type: ignore[misc]
+    """Gathers that clamp an index out of bounds: TVM's default reads whatever lies there."""
+
+    @staticmethod
+    def rewrite(module: tvm.IRModule) -> tvm.IRModule:
+        mutator = _SafeTake(module)
+        main = mutator.visit_expr(module["main"])
+        mutator.builder_.update_func(module.get_global_var("main"), main)
+        return mutator.builder_.get()
+
+    def visit_call_(self, call: tvm.ir.Call) -> tvm.ir.Call:
+        call = self.visit_expr_post_order(call)
+        if getattr(call.op, "name", "") != "relax.take":
+            return call
+        return relax.op.take(call.args[0], call.args[1], call.attrs.axis, mode="clip")
+
+
+def _plain(node: ir.Node, arrays: dict[str, Array]) -> list[onnx.NodeProto]:
+    """The node; what takes whole ranges out of a tensor as Slice and Reshape.
+
+    Relax makes a tuple of a Split, which is no kernel, and guards a Gather of one constant index
+    against indices out of bounds.
+
+    Args:
+        arrays: constants that the replacement needs are added here.
+    """
+    axis = node.attributes.get_int("axis", 0)
+    source = node.inputs[0]
+    index = constant(node.inputs[1]) if node.op_type == "Gather" else None
+    if source is None or not (node.op_type == "Split" or (index is not None and index.size == 1)):
+        return [ir.to_proto(node)]
+    if index is None:
+        sizes = [shape_of(output)[axis] for output in node.outputs]
+    else:
+        at = int(index.reshape(-1)[0]) % shape_of(source)[axis]
+        sizes = [1]
+    protos = []
+    for i, output in enumerate(node.outputs):
+        start = sum(sizes[:i]) if index is None else at
+        name = str(output.name)
+        values = {"start": [start], "end": [start + sizes[i]], "axis": [axis]}
+        values["shape"] = list(shape_of(output))
+        arrays |= {f"{name}/{key}": np.array(value, np.int64) for key, value in values.items()}
+        bounds = [f"{name}/{key}" for key in ("start", "end", "axis")]
+        make = onnx.helper.make_node
+        protos.append(make("Slice", [str(source.name), *bounds], [f"{name}/range"]))
+        protos.append(make("Reshape", [f"{name}/range", f"{name}/shape"], [name]))
+    return protos
 
 
 def _value_info(value: ir.Value) -> onnx.ValueInfoProto:

@@ -29,7 +29,8 @@ class Dense:
     Arguments: x (m, k); w, raw layout (k, n) float32 or int8; with int8 x: scale (n,) float32,
     and bias (n,) int32, which already holds minus zero point times column sums; with float x:
     bias (n,) float32; with residual_rows: residual (residual_rows, n), `residual_dtype` as
-    for DftFilter's k; with int8 out: quant (4,) float32, see `quant_args`; y (m, n).
+    for DftFilter's k; with int8 out: quant (4,) float32, see `quant_args`, or
+    (out_groups, 4) for that many equal groups of neighbouring columns; y (m, n).
     """
 
     m: int
@@ -40,6 +41,7 @@ class Dense:
     residual_rows: int = 0
     residual_dtype: Half = "float32"
     out: Act = "float32"
+    out_groups: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +121,83 @@ class TokenMean:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Multi-head self-attention over the rows of one qkv product.
+
+    Of x (batch * tokens, 3 * heads * dim), columns (part, head, channel), parts q, k, v:
+    y[head] = softmax(scale * q @ k.T) @ v, heads side by side again.
+
+    With int8 x, exactly as the QDQ graph: s = (q - q_zero) . (k - k_zero) in integers, times
+    `s_scale` in float (which holds both scales and the attention's own); softmax in float;
+    p = rint(softmax * 256) - 128, at most 127; then (p + 128) . (v - v_zero) in integers, times
+    `o_scale`, quantized when `out` is int8.
+
+    Arguments: x (batch * tokens, 3 * heads * dim), float32 or int8; params (5,) float32: s_scale,
+    q_zero, k_zero, v_zero, o_scale (with float x only s_scale is used); quant (4,) if `out` is
+    int8; y (batch * tokens, heads * dim).
+    """
+
+    batch: int
+    tokens: int
+    heads: int
+    dim: int
+    x: Act = "float32"
+    out: Act = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectTokens:
+    """The `kept` best of `tokens` scores, per image: their indices, best first.
+
+    Equal scores keep the order of their indices. `offset` is added to every index; with `leading`
+    l, the indices 0 ... l - 1 come first (class tokens, which are always kept).
+
+    Arguments: scores (batch, tokens) float32; y (batch, leading + kept) of `index`.
+    """
+
+    batch: int
+    tokens: int
+    kept: int
+    offset: int = 0
+    leading: int = 0
+    index: Literal["int32", "int64"] = "int32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InversePermutation:
+    """y[b, x[b, i]] = i: where each of n things went.
+
+    Arguments: x (batch, n) int64, a permutation of 0 ... n - 1 per row (anything else is clamped:
+    no access out of bounds); y (batch, n) int64.
+    """
+
+    batch: int
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatherRows:
+    """y[b, i] = x[b, indices[b, i]]: rows of n float32 values.
+
+    Arguments: x (batch, tokens, n) float32; indices (batch, kept) int32, each within the tokens
+    (anything else is clamped: no access out of bounds); y (batch, kept, n).
+    """
+
+    batch: int
+    tokens: int
+    kept: int
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Softmax:
+    """Softmax over the last axis of (rows, n) float32. Arguments: x, y."""
+
+    rows: int
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Quantize:
     """float32 -> int8, element by element. Arguments: x (size,), quant (4,), y (size,)."""
 
@@ -152,6 +231,11 @@ Kernel = (
     | CircularFilter
     | Patchify
     | TokenMean
+    | Attention
+    | SelectTokens
+    | InversePermutation
+    | GatherRows
+    | Softmax
     | Quantize
     | Dequantize
     | Generic

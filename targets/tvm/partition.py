@@ -26,18 +26,24 @@ from gfcompile.targets.onnx_values import (
     shape_of,
 )
 from gfcompile.targets.tvm import generic
+from gfcompile.targets.tvm.attention import layout, match_attention, match_selection
 from gfcompile.targets.tvm.kernel import (
     Act,
     Array,
+    Attention,
     CircularFilter,
     Dense,
     Dequantize,
     DftFilter,
+    GatherRows,
     Half,
+    InversePermutation,
     Kernel,
     LayerNorm,
     Patchify,
     Quantize,
+    SelectTokens,
+    Softmax,
     TokenMean,
     quant_args,
 )
@@ -73,13 +79,31 @@ class Call:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Where the indices of a TopK are: `tensor` (batch, leading + k), each plus `offset`."""
+
+    graph_value: str
+    tensor: str
+    leading: int
+    offset: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Program:
-    """A straight line of kernel calls over named tensors."""
+    """A straight line of kernel calls over named tensors.
+
+    Attributes:
+        selections: which tokens each TopK of the graph chose.
+        stored_in: int8 values of the graph that have no tensor of their layout: the tensor that
+            holds them, and the place of each element in it, as flat indices.
+    """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     tensors: Mapping[str, Tensor]
     calls: tuple[Call, ...]
+    stored_in: Mapping[str, tuple[str, Array]] = field(default_factory=dict)
+    selections: tuple[Selection, ...] = ()
 
 
 def partition(model: ir.Model) -> Program:
@@ -120,14 +144,21 @@ class _Partitioner:
         self.claimed: set[ir.Node] = set()
         self.calls: dict[ir.Node, list[Call]] = {}  # at the last node that a call covers
         self.tensors: dict[str, Tensor] = {}
+        self.stored_in: dict[str, tuple[str, Array]] = {}
+        self.selections: list[Selection] = []
+        # qkv products whose q, k and v are int8 with a scale of their own: name and `quant`.
+        self.grouped: dict[ir.Value, tuple[str, Array]] = {}
 
     def run(self) -> Program:
         anchors: tuple[Callable[[ir.Node], None], ...] = (
+            self.attention,
+            self.selection,
             self.linear,
             self.patch_conv,
             self.layer_norm,
             self.token_mean,
             self.global_filter,
+            self.softmax,
         )
         for anchor in (*anchors, self.quantize, self.dequantize):
             for node in self.nodes:
@@ -149,7 +180,12 @@ class _Partitioner:
                 run = []
         calls += self.leftover(run)
         return Program(
-            inputs=inputs, outputs=outputs, tensors=self.tensors, calls=_live(calls, outputs)
+            inputs=inputs,
+            outputs=outputs,
+            tensors=self.tensors,
+            calls=_live(calls, outputs),
+            stored_in=self.stored_in,
+            selections=tuple(self.selections),
         )
 
     # Values
@@ -221,6 +257,7 @@ class _Partitioner:
         reads: Mapping[str, str],
         constants: Mapping[str, Array],
         before: Call | None = None,
+        grouped: tuple[str, Array] | None = None,
     ) -> None:
         """Adds a call that covers these nodes, and the QuantizeLinear after them if there is one.
 
@@ -229,10 +266,14 @@ class _Partitioner:
             kernel_of: the kernel for a float32 or an int8 result.
             reads, constants: the call's arguments.
             before: a call that must come first.
+            grouped: name and `quant` of an int8 result whose columns have several scales.
         """
         out: Act = "float32"
         quantize = self.follower(covered[-1].outputs[0], "QuantizeLinear")
-        if quantize is not None:
+        if grouped is not None:
+            out = "int8"
+            constants = {**constants, "quant": grouped[1]}
+        elif quantize is not None:
             covered, out = [*covered, quantize], "int8"
             constants = {**constants, "quant": quant_args(*scalar_quantization(quantize))}
         self.claimed.update(covered)
@@ -240,7 +281,7 @@ class _Partitioner:
             kernel=kernel_of(out),
             label=_label(covered[0]),
             reads=reads,
-            writes={"y": self.tensor(covered[-1].outputs[0])},
+            writes={"y": grouped[0] if grouped else self.tensor(covered[-1].outputs[0])},
             constants=constants,
         )
         self.calls[covered[-1]] = [call] if before is None else [before, call]
@@ -301,7 +342,7 @@ class _Partitioner:
             image, name = _input(quantize, 0), str(quantize.outputs[0].name)
             if len(quantize.outputs[0].consumers()) == 1:
                 self.claimed.update((quantize, source))
-        layout = "nchw"
+        order = "nchw"
         to_nchw = image.producer()
         if (
             to_nchw is not None
@@ -311,7 +352,7 @@ class _Partitioner:
         ):
             if len(image.consumers()) == 1:
                 self.claimed.add(to_nchw)
-            image, layout = _input(to_nchw, 0), "nhwc"
+            image, order = _input(to_nchw, 0), "nhwc"
         batch, _, grid_h, grid_w = shape_of(node.outputs[0])
         _, channels, patch_h, patch_w = weight.shape
         self.tensors[name] = Tensor(
@@ -321,6 +362,16 @@ class _Partitioner:
             scale=scale,
             zero_point=zero_point,
         )
+        height, width = grid_h * patch_h, grid_w * patch_w
+        # Pixel (b, c, y, x) lies in row (b, y // patch_h, x // patch_w) of patches.
+        pixels = np.arange(product.m * product.k).reshape(
+            batch, grid_h, grid_w, channels, patch_h, patch_w
+        )
+        if product.act == "int8":
+            self.stored_in[name] = (
+                name,
+                pixels.transpose(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width),
+            )
         patches = Call(
             kernel=Patchify(
                 batch=batch,
@@ -329,7 +380,7 @@ class _Partitioner:
                 grid_w=grid_w,
                 patch_h=patch_h,
                 patch_w=patch_w,
-                layout="nhwc" if layout == "nhwc" else "nchw",
+                layout="nhwc" if order == "nhwc" else "nchw",
                 out=product.act,
             ),
             label=f"{_label(node)}/patches",
@@ -389,11 +440,12 @@ class _Partitioner:
                 residual_dtype, product.constants["residual"] = _stored(
                     operand, array.reshape(-1, n)
                 )
-            elif whole and array is None and size == m * n:
-                residual_rows = m
+            elif whole and array is None and size in (m * n, n) and shape_of(operand)[-1] == n:
+                residual_rows = size // n  # all rows, or one that is added to each
                 reads["residual"] = self.tensor(operand)
             if residual_rows:
                 product.covered.append(add)
+        grouped = self.grouped.get(product.result)
         self.add(
             product.covered,
             lambda out: Dense(
@@ -405,11 +457,158 @@ class _Partitioner:
                 residual_rows=residual_rows,
                 residual_dtype=residual_dtype,
                 out=out,
+                out_groups=3 if grouped else 1,
             ),
             reads,
             product.constants,
             before,
+            grouped,
         )
+
+    def attention(self, node: ir.Node) -> None:
+        """Softmax between two products of activations, with all the moves around them."""
+        match = match_attention(node)
+        if match is None:
+            return
+        s_scale, o_scale, zeros = match.scale, 1.0, [0, 0, 0]
+        x = None
+        if match.is_int8:
+            pairs = []
+            x = f"{match.q.source.name}_int8"
+            for operand in (match.q, match.k, match.v):
+                assert operand.quantize is not None
+                pairs.append(scalar_quantization(operand.quantize))
+                value = operand.quantize.outputs[0]
+                self.stored_in[str(value.name)] = x, layout(value, operand.source)
+            shape = (match.batch * match.tokens, 3 * match.heads * match.dim)
+            self.tensors[x] = Tensor(name=x, dtype="int8", shape=shape)
+            self.grouped[match.q.source] = x, np.stack([quant_args(*pair) for pair in pairs])
+            s_scale *= pairs[0][0] * pairs[1][0]
+            o_scale = pairs[2][0] / 256
+            zeros = [zero_point for _, zero_point in pairs]
+        act: Act = "int8" if match.is_int8 else "float32"
+        self.claimed.update(match.covered)
+        self.add(
+            list(match.covered),
+            lambda out: Attention(
+                batch=match.batch,
+                tokens=match.tokens,
+                heads=match.heads,
+                dim=match.dim,
+                x=act,
+                out=out,
+            ),
+            {"x": x or self.tensor(match.q.source)},
+            {"params": np.array([s_scale, *zeros, o_scale], np.float32)},
+        )
+
+    def selection(self, node: ir.Node) -> None:
+        """TopK, whatever moves its indices, and the Gather of the rows that they name."""
+        match = match_selection(node)
+        if match is None:
+            self.indices(node)
+            return
+        gather = match.covered[-1]
+        chosen = f"{node.outputs[1].name}_rows"
+        kept = match.leading + match.kept
+        self.tensors[chosen] = Tensor(name=chosen, dtype="int32", shape=(match.batch, kept))
+        self.claimed.update(match.covered)
+        self.selections.append(
+            Selection(
+                graph_value=str(node.outputs[1].name),
+                tensor=chosen,
+                leading=match.leading,
+                offset=match.offset,
+            )
+        )
+        select = Call(
+            kernel=SelectTokens(
+                batch=match.batch,
+                tokens=match.tokens,
+                kept=match.kept,
+                offset=match.offset,
+                leading=match.leading,
+            ),
+            label=_label(node),
+            reads={"scores": self.tensor(match.scores)},
+            writes={"y": chosen},
+        )
+        rows = Call(
+            kernel=GatherRows(
+                batch=match.batch,
+                tokens=match.all_tokens,
+                kept=kept,
+                n=shape_of(match.rows)[-1],
+            ),
+            label=_label(gather),
+            reads={"x": self.tensor(match.rows), "indices": chosen},
+            writes={"y": self.tensor(gather.outputs[0])},
+        )
+        self.calls[gather] = [select, rows]
+
+    def indices(self, node: ir.Node) -> None:
+        """TopK whose indices go elsewhere than into one Gather of rows."""
+        if not is_standard(node, "TopK") or node.outputs[0].consumers():
+            return
+        scores = _input(node, 0)
+        shape = shape_of(scores)
+        if self.is_inversion(node):
+            self.claimed.add(node)
+            self.calls[node] = [
+                Call(
+                    kernel=InversePermutation(batch=math.prod(shape[:-1]), n=shape[-1]),
+                    label=_label(node),
+                    reads={"x": self.tensor(scores)},
+                    writes={"y": self.tensor(node.outputs[1])},
+                )
+            ]
+            return
+        last = node.attributes.get_int("axis", -1) in (-1, len(shape) - 1)
+        if not last or node.attributes.get_int("largest", 1) != 1:
+            return
+        kept = shape_of(node.outputs[1])[-1]
+        self.claimed.add(node)
+        name = str(node.outputs[1].name)
+        self.selections.append(Selection(graph_value=name, tensor=name, leading=0, offset=0))
+        self.calls[node] = [
+            Call(
+                kernel=SelectTokens(
+                    batch=math.prod(shape[:-1]), tokens=shape[-1], kept=kept, index="int64"
+                ),
+                label=_label(node),
+                reads={"scores": self.tensor(scores)},
+                writes={"y": self.tensor(node.outputs[1])},
+            )
+        ]
+
+    def is_inversion(self, node: ir.Node) -> bool:
+        """Whether a TopK puts all of another TopK's indices into order: their inverse."""
+        order = _input(node, 0)
+        source = order.producer()
+        return (
+            source is not None
+            and is_standard(source, "TopK")
+            and order is source.outputs[1]
+            and shape_of(order) == shape_of(_input(source, 0)) == shape_of(node.outputs[1])
+            and node.attributes.get_int("largest", 1) == 0
+            and node.attributes.get_int("axis", -1) in (-1, len(shape_of(order)) - 1)
+        )
+
+    def softmax(self, node: ir.Node) -> None:
+        if not is_standard(node, "Softmax"):
+            return
+        shape = shape_of(node.outputs[0])
+        if node.attributes.get_int("axis", -1) not in (-1, len(shape) - 1):
+            return
+        self.claimed.add(node)
+        self.calls[node] = [
+            Call(
+                kernel=Softmax(rows=math.prod(shape[:-1]), n=shape[-1]),
+                label=_label(node),
+                reads={"x": self.tensor(_input(node, 0))},
+                writes={"y": self.tensor(node.outputs[0])},
+            )
+        ]
 
     def layer_norm(self, node: ir.Node) -> None:
         if not is_standard(node, "LayerNormalization"):

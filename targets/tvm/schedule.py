@@ -6,28 +6,37 @@ from typing import Any
 from gfcompile.targets.target import Target
 from gfcompile.targets.tvm.kernel import (
     ActStorage,
+    Attention,
     CircularFilter,
     Dense,
     Dequantize,
     DftFilter,
+    GatherRows,
     Generic,
+    InversePermutation,
     Kernel,
     LayerNorm,
     Patchify,
     Quantize,
     Scheduled,
+    SelectTokens,
+    Softmax,
     TokenMean,
 )
 from gfcompile.targets.tvm.schedules import (
+    cpu_attention,
     cpu_dense,
     cpu_filter,
     cpu_norm,
     cpu_quant,
+    cpu_select,
     cpu_tokens,
+    gpu_attention,
     gpu_dense,
     gpu_filter,
     gpu_norm,
     gpu_quant,
+    gpu_select,
     gpu_tokens,
 )
 from gfcompile.targets.tvm.schedules.generic import schedule_generic_cpu, schedule_generic_gpu
@@ -40,6 +49,14 @@ _SCHEDULES: dict[type, tuple[Callable[..., Scheduled], Callable[..., Scheduled]]
     CircularFilter: (cpu_filter.schedule_circular_filter, gpu_filter.schedule_circular_filter),
     Patchify: (cpu_tokens.schedule_patchify, gpu_tokens.schedule_patchify),
     TokenMean: (cpu_tokens.schedule_token_mean, gpu_tokens.schedule_token_mean),
+    Attention: (cpu_attention.schedule_attention, gpu_attention.schedule_attention),
+    SelectTokens: (cpu_select.schedule_select_tokens, gpu_select.schedule_select_tokens),
+    InversePermutation: (
+        cpu_select.schedule_inverse_permutation,
+        gpu_select.schedule_inverse_permutation,
+    ),
+    GatherRows: (cpu_select.schedule_gather_rows, gpu_select.schedule_gather_rows),
+    Softmax: (cpu_attention.schedule_softmax, gpu_attention.schedule_softmax),
     Quantize: (cpu_quant.schedule_quantize, gpu_quant.schedule_quantize),
     Dequantize: (cpu_quant.schedule_dequantize, gpu_quant.schedule_dequantize),
 }

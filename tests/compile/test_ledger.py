@@ -72,3 +72,13 @@ def test_entries_are_json_even_when_nothing_differs() -> None:
     values = json.loads(json.dumps(entry(LOGITS).to_dict(), allow_nan=False))
     assert values["sqnr_db"] is None
     assert values["top1_agreement"] == 1.0
+
+
+def test_logits_may_spread_as_two_evaluations_of_the_graph_do() -> None:
+    far = moved(0, 0, -3 * STEP)
+    strict = compare_int8(
+        [{"q": np.zeros(1, np.int8)}], [{"q": np.zeros(1, np.int8)}], LOGITS, far, logits_step=STEP
+    )
+    assert not strict.logits_agree
+    assert not strict.with_own_spread(LOGITS, moved(0, 0, STEP)).logits_agree
+    assert strict.with_own_spread(LOGITS, moved(STEP, STEP, 2 * STEP)).logits_agree

@@ -71,7 +71,8 @@ def problem(kernel: Dense, cpu: Cpu, *, extreme: bool = False) -> Problem:
         value = value + residual[np.arange(m) % kernel.residual_rows]
         bound = bound + EPS * np.abs(value)
     if kernel.out == "int8":
-        args["quant"] = quant_args(Y_SCALE, -10)
+        quants = [quant_args(Y_SCALE * (i + 1), -10 + 30 * i) for i in range(kernel.out_groups)]
+        args["quant"] = np.stack(quants) if kernel.out_groups > 1 else quants[0]
     args["y"] = poison((m, n), storage.dtype if kernel.out == "int8" else "float32")
     return Problem(args, value, bound)
 
@@ -85,7 +86,9 @@ def check(kernel: Dense, cpu: Cpu, *, threads: int = 1, extreme: bool = False) -
     if kernel.out == "float32":
         assert (np.abs(y - value) <= bound + 1e-30).all(), np.abs(y - value).max()
         return y
-    inverse, lowest, highest, zero = (float(v) for v in given_problem.args["quant"])
+    quants = given_problem.args["quant"].astype(np.float64).reshape(-1, 4)
+    # Each (n,): a group of columns has its own.
+    inverse, lowest, highest, zero = np.repeat(quants, kernel.n // len(quants), axis=0).T
     steps = np.clip(value * inverse, lowest, highest)
     error = np.abs(y.astype(np.int32) - act_storage(cpu).offset - (np.rint(steps) + zero))
     # Equal, but where rounding may take a value over the tie between two steps.
@@ -127,6 +130,15 @@ def test_every_instruction_set_computes_the_reference(cpu: str, kernel: Dense) -
 def test_every_epilogue(x: str, out: str, gelu: bool, residual_rows: int) -> None:
     kernel = Dense(m=8, n=40, k=20, gelu=gelu, residual_rows=residual_rows)
     check(replace(kernel, x=x, out=out), host_cpu())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("x", ["float32", "int8"])
+@pytest.mark.parametrize("n", [3, 24, 90, 288, 576])
+@pytest.mark.parametrize("cpu", ["avx512_vnni", "avx2", "a72", "a76"])
+def test_groups_of_columns_have_scales_of_their_own(cpu: str, n: int, x: str) -> None:
+    """Groups of 1 to 192 columns: narrower than a vector, broken panels, whole ones."""
+    kernel = Dense(m=9, n=n, k=20, out="int8", out_groups=3)
+    check(replace(kernel, x=x), CPUS[cpu], threads=2)  # type: ignore[arg-type]
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))

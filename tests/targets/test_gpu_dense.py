@@ -6,10 +6,11 @@ import torch
 from run_gpu_kernel import GPUS, QUANT, STORAGE, TX2, Array, Case, quantized, run_cases
 
 from gfcompile.targets.target import Gpu
-from gfcompile.targets.tvm.kernel import Dense
+from gfcompile.targets.tvm.kernel import Dense, quant_args
 from gfcompile.targets.tvm.schedules.gpu_dense import choose_tile, product_mode, schedule_dense
 
 EPS = 2.0**-24
+GROUP_QUANTS = np.stack([quant_args(0.02, -3), quant_args(0.007, 11), quant_args(0.05, -128)])
 
 
 def reference(kernel: Dense, args: dict[str, Array]) -> Array:
@@ -26,7 +27,11 @@ def reference(kernel: Dense, args: dict[str, Array]) -> Array:
         if kernel.residual_dtype == "float16":
             residual = residual.view(np.float16)
         value = value + residual[np.arange(kernel.m) % kernel.residual_rows]
-    return quantized(value, args["quant"]) if kernel.out == "int8" else value
+    if kernel.out == "float32":
+        return value
+    groups = np.split(value, kernel.out_groups, axis=1)
+    quants = args["quant"].reshape(kernel.out_groups, 4)
+    return np.hstack([quantized(*pair) for pair in zip(groups, quants, strict=True)])
 
 
 def dense_case(kernel: Dense, gpu: Gpu, seed: int = 0) -> Case:
@@ -53,7 +58,7 @@ def dense_case(kernel: Dense, gpu: Gpu, seed: int = 0) -> Case:
             residual = residual.astype(np.float16).view(np.uint16)
         args["residual"] = residual
     if kernel.out == "int8":
-        args["quant"] = QUANT
+        args["quant"] = QUANT if kernel.out_groups == 1 else GROUP_QUANTS[: kernel.out_groups]
     return schedule_dense(kernel, gpu, STORAGE), args, reference(kernel, args)
 
 
@@ -84,6 +89,7 @@ FLOAT_KERNELS = [
     Dense(m=1, n=1000, k=384),
     Dense(m=3, n=45, k=37, residual_rows=1, out="int8"),
     Dense(m=7, n=4, k=4, out="int8", gelu=True),
+    Dense(m=9, n=42, k=20, out="int8", out_groups=3),
 ]
 INT8_KERNELS = [
     Dense(m=196, n=256, k=96, x="int8", gelu=True, out="int8"),
@@ -91,6 +97,8 @@ INT8_KERNELS = [
     Dense(m=50, n=64, k=32, x="int8", residual_rows=25, residual_dtype="float16"),
     Dense(m=50, n=68, k=45, x="int8", out="int8"),
     Dense(m=50, n=66, k=2052, x="int8"),
+    Dense(m=67, n=144, k=64, x="int8", out="int8", out_groups=3),
+    Dense(m=1, n=96, k=64, x="int8", out="int8", out_groups=2),
     Dense(m=2, n=1001, k=384, x="int8", gelu=True),
 ]
 

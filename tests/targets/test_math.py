@@ -12,7 +12,15 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as I
 
 from gfcompile.targets.tvm.kernel import ActStorage, Array, Scheduled, Step, quant_args
-from gfcompile.targets.tvm.schedules.math import dequantize, erf, gelu, half_to_float, quantize
+from gfcompile.targets.tvm.schedules.math import (
+    dequantize,
+    erf,
+    exp,
+    exp2,
+    gelu,
+    half_to_float,
+    quantize,
+)
 
 EPS = float(np.finfo(np.float32).eps)
 STORAGES = (ActStorage(), ActStorage(dtype="uint8", offset=128))
@@ -55,6 +63,25 @@ def test_erf_and_gelu_hold_their_stated_bounds(cpu: str) -> None:
     error = np.abs(apply(gelu, v, "float32", cpu) - 0.5 * wide * (1 + exact(wide / np.sqrt(2))))
     # Half of erf's error, and the rounding of three multiplications and one addition.
     assert (error <= (0.5 * 5e-7 + 2 * EPS) * np.abs(wide)).all()
+
+
+@pytest.mark.parametrize("cpu", SOME_CPUS)
+def test_exponentials_hold_their_stated_bounds(cpu: str) -> None:
+    fractions = np.linspace(-1, 1, 40001)
+    v = np.concatenate([fractions, np.linspace(-125.99, 127, 8001)]).astype(np.float32)
+    exact = np.exp2(v.astype(np.float64))
+    assert np.abs(apply(exp2, v, "float32", cpu) / exact - 1).max() <= 1.9e-7
+    v = np.concatenate([fractions, np.linspace(-87, 88, 8001)]).astype(np.float32)
+    wide = v.astype(np.float64)
+    error = np.abs(apply(exp, v, "float32", cpu) / np.exp(wide) - 1)
+    assert (error <= 2e-7 + 1.2e-7 * np.abs(wide)).all()
+
+
+@pytest.mark.parametrize("cpu", SOME_CPUS)
+def test_exponentials_at_their_ends(cpu: str) -> None:
+    ends = np.array([0, -126, -127, -3e38, -np.inf], np.float32)
+    expected = np.array([1, *[2.0**-126] * 4], np.float32)
+    np.testing.assert_array_equal(apply(exp2, ends, "float32", cpu), expected)
 
 
 @pytest.mark.parametrize("cpu", SOME_CPUS)

@@ -11,12 +11,17 @@ from reference_kernels import run_program
 
 from gfcompile.runtime.errors import CompileError
 from gfcompile.targets.tvm.kernel import (
+    Attention,
     Dense,
     Dequantize,
+    GatherRows,
     Generic,
+    InversePermutation,
     LayerNorm,
     Patchify,
     Quantize,
+    SelectTokens,
+    Softmax,
     TokenMean,
 )
 from gfcompile.targets.tvm.partition import Program, partition
@@ -209,7 +214,7 @@ def test_views_cost_nothing() -> None:
 
 def test_other_operators_go_through_relax_in_order() -> None:
     graph = """g (float[1,4,8] x) => (float[1,8,4] y) {
-        a = MatMul(x, w)  s = Softmax <axis=-1> (a)  m = Mul(s, c)
+        a = MatMul(x, w)  s = Sigmoid(a)  m = Mul(s, c)
         y = Transpose <perm=[0,2,1]> (m) }"""
     program = partition(model_of(graph, w=f32(8, 8), c=f32(8)))
     assert classes(program)[0] is Dense
@@ -225,3 +230,66 @@ def test_an_operator_that_nobody_takes_is_named() -> None:
     graph = "g (float[4,4] x) => (float y) { y = Det(x) }"
     with pytest.raises(CompileError, match="Det"):
         partition(model_of(graph))
+
+
+ATTENTION = """g (float[2,5,24] x) => (float[2,5,8] y) {
+    q0, k0, v0 = Split <axis=2, num_outputs=3> (x)
+    q1 = Reshape(q0, s)  q = Transpose <perm=[0,2,1,3]> (q1)
+    k1 = Reshape(k0, s)  k = Transpose <perm=[0,2,3,1]> (k1)
+    v1 = Reshape(v0, s)  v = Transpose <perm=[0,2,1,3]> (v1)
+    a = MatMul(q, k)  b = Mul(a, f)  p = Softmax <axis=-1> (b)
+    o = MatMul(p, v)  t = Transpose <perm=[0,2,1,3]> (o)  y = Reshape(t, r) }"""
+SHAPES = {"s": np.array([2, 5, 2, 4]), "r": np.array([2, 5, 8]), "f": np.array(0.5, np.float32)}
+
+
+def test_attention_between_moves_is_one_kernel() -> None:
+    program = check(model_of(ATTENTION, **SHAPES))
+    assert [call.kernel for call in program.calls] == [Attention(batch=2, tokens=5, heads=2, dim=4)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("k = Transpose <perm=[0,2,3,1]> (k1)", "k2 = Reshape(k0, c)  k = Identity(k2)"),
+        ("v = Transpose <perm=[0,2,1,3]> (v1)", "v = Transpose <perm=[0,2,1,3]> (k1)"),
+    ],
+    ids=["scrambled heads", "no values"],
+)
+def test_what_only_looks_like_attention_is_left_alone(old: str, new: str) -> None:
+    graph = ATTENTION.replace(old, new)
+    assert graph != ATTENTION
+    shapes = {**SHAPES, **({"c": np.array([2, 2, 4, 5])} if "c)" in new else {})}
+    program = partition(model_of(graph, **shapes))
+    assert Attention not in classes(program)
+    assert Softmax in classes(program)
+
+
+def test_kept_rows_are_a_selection_and_a_gather() -> None:
+    graph = """g (float[2,6,4] x, float[2,5] scores) => (float[2,4,4] y) {
+        v, i = TopK <axis=1> (scores, k)
+        j = Add(i, one)  l = Concat <axis=1> (zero, j)  b = Add(l, base)
+        f = Reshape(b, flat)  r = Reshape(x, rows)  g = Gather <axis=0> (r, f)
+        y = Reshape(g, shape) }"""
+    program = check(
+        model_of(
+            graph,
+            k=np.array([3]),
+            one=np.array(1),
+            zero=np.zeros((2, 1), np.int64),
+            base=np.array([[0], [6]]),
+            flat=np.array([8]),
+            rows=np.array([12, 4]),
+            shape=np.array([2, 4, 4]),
+        )
+    )
+    assert [call.kernel for call in program.calls] == [
+        SelectTokens(batch=2, tokens=5, kept=3, offset=1, leading=1),
+        GatherRows(batch=2, tokens=6, kept=4, n=4),
+    ]
+
+
+def test_the_order_of_all_and_its_inverse_are_kernels() -> None:
+    graph = """g (float[2,5] scores) => (int64[2,5] y) {
+        v, i = TopK <axis=1> (scores, k)  w, y = TopK <axis=1, largest=0> (i, k) }"""
+    program = check(model_of(graph, k=np.array([5])))
+    assert classes(program) == [SelectTokens, InversePermutation]

@@ -33,7 +33,15 @@ from gfcompile.targets.tvm.schedules.cpu_dot import (
 )
 from gfcompile.targets.tvm.schedules.math import Expr, gelu, half_to_float, quantize
 
-__all__ = ["act_storage", "schedule_dense"]
+__all__ = [
+    "act_storage",
+    "epilogue_width",
+    "fits_registers",
+    "registers",
+    "schedule_dense",
+    "tile_cycles",
+    "tile_sums",
+]
 
 # Tasks to split a kernel into: enough for the 8 to 12 cores of the largest boards.
 _TASKS = 16
@@ -73,37 +81,43 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
 
 def choose_tile(kernel: Dense, product: Product, registers: int) -> Tile:
     """The register tile that takes the fewest cycles, by the model above."""
-    groups = ceil(kernel.k / product.group)
 
     def cycles(tile: Tile) -> float:
-        multiplies = tile.rows * tile.vectors
-        per_multiply, per_vector = product.operations
-        operations = multiplies * per_multiply + tile.vectors * per_vector
-        step = max(_INSTRUCTION * operations + _LOAD * product.loads(tile), _LATENCY)
-        outputs = multiplies * product.columns / product.lanes
+        outputs = tile.rows * tile.vectors * product.columns / product.lanes
         epilogue = _INSTRUCTION * outputs * (28 if kernel.gelu else 6)
-        row_tiles, panels = ceil(kernel.m / tile.rows), _panels(kernel.n, product, tile)
-        return row_tiles * panels * (groups * step + epilogue + _TILE_START)
+        row_tiles, panels = ceil(kernel.m / tile.rows), _panels(kernel, product, tile)
+        return row_tiles * panels * (tile_cycles(product, tile, kernel.k) + epilogue)
 
     tiles = [
         Tile(rows=rows, vectors=vectors)
         for rows in range(min(kernel.m, registers), 0, -1)
         for vectors in range(product.vector_step, registers, product.vector_step)
-        if vectors * product.columns <= kernel.n or vectors == product.vector_step
+        if vectors * product.columns <= kernel.n // kernel.out_groups
+        or vectors == product.vector_step
     ]
-    fitting = [
-        tile
-        for tile in tiles
-        if product.registers(tile) <= registers and tile.rows * tile.vectors <= _ACCUMULATORS
-    ]
-    return min(fitting, key=cycles)
+    return min((tile for tile in tiles if fits_registers(product, tile, registers)), key=cycles)
+
+
+def fits_registers(product: Product, tile: Tile, registers: int) -> bool:
+    """Whether the tile's inner loop needs no more than `registers`, and little code."""
+    return product.registers(tile) <= registers and tile.rows * tile.vectors <= _ACCUMULATORS
+
+
+def tile_cycles(product: Product, tile: Tile, k: int) -> float:
+    """Cycles of `tile_sums`, by the model above."""
+    per_multiply, per_vector = product.operations
+    operations = tile.rows * tile.vectors * per_multiply + tile.vectors * per_vector
+    step = max(_INSTRUCTION * operations + _LOAD * product.loads(tile), _LATENCY)
+    return ceil(k / product.group) * step + _TILE_START
 
 
 def _dense(kernel: Dense, k: int, product: Product, tile: Tile, storage: ActStorage) -> Any:
     """The kernel as a PrimFunc; k is rounded up to whole groups."""
     m, n = kernel.m, kernel.n
     columns = tile.vectors * product.columns
-    panels, row_tiles = _panels(n, product, tile), ceil(m / tile.rows)
+    group_columns = n // kernel.out_groups
+    panels, row_tiles = _panels(kernel, product, tile), ceil(m / tile.rows)
+    group_panels = panels // kernel.out_groups
     blocks = _row_blocks(row_tiles, panels)
     y_dtype = storage.dtype if kernel.out == "int8" else "float32"
 
@@ -114,42 +128,50 @@ def _dense(kernel: Dense, k: int, product: Product, tile: Tile, storage: ActStor
         w_shape = (panels, k // product.group, tile.vectors, product.w_elements)
         w = I.arg("w", I.buffer(w_shape, product.w_dtype))
         scale = I.arg("scale", I.buffer((n,))) if kernel.x == "int8" else None
-        bias = I.arg("bias", I.buffer((max(n, columns),), product.acc_dtype))
+        bias = I.arg("bias", I.buffer((n + _pad_columns(kernel, columns),), product.acc_dtype))
         rows = kernel.residual_rows
         halves = kernel.residual_dtype == "float16"
         residual_buffer = I.buffer((rows, n), "uint16" if halves else "float32") if rows else None
         residual = I.arg("residual", residual_buffer) if rows else None
-        quant = I.arg("quant", I.buffer((4,))) if kernel.out == "int8" else None
+        groups = kernel.out_groups
+        quant_shape = (groups, 4) if groups > 1 else (4,)
+        quant = I.arg("quant", I.buffer(quant_shape)) if kernel.out == "int8" else None
         y = I.arg("y", I.buffer((m, n), y_dtype))
 
-        def finish(acc: Expr, row: Expr, column: Expr) -> Expr:
+        def finish(acc: Expr, row: Expr, column: Expr, group: Expr) -> Expr:
             value = acc if scale is None else tirx.Cast("float32", acc) * scale[column]
             value = gelu(value) if kernel.gelu else value
             if residual is not None:
                 addend = residual[row if rows >= m else row % rows, column]
                 value = value + (half_to_float(addend) if halves else addend)
-            return value if quant is None else quantize(value, quant, storage)
+            if quant is None:
+                return value
+            values = [quant[group, i] for i in range(4)] if groups > 1 else quant
+            return quantize(value, values, storage)
 
         with I.parallel(panels * blocks) as task:
             panel = task // blocks
-            column = I.bind(_clamped(panel * columns, n - columns, panels * columns > n))
+            group = panel // group_panels
+            overlaps = group_panels * columns > group_columns
+            within = _clamped(panel % group_panels * columns, group_columns - columns, overlaps)
+            column = I.bind(group * group_columns + within)
             with I.serial(row_tiles // blocks) as i:
                 first = (task % blocks * (row_tiles // blocks) + i) * tile.rows
                 row = I.bind(_clamped(first, m - tile.rows, m % tile.rows != 0))
-                sums = _tile_sums(x, w, bias, row, panel, column, k, product, tile)
-                width = min(n, columns)
-                vector = _epilogue_width(width, product.lanes, kernel.out)
+                sums = tile_sums(x, w, bias, row, panel, column, k, product, tile)
+                width = min(group_columns, columns)
+                vector = epilogue_width(width, product.lanes, kernel.out)
                 for r in range(tile.rows):
                     for start in range(0, width, vector):
                         # Where a vector does not fit any more, it overlaps the one before it.
                         at = min(start, width - vector)
                         with I.vectorized(vector) as lane:
-                            value = finish(sums[r][at + lane], row + r, column + at + lane)
+                            value = finish(sums[r][at + lane], row + r, column + at + lane, group)
                             I.buffer_store(y, value, [row + r, column + at + lane])
     return builder.get()
 
 
-def _tile_sums(
+def tile_sums(
     x: Buffer,
     w: Buffer,
     bias: Buffer,
@@ -164,7 +186,7 @@ def _tile_sums(
     rows, vectors, lanes = tile.rows, tile.vectors, product.lanes
     dtype = f"{product.acc_dtype}x{lanes}"
     across = isinstance(product, WideningNeon)  # a vector is the partial sums of one column
-    acc = [_registers(vectors * lanes, product.acc_dtype) for _ in range(rows)]
+    acc = [registers(vectors * lanes, product.acc_dtype) for _ in range(rows)]
 
     def load(r: int, v: int) -> Expr:
         return acc[r].vload([v * lanes], dtype)
@@ -200,7 +222,7 @@ def _tile_sums(
         multiply(chunks * per_chunk + g, 1)
     if not isinstance(product, WideningNeon):
         return acc
-    sums = [_registers(vectors, product.acc_dtype) for _ in range(rows)]
+    sums = [registers(vectors, product.acc_dtype) for _ in range(rows)]
     for r in range(rows):
         for v in range(0, vectors, lanes):
             total = product.sums([load(r, v + i) for i in range(lanes)])
@@ -208,7 +230,7 @@ def _tile_sums(
     return sums
 
 
-def _registers(size: int, dtype: str) -> Buffer:
+def registers(size: int, dtype: str) -> Buffer:
     """A small array that LLVM keeps in vector registers.
 
     It has to be one of scope "global" and at most 1 KB: TVM asks the runtime for the memory of any
@@ -240,14 +262,18 @@ def _packing(
 ) -> Mapping[str, Callable[[Mapping[str, Array]], Array]]:
     """How the raw constants become those of `_dense`."""
     columns = tile.vectors * product.columns
-    panels = _panels(kernel.n, product, tile)
-    pad_columns = max(0, columns - kernel.n)
+    group_columns = kernel.n // kernel.out_groups
+    group_panels = _panels(kernel, product, tile) // kernel.out_groups
+    panels = kernel.out_groups * group_panels
+    pad_columns = _pad_columns(kernel, columns)
 
     def pack_w(raw: Mapping[str, Array]) -> Array:
         w = np.pad(raw["w"], ((0, -kernel.k % product.group), (0, pad_columns)))
-        # The columns of each panel, the last one overlapping.
-        first = np.minimum(np.arange(panels) * columns, w.shape[1] - columns)
-        w = w[:, first[:, None] + np.arange(columns)]  # (k, panels, columns)
+        # The columns of each panel, the last one of a group overlapping.
+        last = max(0, group_columns - columns)
+        within = np.minimum(np.arange(group_panels) * columns, last)
+        first = np.arange(kernel.out_groups)[:, None] * group_columns + within
+        w = w[:, first.reshape(-1, 1) + np.arange(columns)]  # (k, panels, columns)
         groups = w.shape[0] // product.group
         w = w.reshape(groups, product.group, panels, tile.vectors, product.columns)
         shape = (panels, groups, tile.vectors, product.w_elements)
@@ -267,9 +293,15 @@ def _packing(
     return pack
 
 
-def _panels(n: int, product: Product, tile: Tile) -> int:
-    """Panels of columns, the last one perhaps overlapping."""
-    return ceil(n / (tile.vectors * product.columns))
+def _panels(kernel: Dense, product: Product, tile: Tile) -> int:
+    """Panels of columns, the last one of each group perhaps overlapping."""
+    group_columns = kernel.n // kernel.out_groups
+    return kernel.out_groups * ceil(group_columns / (tile.vectors * product.columns))
+
+
+def _pad_columns(kernel: Dense, columns: int) -> int:
+    """Columns by which a panel reaches beyond n, where it is wider than a group."""
+    return max(0, columns - kernel.n // kernel.out_groups)
 
 
 def _row_blocks(row_tiles: int, panels: int) -> int:
@@ -283,7 +315,7 @@ def _clamped(value: Expr, highest: int, needed: bool) -> Expr:
     return tirx.min(value, max(0, highest)) if needed else value
 
 
-def _epilogue_width(columns: int, lanes: int, out: str) -> int:
+def epilogue_width(columns: int, lanes: int, out: str) -> int:
     """Columns of one vector of the epilogue: wider than a register where bytes are to be stored."""
     if out == "int8":
         wide = next((w for w in (16, 8) if columns % w == 0), 0)

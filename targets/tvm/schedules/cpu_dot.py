@@ -16,7 +16,7 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
 
 from gfcompile.targets.target import Cpu
-from gfcompile.targets.tvm.kernel import ActStorage, Dense
+from gfcompile.targets.tvm.kernel import Act, ActStorage, Dense
 from gfcompile.targets.tvm.schedules.math import Expr
 
 Buffer = Any  # a tvm.tirx.Buffer, under construction
@@ -186,6 +186,15 @@ class MultiplyAddPairs(Product):
         return acc + _intrinsic(f"llvm.x86.{name}", f"int32x{self.lanes}", a, b)
 
 
+class MultiplyAddInt16(MultiplyAddPairs):
+    """pmaddwd where both sides are int16 in memory: int8 less its zero point, exactly."""
+
+    w_dtype = "int16"
+    operations = (2, 0)
+    temporaries = 1
+    load_w = Product.load_w
+
+
 class Sdot(Product):
     """int8 on ARM with the dot product: sixteen k of x in a register, four by lane."""
 
@@ -228,12 +237,7 @@ class WideningNeon(Product):
         return [I.bind(x.vload([row, k], "int8x16"))]
 
     def multiply(self, acc: Expr, a: Expr, b: Expr) -> Expr:
-        def products(half: Any) -> Expr:
-            halves = (half(a, dtype="int8x8"), half(b, dtype="int8x8"))
-            return _intrinsic("llvm.aarch64.neon.smull.v8i16", "int16x8", *halves)
-
-        pairs = products(T.vectorlow) + products(T.vectorhigh)
-        return acc + _intrinsic("llvm.aarch64.neon.saddlp.v4i32.v8i16", "int32x4", pairs)
+        return acc + _add_pairs(_long(a, b, T.vectorlow) + _long(a, b, T.vectorhigh))
 
     def sums(self, accumulators: Sequence[Expr]) -> Expr:
         """The sums over the lanes of four accumulators, as one vector."""
@@ -243,6 +247,16 @@ class WideningNeon(Product):
 
         a, b, c, d = accumulators
         return add_pairs(add_pairs(a, b), add_pairs(c, d))
+
+
+class WideningNeonAnyInt8(WideningNeon):
+    """As WideningNeon, with -128 on both sides: two of its squares would exceed int16."""
+
+    operations = (4, 0)
+
+    def multiply(self, acc: Expr, a: Expr, b: Expr) -> Expr:
+        acc = acc + _add_pairs(_long(a, b, T.vectorlow))
+        return acc + _add_pairs(_long(a, b, T.vectorhigh))
 
 
 def act_storage(cpu: Cpu) -> ActStorage:
@@ -262,6 +276,27 @@ def product_of(kernel: Dense, cpu: Cpu) -> Product:
     if kernel.x == "float32":
         return FloatSse(lanes) if cpu.vector_bytes == 16 else FloatFma(lanes)
     return Vnni(lanes) if cpu.int8_dot == "vnni" else MultiplyAddPairs(lanes)
+
+
+def activation_product_of(x: Act, cpu: Cpu) -> Product:
+    """How `cpu` multiplies two activations, of which int8 ones use all of int8's range.
+
+    The second one has to be laid out as weights first, less its zero point where it is int16.
+    """
+    lanes = cpu.vector_bytes // 4
+    if x == "int8" and cpu.int8_dot is None:
+        return WideningNeonAnyInt8(lanes) if cpu.arch == "aarch64" else MultiplyAddInt16(lanes)
+    return product_of(Dense(m=1, n=1, k=1, x=x), cpu)
+
+
+def _long(a: Expr, b: Expr, half: Any) -> Expr:
+    """The products of one half of int8x16 vectors."""
+    halves = (half(a, dtype="int8x8"), half(b, dtype="int8x8"))
+    return _intrinsic("llvm.aarch64.neon.smull.v8i16", "int16x8", *halves)
+
+
+def _add_pairs(products: Expr) -> Expr:
+    return _intrinsic("llvm.aarch64.neon.saddlp.v4i32.v8i16", "int32x4", products)
 
 
 def _lanes(vector: Expr) -> list[Expr]:

@@ -1,5 +1,7 @@
 """How the CPU kernels that are not dense products cut their loops into vectors and tasks."""
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
@@ -48,12 +50,22 @@ def tile_rows(count: int, most: int) -> int:
 
 def sum_of_lanes(vector: Expr, lanes: int) -> Expr:
     """The sum of a float32 vector's lanes, by halves."""
-    while lanes > 1:
+    return fold_lanes(vector, lanes, operator.add)
+
+
+def fold_lanes(
+    vector: Expr, lanes: int, combine: Callable[[Expr, Expr], Expr], dtype: str = "float32"
+) -> Expr:
+    """All lanes of a vector of `dtype` as one value, combined by halves."""
+    while lanes > 2:
         lanes //= 2
-        half = f"float32x{lanes}" if lanes > 1 else "float32"
+        half = f"{dtype}x{lanes}"
         vector = T.bind(vector)
-        vector = T.vectorlow(vector, dtype=half) + T.vectorhigh(vector, dtype=half)
-    return vector
+        vector = combine(T.vectorlow(vector, dtype=half), T.vectorhigh(vector, dtype=half))
+    if lanes == 1:
+        return vector
+    vector = T.bind(vector)
+    return combine(T.Shuffle([vector], [0]), T.Shuffle([vector], [1]))
 
 
 def row_loop(rows: int, elements_per_row: int) -> Any:

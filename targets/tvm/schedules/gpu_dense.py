@@ -33,6 +33,7 @@ _SHARED_BYTES = 48 * 1024
 
 def schedule_dense(kernel: Dense, gpu: Gpu, storage: ActStorage) -> Scheduled:
     """A dense product with its epilogue, as one CUDA kernel."""
+    assert kernel.n % kernel.out_groups == 0, "groups of columns are equally wide"
     assert storage == ActStorage(), "CUDA kernels keep int8 activations as they are"
     if kernel.m <= _FEW_ROWS:
         func, pack_w = _few_rows(kernel, storage)
@@ -77,7 +78,7 @@ def _few_rows(kernel: Dense, storage: ActStorage) -> tuple[Any, Any]:
         scale: T.Buffer((n,), "float32"),
         bias: T.Buffer((n,), unit),
         residual: T.Buffer((max(kernel.residual_rows, 1), n), _residual_dtype(kernel)),
-        quant: T.Buffer((4,), "float32"),
+        quant: T.Buffer(_quant_shape(kernel), "float32"),
         y: T.Buffer((m, n), kernel.out),
     ):
         T.func_attr({"tirx.noalias": True})
@@ -140,9 +141,22 @@ def _epilogue(kernel: Dense, storage: ActStorage) -> Any:
             addend = residual[row if aligned else row % kernel.residual_rows, column]
             halves = kernel.residual_dtype == "float16"
             value = value + (half_to_float(addend) if halves else addend)
-        return quantize(value, quant, storage) if kernel.out == "int8" else value
+        return quantize(value, quant_of(quant, column), storage) if kernel.out == "int8" else value
+
+    def quant_of(quant: Any, column: Any) -> Any:
+        """The quantization of that column's group."""
+        if kernel.out_groups == 1:
+            return quant
+        width = kernel.n // kernel.out_groups
+        # Four neighbours that share a group should share the division, too.
+        group = column // 4 // (width // 4) if width % 4 == 0 else column // width
+        return [quant[group, index] for index in range(4)]
 
     return finish
+
+
+def _quant_shape(kernel: Dense) -> tuple[int, ...]:
+    return (4,) if kernel.out_groups == 1 else (kernel.out_groups, 4)
 
 
 def _residual_dtype(kernel: Dense) -> str:
@@ -310,7 +324,7 @@ def _tiled(kernel: Dense, gpu: Gpu, storage: ActStorage) -> tuple[Any, Any]:
         scale: T.Buffer((n,), "float32"),
         bias: T.Buffer((n,), "float32" if mode == "float" else "int32"),
         residual: T.Buffer((max(kernel.residual_rows, 1), n), _residual_dtype(kernel)),
-        quant: T.Buffer((4,), "float32"),
+        quant: T.Buffer(_quant_shape(kernel), "float32"),
         y: T.Buffer((m, n), kernel.out),
     ):
         T.func_attr({"tirx.noalias": True})

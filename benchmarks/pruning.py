@@ -1,0 +1,158 @@
+"""What pruning gains: a DynamicViT against its parent, ours and ONNX Runtime's, in one process.
+
+    python benchmarks/pruning.py [--model dynamicvit_deit_s] [--ratios 0.9 0.8 0.7 0.5] [--quick]
+
+For each precision all contenders take turns, parent and pruned, our bundles and ONNX Runtime on
+the same graphs, so that speed-ups and ratios are of one run. Exits with 1 if pruning at 0.7 gains
+less than `MIN_SPEED_UP` in our bundle, or the bundle is slower than ONNX Runtime on its graph.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import onnx
+from cpu import (
+    PACKAGES,
+    Contender,
+    Precision,
+    describe_machine,
+    interleave,
+    onnx_runtime,
+)
+
+import gfcompile
+from gfcompile.compile.models import model_spec
+from gfcompile.runtime import load
+from gfcompile.runtime.images import preprocess, stand_in_photos
+
+MIN_SPEED_UP = 1.45  # at a keep ratio of 0.7
+REQUIRED_AT = 0.7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One model at one keep ratio; `keep_ratio` is None for the parent.
+
+    Attributes:
+        speed_up, ort_speed_up: the parent's median over this one's, ours and ONNX Runtime's.
+        ratio: our median over ONNX Runtime's for the same graph.
+    """
+
+    model: str
+    keep_ratio: float | None
+    precision: Precision
+    macs: int
+    median_ms: float
+    ort_median_ms: float
+    speed_up: float
+    ort_speed_up: float
+    ratio: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parse(argv)
+    ratios: list[float] = [REQUIRED_AT] if options.quick else options.ratios
+    rounds, repeats = (6, 2) if options.quick else (20, 3)
+    results = [
+        result
+        for precision in ("float32", "int8")
+        for result in compare(options.model, ratios, precision, rounds, repeats)
+    ]
+    machine = describe_machine()
+    print(f"{machine['cpu']}, 1 thread; batch 1; load {machine['load']:.1f}\n")
+    print_table(results)
+    if options.json:
+        report = {
+            "benchmark": "pruning",
+            "machine": machine,
+            "versions": {package: metadata.version(package) for package in PACKAGES},
+            "min_speed_up": MIN_SPEED_UP,
+            "results": [asdict(result) for result in results],
+        }
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    missed = [
+        f"{r.precision}: pruned to {r.keep_ratio} it is {r.speed_up:.2f} times as fast as its "
+        f"parent and takes {r.ratio:.2f} times as long as ONNX Runtime"
+        for r in results
+        if r.keep_ratio == REQUIRED_AT and (r.speed_up < MIN_SPEED_UP or r.ratio > 1)
+    ]
+    for line in missed:
+        print(f"missed: {line}; {MIN_SPEED_UP} and 1 are required", file=sys.stderr)
+    return 1 if missed else 0
+
+
+def compare(
+    model: str, ratios: Sequence[float], precision: Precision, rounds: int, repeats: int
+) -> list[Result]:
+    """The parent of `model` and `model` at each keep ratio, measured together."""
+    parent = model_spec(model).parent
+    assert parent is not None, f"{model} has no unpruned parent"
+    cases = [(parent, None), *((model, ratio) for ratio in ratios)]
+    with ExitStack() as stack:
+        made = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        contenders = []
+        for name, ratio in cases:
+            folder = made / f"{name}-{ratio}"
+            bundle = gfcompile.compile_model(
+                gfcompile.CompileConfig(
+                    model=name,
+                    target="host",
+                    precision=precision,
+                    keep_ratio=ratio,
+                    output=folder / "bundle",
+                    dump=folder / "dump",
+                )
+            )
+            session = stack.enter_context(load(bundle.path, threads=1))
+            graph = onnx.load(max((folder / "dump").glob("*.onnx")))
+            contenders.append(Contender(name=f"ours {ratio}", run=session.run))
+            contenders.append(onnx_runtime(f"ort {ratio}", graph, 1))
+        image = preprocess(stand_in_photos()[0], model_spec(model).transform)
+        times = interleave(contenders, image, rounds, repeats)
+    medians = {name: statistics.median(values) * 1e3 for name, values in times.items()}
+    return [
+        Result(
+            model=name,
+            keep_ratio=ratio,
+            precision=precision,
+            macs=model_spec(name, ratio).macs,
+            median_ms=medians[f"ours {ratio}"],
+            ort_median_ms=medians[f"ort {ratio}"],
+            speed_up=medians["ours None"] / medians[f"ours {ratio}"],
+            ort_speed_up=medians["ort None"] / medians[f"ort {ratio}"],
+            ratio=medians[f"ours {ratio}"] / medians[f"ort {ratio}"],
+        )
+        for name, ratio in cases
+    ]
+
+
+def print_table(results: Sequence[Result]) -> None:
+    print(f"{'':20} {'keep':>5} {'':8} {'GMAC':>5} {'ms':>7} {'gain':>6}", end="")
+    print(f" {'ORT ms':>7} {'gain':>6} {'ours/ORT':>9}")
+    for r in results:
+        keep = "all" if r.keep_ratio is None else f"{r.keep_ratio:g}"
+        print(
+            f"{r.model:20} {keep:>5} {r.precision:8} {r.macs / 1e9:5.2f} {r.median_ms:7.2f} "
+            f"{r.speed_up:5.2f}x {r.ort_median_ms:7.2f} {r.ort_speed_up:5.2f}x {r.ratio:9.2f}"
+        )
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default="dynamicvit_deit_s", metavar="NAME")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.9, 0.8, 0.7, 0.5])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--quick", action="store_true", help="0.7 alone, and fewer runs")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
