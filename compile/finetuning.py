@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -153,9 +153,9 @@ def finetune_model(
     with progress.stage("load teacher and data"):
         teacher, student = _load(config)
         images, validation = config.read_data(student.transform, student.num_classes, progress)
-    from gfcompile.compile.pruning_task import PruningTask
+    from gfcompile.compile.pruning_task import finetune
     from gfcompile.quantize.distributed import open_group
-    from gfcompile.quantize.loop import Loop, accuracy
+    from gfcompile.quantize.loop import accuracy
 
     with open_group(config.device) as group:
         teacher_top1 = None
@@ -163,39 +163,31 @@ def finetune_model(
             with progress.stage("validate the teacher"):
                 own = copy.deepcopy(teacher.module).to(group.device)
                 teacher_top1 = accuracy(own, validation, group)
-        task = PruningTask(
-            student.module,
-            teacher.module,
-            config=config.training,
-            keep_ratios=student.spec.keep_ratios,
-            device=group.device,
-        )
-        loop = Loop(
-            task,
-            images,
-            config=config.training,
-            group=group,
-            validation=validation,
-            state_file=config.state_path,
-            progress=config.listeners(console, group),
-        )
         with nullcontext() if console is None or not group.is_first else console.shown():
-            loop.run()
-        report = loop.report()
+            trained = finetune(
+                student.module,
+                teacher.module,
+                images,
+                keep_ratios=student.spec.keep_ratios,
+                config=config.training,
+                group=group,
+                validation=validation,
+                state_file=config.state_path,
+                progress=config.listeners(console, group),
+            )
+        training = {
+            **trained.report,
+            "model": config.model,
+            "teacher": teacher.weights,
+            "keep_ratios": list(student.spec.keep_ratios),
+            "processes": group.world,
+            "teacher_top1": teacher_top1,
+        }
         if group.is_first:
-            with progress.stage("write the checkpoint"), loop.averaged():
-                training = {
-                    **asdict(config.training),
-                    **report,
-                    "model": config.model,
-                    "teacher": teacher.weights,
-                    "keep_ratios": list(student.spec.keep_ratios),
-                    "processes": group.world,
-                    "teacher_top1": teacher_top1,
-                }
-                _write(task.state(), training, config.path)
+            with progress.stage("write the checkpoint"):
+                _write(trained.state, training, config.path)
                 config.state_path.unlink(missing_ok=True)
-    history = report["history"]
+    history = training["history"]
     return Finetuned(
         path=config.path,
         teacher_top1=teacher_top1,

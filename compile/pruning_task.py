@@ -1,6 +1,9 @@
 """What fine-tuning for pruning trains, and the loss of its papers (2106.02034, 2207.01580)."""
 
 import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,13 +13,76 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gfcompile.compile.finetuning import PruningConfig
 from gfcompile.compile.models.layers import set_stochastic_depth
 from gfcompile.compile.models.predictor import TrainingOutput
-from gfcompile.quantize.loop import HardLoss, ParameterGroup, divergence
+from gfcompile.quantize.data import Images
+from gfcompile.quantize.distributed import Group
+from gfcompile.quantize.loop import HardLoss, Loop, ParameterGroup, TrainProgress, divergence
 from gfcompile.quantize.training_state import fingerprint
 
-__all__ = ["PruningTask", "ratio_loss", "token_loss"]
+__all__ = ["PruningTask", "Trained", "finetune", "ratio_loss", "token_loss"]
 
 # As published, these keep the parent's values.
 _KEPT = ("cls_token", "pos_embed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A fine-tuned model.
+
+    Attributes:
+        state: its weights by name, on the CPU.
+        report: how they were trained, JSON values.
+    """
+
+    state: Mapping[str, Tensor]
+    report: Mapping[str, Any]
+
+
+def finetune(
+    student: nn.Module,
+    teacher: nn.Module,
+    images: Images,
+    *,
+    keep_ratios: tuple[float, ...],
+    config: PruningConfig,
+    group: Group,
+    validation: Images | None = None,
+    state_file: Path | None = None,
+    progress: TrainProgress | None = None,
+) -> Trained:
+    """The student's weights, trained to keep `keep_ratios` of the patches as its teacher would do.
+
+    The same arguments give the same bits on the same machine, also if the training was killed and
+    resumed in between. Of several processes each draws decisions of its own.
+
+    Args:
+        student: as `load_student` gives it; left as it is.
+        teacher: its parent, in eval mode; left as it is.
+        keep_ratios: the share of all patches that each stage is to keep.
+        validation, state_file: see `Loop`.
+
+    Raises:
+        UserError: options or data that cannot be used, or a state of another training.
+        CompileError: the loss is no longer finite.
+    """
+    task = PruningTask(
+        student, teacher, config=config, keep_ratios=keep_ratios, device=group.device
+    )
+    loop = Loop(
+        task,
+        images,
+        config=config,
+        group=group,
+        validation=validation,
+        state_file=state_file,
+        progress=progress,
+    )
+    loop.run()
+    with loop.averaged():
+        state = {
+            name: value.detach().cpu().contiguous().clone()
+            for name, value in task.module.state_dict().items()
+        }
+    return Trained(state=state, report={**asdict(config), **loop.report()})
 
 
 class Outputs(NamedTuple):
@@ -30,10 +96,7 @@ class Outputs(NamedTuple):
 class PruningTask:
     """A pruning model that learns to decide, and its parent, which teaches.
 
-    Args:
-        student: as `load_student` gives it; its weights are the ones that are trained.
-        teacher: its parent; left as it is.
-        keep_ratios: the share of all patches that each stage is to keep.
+    Args: see `finetune`.
     """
 
     def __init__(
@@ -46,7 +109,7 @@ class PruningTask:
         device: torch.device,
     ) -> None:
         self.config, self.keep_ratios = config, keep_ratios
-        self.module = student.to(device).requires_grad_(True)
+        self.module = copy.deepcopy(student).to(device).requires_grad_(True)
         self.teacher: Any = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
         for name in _KEPT:
             if hasattr(self.module, name):
@@ -114,13 +177,6 @@ class PruningTask:
     def evaluated(self) -> nn.Module:
         """The module as it prunes."""
         return self.module.eval()
-
-    def state(self) -> dict[str, Tensor]:
-        """A copy of the weights as they are now, on the CPU, for a checkpoint."""
-        return {
-            name: value.detach().cpu().contiguous().clone()
-            for name, value in self.module.state_dict().items()
-        }
 
 
 def ratio_loss(decisions: tuple[Tensor, ...], keep_ratios: tuple[float, ...]) -> Tensor:
