@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from gfcompile import __version__
 from gfcompile.compile.training_options import (
+    add_finetuning_arguments,
     add_quantization_arguments,
     add_training_arguments,
     check_training_arguments,
+    finetune_config,
     quantize_config,
 )
 from gfcompile.runtime.errors import GfcompileError, UserError
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from gfcompile.compile.bundle import Bundle
     from gfcompile.compile.progress import Progress
     from gfcompile.compile.quantization import Quantized
+    from gfcompile.compile.training_job import TrainingJob
     from gfcompile.targets.target import AnyTarget, Target
 
 _EPILOG = """\
@@ -229,12 +232,46 @@ def _train(
 
     config = quantize_config(options, output)
     shown = None if options.quiet else ConsoleTraining(config.training.epochs)
-    try:
+    with _resumable(config):
         return quantize_model(config, progress, shown)
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    from gfcompile.compile.finetuning import finetune_model
+    from gfcompile.compile.progress import ConsoleProgress, SilentProgress
+    from gfcompile.compile.training_progress import ConsoleTraining
+
+    quiet = options.quiet or not _is_first_process()
+    progress = SilentProgress() if quiet else ConsoleProgress()
+    config = finetune_config(options)
+    shown = None if options.quiet else ConsoleTraining(config.training.epochs)
+    with _resumable(config):
+        finetuned = finetune_model(config, progress, shown)
+    if not _is_first_process():
+        return
+    if options.quiet:
+        print(finetuned.path)
+        return
+    for note in progress.notes if isinstance(progress, ConsoleProgress) else ():
+        print(f"  note: {note}")
+    if finetuned.teacher_top1 is not None and finetuned.top1 is not None:
+        print(f"  top-1: teacher {finetuned.teacher_top1:.2%}, pruned {finetuned.top1:.2%}")
+    print(f"{finetuned.path}: {finetuned.path.stat().st_size / 1e6:.1f} MB")
+    print(
+        f"next: gfcompile --model {options.model} --target TARGET --checkpoint {finetuned.path}, "
+        "or gfcompile quantize with it"
+    )
+
+
+@contextmanager
+def _resumable(job: "TrainingJob") -> Iterator[None]:
+    """An interrupted training says how it goes on."""
+    try:
+        yield
     except KeyboardInterrupt:
-        if not config.state_path.exists():
+        if not job.state_path.exists():
             raise
-        raise KeyboardInterrupt(f"the same command goes on from {config.state_path}") from None
+        raise KeyboardInterrupt(f"the same command goes on from {job.state_path}") from None
 
 
 def _analyze(options: argparse.Namespace, progress: "Progress") -> None:
@@ -387,6 +424,7 @@ class _Parser(argparse.ArgumentParser):
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], None]]] = {
     "compile": ("compile a model to a bundle (what is done if no command is named)", _compile),
     "quantize": ("train a model for int8, and write a quantized checkpoint", _quantize),
+    "finetune": ("train a model to drop patches, from its parent's weights", _finetune),
     "run": ("classify images with a bundle", _run),
     "models": ("list the models", _models),
     "targets": ("list the targets, and what int8 means there", _targets),
@@ -418,6 +456,16 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _add_keep_ratio(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--keep-ratio",
+        type=_keep_ratio,
+        metavar="R[,R...]",
+        help="share of the patches that a pruning model keeps, or one share per pruning stage "
+        "(default: as published)",
+    )
+
+
 def _compile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="one of `gfcompile models`")
     parser.add_argument("--target", required=True, help="one of `gfcompile targets`")
@@ -433,13 +481,7 @@ def _compile_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--image-size", type=int, metavar="N", help="default: the model's own")
     parser.add_argument("--num-classes", type=int, metavar="N", help="default: the model's own")
-    parser.add_argument(
-        "--keep-ratio",
-        type=_keep_ratio,
-        metavar="R[,R...]",
-        help="share of the patches that a pruning model keeps, or one share per pruning stage "
-        "(default: as published)",
-    )
+    _add_keep_ratio(parser)
     parser.add_argument(
         "--fft",
         choices=("auto", "native", "dft", "circular"),
@@ -495,6 +537,7 @@ def _compile_arguments(parser: argparse.ArgumentParser) -> None:
 def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="one of `gfcompile models`")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="trained float weights")
+    _add_keep_ratio(parser)
     parser.add_argument("--image-size", type=int, metavar="N", help="default: the checkpoint's")
     parser.add_argument("--num-classes", type=int, metavar="N", help="default: the checkpoint's")
     parser.add_argument(
@@ -510,6 +553,28 @@ def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print only the checkpoint's path")
     add_quantization_arguments(parser)
     add_training_arguments(parser, required=True)
+
+
+def _finetune_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, help="one of `gfcompile models` that does not keep all patches"
+    )
+    parser.add_argument(
+        "--teacher",
+        type=Path,
+        metavar="FILE",
+        required=True,
+        help="trained weights of the model that prunes nothing, which is what training starts from",
+    )
+    _add_keep_ratio(parser)
+    parser.add_argument("--image-size", type=int, metavar="N", help="default: the teacher's")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="default: the teacher's")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: MODEL-pruned.safetensors"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of whatever is random")
+    parser.add_argument("--quiet", action="store_true", help="print only the checkpoint's path")
+    add_finetuning_arguments(parser)
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -533,6 +598,7 @@ def _list_arguments(parser: argparse.ArgumentParser) -> None:
 _ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "compile": _compile_arguments,
     "quantize": _quantize_arguments,
+    "finetune": _finetune_arguments,
     "run": _run_arguments,
     "models": _list_arguments,
     "targets": _list_arguments,

@@ -31,8 +31,8 @@ from gfcompile.compile.models.predictor import Pointwise, Predictor
 def freeze(module: nn.Module) -> nn.Module:
     """`module` as it is compiled: the same logits, and static shapes for torch.export.
 
-    It shares the weights that no rewrite touches. Modules with nothing to rewrite come back as an
-    equal copy.
+    It shares the weights that no rewrite touches. Modules with nothing to rewrite, frozen ones
+    among them, come back as an equal copy.
     """
     shared = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
     frozen = copy.deepcopy(module, shared).eval()
@@ -92,9 +92,9 @@ def _fold_batch_norms(stem: dynamicvit.ConvStem) -> nn.Module:
     for conv_name, norm_name in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")):
         conv, norm = stem.get_submodule(conv_name), stem.get_submodule(norm_name)
         assert isinstance(conv, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
-        stem.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
-        stem.set_submodule(norm_name, nn.Identity())
+        if isinstance(norm, nn.BatchNorm2d):  # not yet folded
+            stem.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
+            stem.set_submodule(norm_name, nn.Identity())
     return stem
 
 

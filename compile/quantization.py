@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from gfcompile.compile.models import load_model, model_spec
 from gfcompile.compile.progress import Progress, SilentProgress
+from gfcompile.compile.training_job import TrainingJob
 from gfcompile.quantize import QuantScheme, TrainConfig, is_quantized
 from gfcompile.runtime.errors import UserError
-from gfcompile.runtime.images import Transform, imagenet_transform
+from gfcompile.runtime.images import imagenet_transform
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,61 +21,32 @@ if TYPE_CHECKING:
 
     from gfcompile.compile.training_progress import ConsoleTraining
     from gfcompile.quantize import Calibrated
-    from gfcompile.quantize.data import Images, LabelledImages
-    from gfcompile.quantize.distributed import Group
+    from gfcompile.quantize.data import Images
     from gfcompile.quantize.sensitivity import Sensitivity
 
 ANALYSED_IMAGES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeConfig:
+class QuantizeConfig(TrainingJob):
     """What to quantize, and how.
 
     Attributes:
-        model: a name of the zoo, or, for a module of one's own, any name.
         checkpoint: the trained float weights.
-        train_data: a folder with a folder of images for each class, or a CSV of paths and labels.
-        val_data: the same, to report top-1 on.
-        output: the quantized checkpoint; None for one named after model and bits.
-        image_size, num_classes: None for those of the checkpoint.
         weight_bits: 8 or 4.
         keep_float: layers that are not quantized, by name, or "auto:K" for the K that quantization
             alone hurts most.
-        device: "cpu", "cuda", or "auto".
-        max_corrupt: how many unreadable images are passed over before it is an error.
-        threads: how many read images.
-        tensorboard: a folder for a log.
     """
 
-    model: str
     checkpoint: Path | None = None
-    train_data: Path
-    val_data: Path | None = None
-    output: Path | None = None
-    image_size: int | None = None
-    num_classes: int | None = None
     weight_bits: int = 8
     keep_float: tuple[str, ...] = ()
     training: TrainConfig = field(default_factory=TrainConfig)
-    device: str = "auto"
-    max_corrupt: int = 10
-    threads: int = 4
-    tensorboard: Path | None = None
-
-    @property
-    def scheme(self) -> QuantScheme:
-        return QuantScheme.with_weight_bits(self.weight_bits, keep_float=self.keep_float)
 
     @property
     def path(self) -> Path:
         """Where the quantized checkpoint goes."""
         return self.output or Path(f"{self.model}-int{self.weight_bits}.safetensors")
-
-    @property
-    def state_path(self) -> Path:
-        """Where the training is resumed from, until it is over."""
-        return self.path.with_name(f"{self.path.name}.training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,12 +114,13 @@ def quantize_model(
         subject = _load(config, progress, module)
     from gfcompile.quantize.checkpoint import write_quantized
     from gfcompile.quantize.distributed import open_group
+    from gfcompile.quantize.loop import accuracy
     from gfcompile.quantize.sensitivity import choose_float, explain
-    from gfcompile.quantize.training import accuracy, train
+    from gfcompile.quantize.training import train
 
     results: tuple[Sensitivity, ...] = ()
     with open_group(config.device) as group:
-        scheme = config.scheme
+        scheme = subject.scheme(config)
         if any(name.startswith("auto:") for name in config.keep_float):
             with progress.stage("analyse the layers"):
                 scheme, results = choose_float(scheme, subject.module, subject.sample())
@@ -165,11 +138,12 @@ def quantize_model(
                 group=group,
                 validation=subject.validation,
                 state_file=config.state_path,
-                progress=_listeners(config, console, group),
+                progress=config.listeners(console, group),
             )
         training = {
             **trained.training,
             "checkpoint": subject.weights,
+            "keep_ratios": list(subject.keep_ratios),
             "processes": group.world,
             "float_top1": float_top1,
             "sensitivity": [vars(result) for result in results],
@@ -206,18 +180,36 @@ def analyze_model(
     progress = progress or SilentProgress()
     with progress.stage("load model and data"):
         subject = _load(config, progress, module)
-    named = tuple(name for name in config.keep_float if not name.startswith("auto:"))
-    scheme = QuantScheme.with_weight_bits(config.weight_bits, keep_float=named)
     with progress.stage("analyse the layers"):
-        return analyze(subject.module, subject.sample(), scheme)
+        return analyze(subject.module, subject.sample(), subject.scheme(config, chosen=False))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Subject:
+    """What is quantized, as it is compiled, and what it is trained on.
+
+    Attributes:
+        float_layers: what the model itself keeps in float.
+        keep_ratios: shares of the patches that it keeps.
+    """
+
     module: "nn.Module"
     weights: str
     images: "Images"
     validation: "Images | None"
+    float_layers: tuple[str, ...]
+    keep_ratios: tuple[float, ...]
+
+    def scheme(self, config: QuantizeConfig, *, chosen: bool = True) -> QuantScheme:
+        """The scheme asked for, with the layers that stay in float.
+
+        Args:
+            chosen: whether "auto:K" is among them.
+        """
+        named = [name for name in config.keep_float if chosen or not name.startswith("auto:")]
+        return QuantScheme.with_weight_bits(
+            config.weight_bits, keep_float=(*self.float_layers, *named)
+        )
 
     def sample(self) -> list[Any]:
         """Images to analyse with."""
@@ -229,15 +221,17 @@ class _Subject:
 
 
 def _load(config: QuantizeConfig, progress: Progress, module: "nn.Module | None") -> _Subject:
-    from gfcompile.quantize.data import read_images
+    from gfcompile.compile.prune import freeze
 
+    float_layers: tuple[str, ...] = ()
+    keep_ratios: tuple[float, ...] = ()
     if module is not None:
         if config.image_size is None or config.num_classes is None:
             raise UserError("a module of your own needs image_size and num_classes")
         weights, classes = "a module given by the caller", config.num_classes
         transform = imagenet_transform(config.image_size)
     else:
-        model_spec(config.model).resized(
+        model_spec(config.model, config.keep_ratio).resized(
             image_size=config.image_size, num_classes=config.num_classes
         )
         if config.checkpoint is None:
@@ -255,40 +249,17 @@ def _load(config: QuantizeConfig, progress: Progress, module: "nn.Module | None"
             checkpoint=config.checkpoint,
             image_size=config.image_size,
             num_classes=config.num_classes,
+            keep_ratio=config.keep_ratio,
         )
         module, weights, classes = loaded.module, loaded.weights, loaded.num_classes
         transform = loaded.transform
-    files = read_images(config.train_data, classes=classes)
-    others = None
-    if config.val_data is not None:
-        others = read_images(config.val_data, classes=classes, names=files.classes)
+        float_layers, keep_ratios = loaded.spec.float_layers, loaded.spec.keep_ratios
+    images, validation = config.read_data(transform, classes, progress)
     return _Subject(
-        module=module.eval(),
+        module=freeze(module),
         weights=weights,
-        images=_images(files, transform, config, progress),
-        validation=None if others is None else _images(others, transform, config, progress),
+        images=images,
+        validation=validation,
+        float_layers=float_layers,
+        keep_ratios=keep_ratios,
     )
-
-
-def _images(
-    files: "LabelledImages", transform: Transform, config: QuantizeConfig, progress: Progress
-) -> "Images":
-    from gfcompile.quantize.data import Images
-
-    return Images(
-        files=files,
-        transform=transform,
-        max_corrupt=config.max_corrupt,
-        on_corrupt=progress.note,
-        threads=config.threads,
-    )
-
-
-def _listeners(config: QuantizeConfig, console: "ConsoleTraining | None", group: "Group") -> Any:
-    from gfcompile.compile.training_progress import Several, TensorBoardLog
-
-    listeners: list[Any] = []
-    if group.is_first:
-        listeners += [] if console is None else [console]
-        listeners += [] if config.tensorboard is None else [TensorBoardLog(config.tensorboard)]
-    return Several(listeners)

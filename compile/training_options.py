@@ -1,6 +1,7 @@
-"""The options of a training for int8, which two commands share."""
+"""The options of trainings, which several commands share."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -9,23 +10,34 @@ from gfcompile.quantize.train_config import Augment
 from gfcompile.runtime.errors import UserError
 
 if TYPE_CHECKING:
+    from gfcompile.compile.finetuning import FinetuneConfig
     from gfcompile.compile.quantization import QuantizeConfig
 
-_NUMBERS = (
-    ("epochs", int, "0 calibrates only"),
+_LOOP = (
+    ("epochs", int, "over the training images"),
     ("batch_size", int, "over all processes"),
     ("lr", float, "highest learning rate"),
     ("warmup", float, "fraction of steps until it is reached"),
     ("weight_decay", float, "of AdamW"),
+    ("label_smoothing", float, "of the cross-entropy"),
+    ("mixup", float, "parameter of its beta distribution; 0 is off"),
+    ("ema", float, "decay of the average of weights"),
+)
+_INT8 = (
     ("range_epochs", float, "fraction of epochs before ranges are frozen"),
     ("distill", float, "share of the loss that the float model's logits have"),
     ("temperature", float, "of the distillation"),
-    ("label_smoothing", float, "of the rest of the loss"),
-    ("mixup", float, "parameter of its beta distribution; 0 is off"),
-    ("ema", float, "decay of the average of weights"),
     ("calibration_images", int, "training images that ranges are calibrated on"),
 )
-_TRAINING = (*(name for name, _, _ in _NUMBERS), "learn_scales", "augment", "amp")
+_PRUNING = (
+    ("ratio_weight", float, "of the share of patches kept, in the loss"),
+    ("distill", float, "weight of the teacher's classes, and again of its tokens"),
+    ("own_rate", float, "part of --lr for what comes from the teacher"),
+    ("own_since", float, "fraction of epochs before that is trained"),
+    ("depth_rate", float, "of stochastic depth, in the last block"),
+)
+_SWITCHES = ("augment", "amp")
+_TRAINING = (*(name for name, _, _ in (*_LOOP, *_INT8)), "learn_scales", *_SWITCHES)
 _FLAGS = {"amp": "--no-amp", "threads": "--data-threads"}
 _OTHERS = ("val_data", "device", "max_corrupt", "threads", "tensorboard")
 
@@ -57,23 +69,48 @@ def add_training_arguments(parser: argparse.ArgumentParser, *, required: bool) -
     )
     group.add_argument("--val-data", type=Path, metavar="DIR|CSV", help="to report top-1 on")
     default = TrainConfig()
-    for name, kind, text in _NUMBERS:
-        group.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=kind,
-            metavar="N" if kind is int else "X",
-            help=f"{text} (default: {getattr(default, name)})",
-        )
+    for name, kind, text in (*_LOOP, *_INT8):
+        text = f"{text}; 0 calibrates only" if name == "epochs" else text
+        _add_number(group, name, kind, f"{text} (default: {getattr(default, name)})")
     group.add_argument(
         "--learn-scales",
         action="store_true",
         default=None,
         help="learned step sizes (LSQ) for every range",
     )
+    _add_common(group)
+
+
+def add_finetuning_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of fine-tuning, which are as published where they are not given."""
+    group = parser.add_argument_group("training (defaults are those published with the model)")
+    group.add_argument(
+        "--train-data",
+        type=Path,
+        metavar="DIR|CSV",
+        required=True,
+        help="a folder of images per class, or a CSV of paths and labels",
+    )
+    group.add_argument("--val-data", type=Path, metavar="DIR|CSV", help="to report top-1 on")
+    for name, kind, text in (*_LOOP, *_PRUNING):
+        text = f"{text} (default: 1e-3 for 1024 images a batch)" if name == "lr" else text
+        _add_number(group, name, kind, text)
+    _add_common(group)
+
+
+def _add_number(
+    group: "argparse._ArgumentGroup", name: str, kind: type[int] | type[float], text: str
+) -> None:
+    group.add_argument(
+        f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "X", help=text
+    )
+
+
+def _add_common(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
         "--augment",
         choices=get_args(Augment),
-        help=f"random crops, and mirror images (default: {default.augment})",
+        help=f"random crops, and mirror images (default: {TrainConfig().augment})",
     )
     group.add_argument("--device", metavar="auto|cpu|cuda")
     group.add_argument(
@@ -111,10 +148,6 @@ def quantize_config(options: argparse.Namespace, output: Path | None) -> "Quanti
     """What the options ask for."""
     from gfcompile.compile.quantization import QuantizeConfig
 
-    def given(names: tuple[str, ...]) -> dict[str, object]:
-        values = {name: getattr(options, name) for name in names}
-        return {name: value for name, value in values.items() if value is not None}
-
     return QuantizeConfig(
         model=options.model,
         checkpoint=options.checkpoint,
@@ -122,8 +155,37 @@ def quantize_config(options: argparse.Namespace, output: Path | None) -> "Quanti
         output=output,
         image_size=options.image_size,
         num_classes=options.num_classes,
+        keep_ratio=options.keep_ratio,
         weight_bits=options.weight_bits,
         keep_float=tuple(options.keep_float),
-        training=TrainConfig(seed=options.seed, **given(_TRAINING)),  # type: ignore[arg-type]
-        **given(_OTHERS),  # type: ignore[arg-type]
+        training=TrainConfig(seed=options.seed, **_given(options, _TRAINING)),  # type: ignore[arg-type]
+        **_given(options, _OTHERS),  # type: ignore[arg-type]
     )
+
+
+def finetune_config(options: argparse.Namespace) -> "FinetuneConfig":
+    """What the options ask for.
+
+    Raises:
+        UserError: the model prunes nothing, or an option cannot be.
+    """
+    from gfcompile.compile.finetuning import FinetuneConfig, published_training
+
+    names = [name for name, _, _ in (*_LOOP, *_PRUNING)]
+    changes = _given(options, (*names, *_SWITCHES))
+    return FinetuneConfig(
+        model=options.model,
+        teacher=options.teacher,
+        train_data=options.train_data,
+        output=options.output,
+        image_size=options.image_size,
+        num_classes=options.num_classes,
+        keep_ratio=options.keep_ratio,
+        training=published_training(options.model, seed=options.seed, **changes),
+        **_given(options, _OTHERS),  # type: ignore[arg-type]
+    )
+
+
+def _given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, object]:
+    values = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}

@@ -18,7 +18,7 @@ from rich.progress import (
 from gfcompile.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from gfcompile.quantize.training import EpochRecord, StepRecord, TrainProgress
+    from gfcompile.quantize.loop import EpochRecord, StepRecord, TrainProgress
 
 
 class ConsoleTraining:

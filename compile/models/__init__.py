@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from gfcompile.compile.models import convnext_specs, dynamicvit_specs, gfnet_specs, swin_specs
 from gfcompile.compile.models.spec import ModelSpec, Paper
+from gfcompile.quantize import is_quantized
 from gfcompile.runtime.errors import UserError
 from gfcompile.runtime.images import Transform
 
@@ -106,6 +107,7 @@ def load_model(
     another size are interpolated. The number of classes is the checkpoint's.
 
     Args:
+        checkpoint: if it is quantized, the module is frozen as it was for that.
         keep_ratio: see `model_spec`.
 
     Raises:
@@ -117,6 +119,14 @@ def load_model(
     asked = spec.resized(image_size=image_size, num_classes=num_classes)
     if checkpoint is None:
         return _untrained(asked, seed)
+    if checkpoint.is_file() and is_quantized(checkpoint):
+        return _quantized(
+            name,
+            checkpoint,
+            image_size=image_size,
+            num_classes=num_classes,
+            keep_ratio=keep_ratio,
+        )
     return _trained(spec, checkpoint, image_size=image_size, num_classes=num_classes)
 
 
@@ -187,6 +197,49 @@ def _trained(
         weights += f", interpolated from {trained.image_size} to {wanted.image_size} pixels"
     module = _family(spec).build(wanted, state)
     return LoadedModel(spec=wanted, module=module, weights=weights, is_random=False)
+
+
+def _quantized(
+    name: str,
+    checkpoint: Path,
+    *,
+    image_size: int | None,
+    num_classes: int | None,
+    keep_ratio: KeepRatio | None,
+) -> LoadedModel:
+    """The module whose layers a quantized checkpoint has the scales of."""
+    import torch
+
+    from gfcompile.compile.models.checkpoint import sha256
+    from gfcompile.compile.prune import freeze
+    from gfcompile.quantize import read_quantized
+
+    stored = read_quantized(checkpoint)
+    ratios = tuple(stored.training.get("keep_ratios") or ())
+    spec = _find(name)
+    if ratios and spec.prune_before:
+        spec = spec.pruned(ratios)
+        if keep_ratio is not None and model_spec(name, keep_ratio).keep_ratios != ratios:
+            shown = ", ".join(f"{ratio:.4g}" for ratio in ratios)
+            raise UserError(
+                f"{checkpoint}: was quantized for keep ratios {shown}; leave out --keep-ratio, or "
+                "quantize the float weights again"
+            )
+    spec = spec.trained_as({key: tuple(value.shape) for key, value in stored.state.items()})
+    for what, asked, found in (
+        ("pixels", image_size, spec.image_size),
+        ("classes", num_classes, spec.num_classes),
+    ):
+        if asked not in (None, found):
+            raise UserError(f"{checkpoint}: was quantized for {found} {what}, not {asked}")
+    blank = {key: torch.zeros(shape) for key, shape in spec.shapes().items()}
+    module = freeze(_family(spec).build(spec, blank))
+    try:
+        module.load_state_dict(dict(stored.state))
+    except RuntimeError as error:  # torch's own, with one line per name that differs
+        raise UserError(f"{checkpoint}: is quantized, of another model than {name}") from error
+    weights = f"checkpoint {checkpoint.name} sha256:{sha256(checkpoint)}"
+    return LoadedModel(spec=spec, module=module, weights=weights, is_random=False)
 
 
 def _find(name: str) -> ModelSpec:

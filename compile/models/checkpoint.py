@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from gfcompile.compile.models.spec import ModelSpec, Shapes
-from gfcompile.quantize import is_quantized, read_quantized
 from gfcompile.runtime.errors import UserError
 
 _ACCEPTED = 'a state dict, {"model": state dict}, {"state_dict": ...} or .safetensors'
@@ -25,9 +24,7 @@ _DERIVED = (".num_batches_tracked", ".relative_position_index", ".attn_mask")
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The weights in a checkpoint by name, as float32; of a quantized one, multiples of its scales.
-
-    What follows from the architecture is left out.
+    """The weights in a checkpoint by name, as float32; what follows from the architecture left out.
 
     Nothing that the file says is executed: pickles are read with `weights_only`, which lets
     tensors and containers through, and the argparse.Namespace that training scripts add.
@@ -37,8 +34,6 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise UserError(f"{path}: {'is a folder' if path.is_dir() else 'no such checkpoint'}")
-    if is_quantized(path):
-        return dict(read_quantized(path).state)
     try:
         read = _read_safetensors if _is_safetensors(path) else _read_pickle
     except OSError as error:

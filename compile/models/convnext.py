@@ -2,7 +2,7 @@
 
 In the sparsified third stage, each block's full path is taken by the patches that a predictor
 keeps and a linear layer by the others; both return to their places in the grid. Parameters are
-named and shaped as in the published weights of each. Stochastic depth is left out.
+named and shaped as in the published weights of each.
 """
 
 from itertools import pairwise
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gfcompile.compile.models.convnext_specs import KERNEL, ConvNeXtSpec
-from gfcompile.compile.models.layers import with_weights
+from gfcompile.compile.models.layers import StochasticDepth, with_weights
 from gfcompile.compile.models.predictor import (
     Partition,
     Predictor,
@@ -63,9 +63,11 @@ class Block(nn.Module):
         self.act = nn.GELU()
         self.pwconv2 = nn.Linear(4 * dim, dim)
         self.gamma = nn.Parameter(torch.empty(dim))
+        self.depth = StochasticDepth()
 
     def forward(self, x: Tensor) -> Tensor:  # (B, h, w, C)
-        return x + self.full(self.convolved(x))
+        y: Tensor = self.depth(self.full(self.convolved(x)))
+        return x + y
 
     def convolved(self, x: Tensor) -> Tensor:  # (B, h, w, C)
         y: Tensor = self.dwconv(x.permute(0, 3, 1, 2))
@@ -103,8 +105,8 @@ class SparseBlock(Block):
         slow, fast = pair
         convolved = self.convolved(mix(slow, fast, mask))
         return (
-            slow + self.full(mix(convolved, slow, mask)),
-            fast + self.fast(mix(fast, convolved, mask)),
+            slow + self.depth(self.full(mix(convolved, slow, mask))),
+            fast + self.depth(self.fast(mix(fast, convolved, mask))),
         )
 
 

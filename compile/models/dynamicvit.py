@@ -1,7 +1,7 @@
 """DeiT, LV-ViT, and DynamicViT (arXiv:2106.02034), which prunes their tokens; to be traced.
 
-Parameters are named and shaped as in the published weights of each. Dropout and stochastic
-depth, which evaluation does not see and the paper's fine-tuning leaves at zero, are left out.
+Parameters are named and shaped as in the published weights of each. Dropout, which evaluation
+does not see and the papers' fine-tuning leaves at zero, is left out.
 """
 
 import math
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gfcompile.compile.models.dynamicvit_specs import STEM_CHANNELS, ViTSpec
-from gfcompile.compile.models.layers import Mlp, PatchEmbed, with_weights
+from gfcompile.compile.models.layers import Mlp, PatchEmbed, StochasticDepth, with_weights
 from gfcompile.compile.models.predictor import (
     Predictor,
     TrainingOutput,
@@ -55,12 +55,14 @@ class Block(nn.Module):
         self.attn = Attention(dim, spec.heads, bias=spec.kind == "deit")
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, spec.mlp_ratio * dim)
+        self.depth = StochasticDepth()
 
     def forward(self, x: Tensor, policy: Tensor | None = None) -> Tensor:  # (B, N, C)
         x = x + self._scaled(self.attn(self.norm1(x), policy))
         return x + self._scaled(self.mlp(self.norm2(x)))
 
     def _scaled(self, branch: Tensor) -> Tensor:
+        branch = self.depth(branch)
         return branch if self.gain == 1 else branch * self.gain
 
 

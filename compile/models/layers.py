@@ -25,6 +25,30 @@ class Mlp(nn.Module):
         return y
 
 
+class StochasticDepth(nn.Module):
+    """What a residual is added; in training, some images of a batch go without (arXiv:1603.09382).
+
+    The others have more of it, so that the mean stays. Its rate is 0 until it is set.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = 0.0
+
+    def forward(self, branch: Tensor) -> Tensor:  # (B, ...)
+        if not self.training or self.rate == 0:
+            return branch
+        kept = branch.new_full((branch.shape[0], *[1] * (branch.ndim - 1)), 1 - self.rate)
+        return branch * torch.bernoulli(kept) / kept
+
+
+def set_stochastic_depth(module: nn.Module, rate: float) -> None:
+    """Lets the rate of each block grow from 0 in the first to `rate` in the last one."""
+    depths = [child for child in module.modules() if isinstance(child, StochasticDepth)]
+    for index, depth in enumerate(depths):
+        depth.rate = rate * index / max(1, len(depths) - 1)
+
+
 class PatchEmbed(nn.Module):
     """An image to one token per patch."""
 

@@ -2,13 +2,13 @@
 
 In the sparsified third stage all patches attend to their window, but only those that a
 predictor keeps go through the MLP; the others take a linear layer. Parameters are named and
-shaped as in the published weights of each. Stochastic depth is left out.
+shaped as in the published weights of each.
 """
 
 import torch
 from torch import Tensor, nn
 
-from gfcompile.compile.models.layers import Mlp, PatchEmbed, with_weights
+from gfcompile.compile.models.layers import Mlp, PatchEmbed, StochasticDepth, with_weights
 from gfcompile.compile.models.predictor import (
     Partition,
     Predictor,
@@ -112,13 +112,15 @@ class Block(nn.Module):
         )
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, 4 * dim)
+        self.depth = StochasticDepth()
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, C)
         x = self.attended(x)
-        return x + self.full(x)
+        y: Tensor = self.depth(self.full(x))
+        return x + y
 
     def attended(self, x: Tensor) -> Tensor:
-        y: Tensor = self.attn(self.norm1(x))
+        y: Tensor = self.depth(self.attn(self.norm1(x)))
         return x + y
 
     def full(self, x: Tensor) -> Tensor:
@@ -147,7 +149,10 @@ class SparseBlock(Block):
         """
         slow, fast = pair
         x = self.attended(mix(slow, fast, mask))
-        return x + self.full(mix(x, slow, mask)), x + self.fastmlp(mix(fast, x, mask))
+        return (
+            x + self.depth(self.full(mix(x, slow, mask))),
+            x + self.depth(self.fastmlp(mix(fast, x, mask))),
+        )
 
 
 class PatchMerging(nn.Module):

@@ -14,6 +14,8 @@ from gfcompile.compile.prune import freeze
 from gfcompile.compile.trace import INPUT, OUTPUT, session, trace
 from gfcompile.quantize import Calibrated, QuantScheme, calibrate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 _EACH = pytest.mark.parametrize("spec", [DEIT, LVVIT, SWIN], ids=lambda spec: spec.name)
 
 

@@ -11,14 +11,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gfcompile.quantize import load_quantized, training, write_quantized
+from gfcompile.quantize import load_quantized, loop, training, write_quantized
 from gfcompile.quantize.checkpoint import QuantizedCheckpoint
 from gfcompile.quantize.data import Images, read_images
 from gfcompile.quantize.distributed import choose_device, open_group
+from gfcompile.quantize.loop import EpochRecord, SilentTraining, StepRecord, accuracy
 from gfcompile.quantize.prepared import prepare_training
 from gfcompile.quantize.scheme import QuantScheme
 from gfcompile.quantize.train_config import TrainConfig
-from gfcompile.quantize.training import EpochRecord, SilentTraining, StepRecord, accuracy, train
+from gfcompile.quantize.training import train
 from gfcompile.runtime.errors import CompileError, UserError
 from gfcompile.runtime.images import Transform
 
@@ -126,7 +127,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(
     # Killed in an epoch whose state was saved at its start only, then with saves after each step:
     # within an epoch of three, and after its last step.
     for step, seconds in ((5, 600.0), (8, 0.0), (9, 0.0)):
-        monkeypatch.setattr(training, "_SAVE_SECONDS", seconds)
+        monkeypatch.setattr(loop, "_SAVE_SECONDS", seconds)
         with pytest.raises(Killed):
             trained(square_gfnet, data, config, state_file=state, progress=KilledAt(step))
     resumed = trained(square_gfnet, data, config, state_file=state)
@@ -163,18 +164,28 @@ def test_a_loss_that_is_not_finite_ends_training_and_the_last_good_state_stays(
 def test_ranges_follow_the_weights_for_a_while_and_are_frozen_then(
     square_gfnet: nn.Module, data: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class Counting(SilentTraining):
+        made = 0
+
+        def step(self, record: StepRecord) -> None:
+            self.made = record.step
+
+    count = Counting()
     settled: list[int] = []
-    original = training._Training.settle_ranges
+    original = training._QuantizedTraining.settle_ranges
 
     def counted(self: Any) -> None:
-        settled.append(getattr(self, "step", 0))
+        settled.append(count.made)
         original(self)
 
-    monkeypatch.setattr(training._Training, "settle_ranges", counted)
-    trained(square_gfnet, data, replace(CONFIG, epochs=4, range_epochs=0.5))
+    monkeypatch.setattr(training._QuantizedTraining, "settle_ranges", counted)
+    half = replace(CONFIG, epochs=4, range_epochs=0.5)
+    trained(square_gfnet, data, half, progress=count)
     assert settled == [0, 3]  # 3 steps an epoch
     settled.clear()
-    trained(square_gfnet, data, replace(CONFIG, epochs=4, learn_scales=True))
+    count.made = 0
+    learned = replace(CONFIG, epochs=4, learn_scales=True)
+    trained(square_gfnet, data, learned, progress=count)
     assert settled == [0]
 
 
