@@ -1,7 +1,10 @@
 /* gfbench: runs and times a bundle through its own library, as any program on the device would.
  *
- * It is linked against libc and libdl alone and loads whatever library the bundle has. */
+ * It is linked against libc and libdl alone and loads whatever library the bundle has. With
+ * GFBENCH_STATIC it loads nothing: runtime and kernels of one bundle are linked in. */
+#ifndef GFBENCH_STATIC
 #include <dlfcn.h>
+#endif
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -152,6 +155,16 @@ static options parse(char **argv) {
     return o;
 }
 
+#ifdef GFBENCH_STATIC
+
+static void load_library(const char *bundle) {
+    (void)bundle;
+#define LINKED(name) rt.name = gfrt_##name;
+    FUNCTIONS(LINKED)
+}
+
+#else
+
 static void load_library(const char *bundle) {
     char path[4096];
     gfi_header header;
@@ -178,6 +191,8 @@ static void load_library(const char *bundle) {
             die("%s has no %s: is it older than this gfbench?", path, functions[i].name);
     }
 }
+
+#endif
 
 typedef gfrt_status (*describe)(const gfrt_model *, size_t, gfrt_tensor_info *);
 
