@@ -42,8 +42,11 @@ class Cpu:
 
     @property
     def llvm_triple(self) -> str:
-        # On Android LLVM leaves x18 alone, which the system keeps for itself there.
-        return f"{self.arch}-linux-{'gnu' if self.android_api is None else 'android'}"
+        if self.android_api is None:
+            return f"{self.arch}-linux-gnu"
+        # LLVM then leaves x18 alone, which Android keeps for itself; it does not understand the
+        # name without its second part, and says nothing.
+        return f"{self.arch}-unknown-linux-android{self.android_api}"
 
     @property
     def float_lanes(self) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 import ziglang
 
 from gfcompile.runtime.errors import CompileError
+from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm import elf
 from gfcompile.targets.tvm.zig import zig
 
@@ -46,7 +47,7 @@ def link_for_android(
     objects: Sequence[Path],
     output: Path,
     *,
-    api: int,
+    cpu: Cpu,
     flags: Sequence[str],
     headers: Path,
     exports: Path,
@@ -55,7 +56,7 @@ def link_for_android(
     """Writes the shared library `output` from C sources and objects.
 
     Args:
-        api: the oldest API level that it has to load on.
+        cpu: what it is for.
         flags: of the C compiler.
         headers: those of bionic.
         exports: a version script that says which symbols others may see.
@@ -66,7 +67,7 @@ def link_for_android(
     """
     # Compiler and linker themselves: `zig cc` would look for a bionic of its own, and has none.
     zig(
-        *("clang", "--no-default-config", "-target", f"aarch64-linux-android{api}"),
+        *("clang", "--no-default-config", "-target", cpu.llvm_triple),
         *("-nostdinc", "-isystem", str(headers), "-isystem", str(_compiler_headers())),
         # Atomics inline: the helpers that would choose better ones when they run are not bionic's.
         *("-fPIC", "-fvisibility=hidden", "-ffunction-sections", "-mno-outline-atomics"),
