@@ -215,27 +215,25 @@ class _Partitioner:
             node = value.producer()
         return value
 
-    def tensor(self, value: ir.Value, shape: tuple[int, ...] | None = None) -> str:
-        """The name of the tensor that holds `value`, from now on part of the program.
-
-        Args:
-            shape: as it lies in memory, if not as the graph has it.
-        """
+    def tensor(self, value: ir.Value) -> str:
+        """The name of the tensor that holds `value`, from now on part of the program."""
         value = self.root(value)
-        assert value.name is not None
-        if value.name not in self.tensors:
+        name, shape = str(value.name), shape_of(value)
+        if value in self.channels_last:  # a tensor of the graph's name has the graph's layout
+            name, shape = f"{name}_channels_last", (shape[0], *shape[2:], shape[1])
+        if name not in self.tensors:
             producer = value.producer()
             scale, zero_point = 0.0, 0
             if producer is not None and is_standard(producer, "QuantizeLinear"):
                 scale, zero_point = scalar_quantization(producer)
-            self.tensors[value.name] = Tensor(
-                name=value.name,
+            self.tensors[name] = Tensor(
+                name=name,
                 dtype=dtype_of(value),
-                shape=shape or shape_of(value),
+                shape=shape,
                 scale=scale,
                 zero_point=zero_point,
             )
-        return value.name
+        return name
 
     def follower(self, value: ir.Value, *op_types: str) -> ir.Node | None:
         """The node that alone reads `value`, through views, if it is one of `op_types`."""
@@ -335,7 +333,6 @@ class _Partitioner:
         match = match_conv(node)
         if match is None:
             return
-        batch, n, out_h, out_w = shape_of(match.result)
         final = [view.outputs[0] for view in match.views if is_standard(view, "Transpose")]
         patches = match.kind == "patches"
         if patches and len(final) == len(match.result.consumers()) == 1:
@@ -346,7 +343,7 @@ class _Partitioner:
         place = final[0] if final else match.result
         self.same.update((value, place) for value in (match.result, *final) if value is not place)
         self.channels_last.add(match.result)
-        y = self.tensor(place, (batch, out_h, out_w, n))
+        y = self.tensor(place)
         if patches:
             self.patch_conv(match, [node])
             return
@@ -354,7 +351,7 @@ class _Partitioner:
         weight = constant(node.inputs[1])
         assert weight is not None
         bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        _, c, h, w = shape_of(_input(node, 0))
+        (batch, c, h, w), n = shape_of(_input(node, 0)), weight.shape[0]
         stride_h, stride_w = node.attributes.get_ints("strides", (1, 1))
         pad_h, pad_w = node.attributes.get_ints("pads", (0, 0))[:2]
         covered = [node] if match.relu is None else [node, match.relu]
