@@ -3,6 +3,7 @@
 The only place that prints and exits.
 """
 
+import _thread
 import argparse
 import errno
 import json
@@ -629,6 +630,12 @@ def _unknown_command(word: str) -> str:
     return f"unknown command {word!r}{hint} (known: {', '.join(_COMMANDS)})"
 
 
+class _Interrupted(KeyboardInterrupt):
+    """By its own name, for one that passes through exec() makes CPython end itself by SIGINT at
+    exit if it is a KeyboardInterrupt precisely, handled or not (run_eval_code_obj in pythonrun.c).
+    """
+
+
 @contextmanager
 def _ending_by_signal() -> Iterator[list[int]]:
     """SIGTERM ends the command as Ctrl-C does, and a second Ctrl-C does not disturb the clean-up.
@@ -645,12 +652,24 @@ def _ending_by_signal() -> Iterator[list[int]]:
         came.append(number)
         for caught in previous:
             signal.signal(caught, signal.SIG_IGN)
-        raise KeyboardInterrupt
+        raise _Interrupted
+
+    def deliver_again(unraisable: "sys.UnraisableHookArgs") -> None:
+        # Python drops what is raised in a destructor or a weak reference's callback.
+        if unraisable.exc_type is _Interrupted:
+            number = signal.Signals(came[0])
+            signal.signal(number, handle)
+            # Later, since what this hook raises is dropped as well.
+            threading.Timer(0.05, _thread.interrupt_main, (number,)).start()
+        else:
+            previous_hook(unraisable)
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous_hook, sys.unraisablehook = sys.unraisablehook, deliver_again
     try:
         yield came
     finally:
+        sys.unraisablehook = previous_hook
         for number, handler in previous.items():
             signal.signal(number, handler)
 
