@@ -1,11 +1,12 @@
 """A static plan of kernels, which the C runtime of this project executes."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from gfcompile.compile.emission import Emission, EmissionRequest
 from gfcompile.compile.verify import verify
 from gfcompile.runtime.bundle import TensorSpec
-from gfcompile.targets.target import Target
+from gfcompile.targets.target import Target, peaks
 from gfcompile.targets.tvm.emit import emit
 from gfcompile.targets.tvm.partition import partition
 
@@ -67,6 +68,7 @@ def emit_plan(request: EmissionRequest, target: Target) -> Emission:
         extra={
             "mcpu": target.cpu.mcpu,
             "qemu_cpu": target.cpu.qemu_cpu,
+            "peaks": asdict(peaks(target)),
             "arena_bytes": artifact.arena.size_bytes,
             "arena_lower_bound_bytes": artifact.arena.lower_bound_bytes,
         },

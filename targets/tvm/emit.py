@@ -18,6 +18,7 @@ from gfcompile.runtime.bench import BENCH_NAME
 from gfcompile.runtime.errors import CompileError
 from gfcompile.targets.target import Cpu, Target
 from gfcompile.targets.tvm import cuda, link
+from gfcompile.targets.tvm.cost import costs
 from gfcompile.targets.tvm.kernel import (
     ActStorage,
     Array,
@@ -162,7 +163,7 @@ def emit(
     return Artifact(
         plan=plan,
         arena=arena,
-        kernels=_kernel_records(program, functions, module),
+        kernels=_kernel_records(program, scheduled, functions, module, target),
         cuda_source="" if module is None else module.source,
     )
 
@@ -281,16 +282,18 @@ def _workspace_bytes(functions: Mapping[Kernel, Sequence[_Function]]) -> int:
 
 def _kernel_records(
     program: Program,
+    scheduled: Mapping[Kernel, Scheduled],
     functions: Mapping[Kernel, Sequence[_Function]],
     module: cuda.CudaModule | None,
+    target: Target,
 ) -> tuple[Mapping[str, Any], ...]:
     uses: dict[Kernel, int] = {}
     for call in program.calls:
         uses[call.kernel] = uses.get(call.kernel, 0) + 1
     records = []
     for kernel, steps in functions.items():
-        for function in steps:
-            record: dict[str, Any] = {"name": function.name, "calls": uses[kernel]}
+        for function, cost in zip(steps, costs(kernel, scheduled[kernel], target), strict=True):
+            record = {"name": function.name, "calls": uses[kernel], **dataclasses.asdict(cost)}
             if module is not None:
                 record |= dataclasses.asdict(module.kernels[function.name])
             records.append(record)
