@@ -192,6 +192,9 @@ def _next_step(bundle: "Bundle", target: "AnyTarget") -> str:
     if target.gpu is not None:
         name = bundle.path.name
         return f"copy {bundle.path} to the board, and there: {name}/gfbench {name}"
+    if target.cpu.android_api is not None:
+        there = f"/data/local/tmp/{bundle.path.name}"
+        return f"adb push {bundle.path} /data/local/tmp/, then: adb shell {there}/gfbench {there}"
     if target.cpu.arch == platform.machine():
         return f"gfcompile run {bundle.path} PHOTO"
     return f"gfcompile run {bundle.path} PHOTO --device qemu"

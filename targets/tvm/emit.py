@@ -134,9 +134,14 @@ def emit(
         library_id=library_id,
         cuda=target.gpu is not None,
     )
+    if target.cpu.android_api is None:
+        link.link_bench(target.cpu, folder / BENCH_NAME)
+    else:
+        link.link_static_bench(
+            objects, used, target.cpu, folder / BENCH_NAME, library_id=library_id
+        )
     for built in objects:
         built.unlink()
-    link.link_bench(target.cpu, folder / BENCH_NAME)
     for name in ("gfrt.h", "gfrt.py"):  # all that a device needs to use the library
         shutil.copy(Path(runtime_device.__file__).parent / name, folder)
     plan = Plan(
@@ -235,7 +240,7 @@ def llvm_target(cpu: Cpu) -> tvm.target.Target:
     """TVM's description of `cpu`."""
     options: dict[str, Any] = {
         "kind": "llvm",
-        "mtriple": f"{cpu.arch}-linux-gnu",
+        "mtriple": cpu.llvm_triple,
         "mcpu": cpu.mcpu,
         "num-cores": cpu.cores,
     }
