@@ -137,6 +137,8 @@ def _compile(options: argparse.Namespace) -> None:
 
 
 def _print_bundle(bundle: "Bundle", target: "AnyTarget", notes: Sequence[str], took: float) -> None:
+    from gfcompile.compile.format_summary import format_summary
+
     manifest = bundle.manifest
     precision = manifest.precision
     print(f"\n{manifest.model} for {target.name}: {target.description}")
@@ -148,6 +150,8 @@ def _print_bundle(bundle: "Bundle", target: "AnyTarget", notes: Sequence[str], t
     if manifest.ledger:
         print()
         _print_ledger(manifest.ledger)
+    for line in format_summary(manifest):
+        print(line)
     count = len(manifest.files) + 1
     print(f"\n{bundle.path}: {bundle.size_bytes / 1e6:.1f} MB in {count} files, {took:.1f} s")
     print(f"next: {_next_step(bundle, target)}")
@@ -308,7 +312,12 @@ def _run(options: argparse.Namespace) -> None:
     from gfcompile.runtime.session import load
 
     results = []
-    with load(options.bundle, device=options.device, threads=options.threads) as session:
+    with load(
+        options.bundle,
+        device=options.device,
+        threads=options.threads,
+        compute_units=options.compute_units,
+    ) as session:
         weights = session.manifest.weights
         if weights.startswith("random"):
             _complain(f"note: weights are {weights}, the classes mean nothing")
@@ -592,6 +601,12 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top", type=_positive, default=5, metavar="N", help="classes to print")
     parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="default: 1")
+    parser.add_argument(
+        "--compute-units",
+        choices=("all", "cpu", "cpu-gpu", "cpu-ane"),
+        default="all",
+        help="what Core ML may use, on a Mac (default: all)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

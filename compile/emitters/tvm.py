@@ -77,10 +77,9 @@ def emit_plan(request: EmissionRequest, target: Target) -> Emission:
 
 def _storage(graph: "Graph", packed_bytes: int) -> str:
     """What an int8 bundle holds."""
-    four_bits = graph.scheme["weight"]["high"] <= 7
-    if four_bits and packed_bytes:
+    if graph.has_int4 and packed_bytes:
         weights = "int4 weights (expanded to int8 when loaded), int8 activations"
-    elif four_bits:
+    elif graph.has_int4:
         weights = "weights of 4 bits as int8, int8 activations"
     else:
         weights = "int8 products"
