@@ -24,6 +24,7 @@ from gfcompile.targets.tvm.kernel import (
     Array,
     Attention,
     CircularFilter,
+    Conv,
     Dense,
     Dequantize,
     DftFilter,
@@ -179,12 +180,20 @@ def kernel_name(kernel: Kernel) -> str:
     match kernel:
         case Dense():
             parts = [f"dense_{kernel.m}x{kernel.n}x{kernel.k}", _short(kernel.x)]
-            parts += ["gelu"] * kernel.gelu
-            parts += [f"add{kernel.residual_rows}_{_short(kernel.residual_dtype)}"] * bool(
-                kernel.residual_rows
-            )
+            added = f"add{kernel.residual_rows}_{_short(kernel.residual_dtype)}"
+            epilogue = ["gelu"] * kernel.gelu + [added] * bool(kernel.residual_rows)
+            parts += reversed(epilogue) if kernel.residual_first else epilogue
             suffix += f"x{kernel.out_groups}" if kernel.out_groups > 1 else ""
             return "_".join(parts) + suffix
+        case Conv():
+            size = f"{kernel.kernel_h}x{kernel.kernel_w}"
+            if (strides := (kernel.stride_h, kernel.stride_w)) != (1, 1):
+                size += "_stride{}x{}".format(*strides)
+            if (pads := (kernel.pad_h, kernel.pad_w)) != (0, 0):
+                size += "_pad{}x{}".format(*pads)
+            shape = f"{kernel.batch}x{kernel.h}x{kernel.w}x{kernel.c}_{kernel.layout}"
+            form = "depthwise" if kernel.depthwise else f"conv{kernel.n}"
+            return f"{form}_{shape}_{size}" + "_relu" * kernel.relu
         case LayerNorm():
             # Layers that differ in eps alone are rare, but must not share a name.
             eps = re.sub(r"\W", "_", f"{kernel.eps:.6g}")
@@ -196,7 +205,7 @@ def kernel_name(kernel: Kernel) -> str:
         case Patchify():
             grid = f"{kernel.batch}x{kernel.grid_h}x{kernel.grid_w}"
             patch = f"{kernel.channels}x{kernel.patch_h}x{kernel.patch_w}"
-            return f"patchify_{grid}_{patch}_{kernel.layout}{suffix}"
+            return f"patchify_{grid}_{patch}{suffix}"
         case TokenMean():
             return f"token_mean_{kernel.batch}x{kernel.tokens}x{kernel.n}{suffix}"
         case Attention():
