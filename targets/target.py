@@ -136,6 +136,9 @@ AnyTarget = Target | ModelFormat
 # Short names for what most users of a format want.
 ALIASES = {"tflite": "tflite-xnnpack"}
 
+# Between two dependent kernels of one stream: an estimate, not measured on a board.
+GPU_LAUNCH_US = 5.0
+
 _TARGETS: dict[str, AnyTarget] = {}
 
 
@@ -150,6 +153,7 @@ def peaks(target: Target) -> Peaks:
             float16_gflops=1e3 * target.gpu.fp16_tflops,
             int8_gops=1e3 * target.gpu.int8_tops,
             bandwidth_gb_s=target.bandwidth_gb_s,
+            call_us=GPU_LAUNCH_US,
         )
     return Peaks(
         float32_gflops=target.cpu.fp32_gflops,

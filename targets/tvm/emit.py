@@ -19,6 +19,7 @@ from gfcompile.runtime.errors import CompileError
 from gfcompile.targets.target import Cpu, Target
 from gfcompile.targets.tvm import cuda, link
 from gfcompile.targets.tvm.cost import costs
+from gfcompile.targets.tvm.instructions import count_instructions, issue_us
 from gfcompile.targets.tvm.kernel import (
     ActStorage,
     Array,
@@ -307,7 +308,13 @@ def _kernel_records(
     records = []
     for kernel, steps in functions.items():
         for function, cost in zip(steps, costs(kernel, scheduled[kernel], target), strict=True):
-            record = {"name": function.name, "calls": uses[kernel], **dataclasses.asdict(cost)}
+            instructions = count_instructions(function.func, target)
+            record = {
+                "name": function.name,
+                "calls": uses[kernel],
+                **dataclasses.asdict(cost),
+                "issue_us": round(issue_us(instructions, target), 4),
+            }
             if module is not None:
                 record |= dataclasses.asdict(module.kernels[function.name])
             records.append(record)
