@@ -429,7 +429,7 @@ def run_fake_quantized(module: nn.Module, path: Path, images: torch.Tensor) -> A
     own = _copy(module, checkpoint.state)
     prepared = prepare_training(own, images[:2], checkpoint.scheme, learn_scales=False)
     ranges = [QParams(x.activation_scale, x.activation_zero_point) for x in checkpoint.layers]
-    settle_as(prepared, ranges, checkpoint.scales)
+    settle_as(prepared, ranges, checkpoint.scales, checkpoint.factors)
     for fake in prepared.fake_quants():
         fake.freeze(torch.device("cpu"))
     with torch.no_grad():
