@@ -98,7 +98,8 @@ def _compile(options: argparse.Namespace) -> None:
         options.checkpoint = _train(options, progress, output=None).path
         if not _is_first_process():
             return
-        options.weight_bits, options.keep_float = 8, []  # as the checkpoint says
+        # As the checkpoint says.
+        options.weight_bits, options.group_size, options.keep_float = 8, None, []
     is_coreml = options.target == "coreml"
     config = CompileConfig(
         model=options.model,
@@ -111,6 +112,7 @@ def _compile(options: argparse.Namespace) -> None:
         fft=options.fft,
         calibration_data=options.calibration_data,
         weight_bits=options.weight_bits,
+        group_size=options.group_size,
         keep_float=tuple(options.keep_float),
         output=options.output,
         dump=options.dump,

@@ -31,6 +31,7 @@ def emit_plan(request: EmissionRequest, target: Target) -> Emission:
             library=library,
             mean=transform.mean,
             std=transform.std,
+            group_size=graph.scheme["weight"]["group_size"] if graph.scheme else None,
         )
     with request.progress.stage("verify the artifact"):
         entry, notes = verify(
@@ -77,7 +78,13 @@ def emit_plan(request: EmissionRequest, target: Target) -> Emission:
 
 def _storage(graph: "Graph", packed_bytes: int) -> str:
     """What an int8 bundle holds."""
-    if graph.has_int4 and packed_bytes:
+    group_size = graph.scheme["weight"]["group_size"]
+    if graph.has_int4 and packed_bytes and group_size is not None:
+        weights = (
+            f"int4 weights in groups of {group_size} (expanded to int8 when loaded), "
+            "int8 activations"
+        )
+    elif graph.has_int4 and packed_bytes:
         weights = "int4 weights (expanded to int8 when loaded), int8 activations"
     elif graph.has_int4:
         weights = "weights of 4 bits as int8, int8 activations"
