@@ -1,11 +1,12 @@
 """A static plan of kernels, which the C runtime of this project executes."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from gfcompile.compile.emission import Emission, EmissionRequest
 from gfcompile.compile.verify import verify
 from gfcompile.runtime.bundle import TensorSpec
-from gfcompile.targets.target import Target
+from gfcompile.targets.target import Target, peaks
 from gfcompile.targets.tvm.emit import emit
 from gfcompile.targets.tvm.partition import partition
 
@@ -30,6 +31,7 @@ def emit_plan(request: EmissionRequest, target: Target) -> Emission:
             library=library,
             mean=transform.mean,
             std=transform.std,
+            group_size=graph.scheme["weight"]["group_size"] if graph.scheme else None,
         )
     with request.progress.stage("verify the artifact"):
         entry, notes = verify(
@@ -67,6 +69,7 @@ def emit_plan(request: EmissionRequest, target: Target) -> Emission:
         extra={
             "mcpu": target.cpu.mcpu,
             "qemu_cpu": target.cpu.qemu_cpu,
+            "peaks": asdict(peaks(target)),
             "arena_bytes": artifact.arena.size_bytes,
             "arena_lower_bound_bytes": artifact.arena.lower_bound_bytes,
         },
@@ -75,10 +78,15 @@ def emit_plan(request: EmissionRequest, target: Target) -> Emission:
 
 def _storage(graph: "Graph", packed_bytes: int) -> str:
     """What an int8 bundle holds."""
-    four_bits = graph.scheme["weight"]["high"] <= 7
-    if four_bits and packed_bytes:
+    group_size = graph.scheme["weight"]["group_size"]
+    if graph.has_int4 and packed_bytes and group_size is not None:
+        weights = (
+            f"int4 weights in groups of {group_size} (expanded to int8 when loaded), "
+            "int8 activations"
+        )
+    elif graph.has_int4 and packed_bytes:
         weights = "int4 weights (expanded to int8 when loaded), int8 activations"
-    elif four_bits:
+    elif graph.has_int4:
         weights = "weights of 4 bits as int8, int8 activations"
     else:
         weights = "int8 products"
