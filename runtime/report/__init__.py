@@ -66,7 +66,8 @@ def render_report(
             el("h1", title),
             sections.verdict(result, kernels),
             sections.tiles(manifest, result, kernels),
-            sections.cautions(result, manifest.notes),
+            sections.cautions(result),
+            sections.notes(manifest),
         ),
         el(
             "main",
@@ -84,6 +85,9 @@ def render_report(
         ),
         el(
             "footer",
-            el("p", "Written by gfcompile. Estimates are called estimates; all else was measured."),
+            el(
+                "p",
+                "Written by gfcompile. Estimates are called so; every other time is measured.",
+            ),
         ),
     )

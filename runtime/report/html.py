@@ -103,7 +103,7 @@ def records(value: object) -> list[Mapping[str, Any]]:
 
 # ---- figures as text
 
-_NBSP = "\N{NO-BREAK SPACE}"
+NBSP = "\N{NO-BREAK SPACE}"
 NONE = "–"
 
 
@@ -128,10 +128,10 @@ def duration(us: float | None) -> str:
     if us is None:
         return NONE
     if abs(us) < 100:
-        return f"{significant(us)}{_NBSP}µs"
+        return f"{significant(us)}{NBSP}µs"
     if abs(us) < 10e6:
-        return f"{significant(us / 1e3)}{_NBSP}ms"
-    return f"{significant(us / 1e6)}{_NBSP}s"
+        return f"{significant(us / 1e3)}{NBSP}ms"
+    return f"{significant(us / 1e6)}{NBSP}s"
 
 
 def size(number: float | None) -> str:
@@ -140,8 +140,8 @@ def size(number: float | None) -> str:
         return NONE
     for unit, one in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if number >= one:
-            return f"{significant(number / one)}{_NBSP}{unit}"
-    return f"{number:.0f}{_NBSP}B"
+            return f"{significant(number / one)}{NBSP}{unit}"
+    return f"{number:.0f}{NBSP}B"
 
 
 def percent(share: float | None, places: int = 0) -> str:
@@ -149,6 +149,9 @@ def percent(share: float | None, places: int = 0) -> str:
     if share is None:
         return NONE
     shown = f"{100 * share:.{places}f}"
+    least = 10.0**-places
+    if 0 < 100 * share < least / 2:
+        return f"<{least:g}%"
     if share < 1 and float(shown) == 100:
         shown = (
             f"{math.floor(100 * share * 10 ** (places + 1)) / 10 ** (places + 1):.{places + 1}f}"
@@ -157,8 +160,8 @@ def percent(share: float | None, places: int = 0) -> str:
 
 
 def decibel(value: float | None) -> str:
-    return NONE if value is None else f"{value:.1f}{_NBSP}dB"
+    return NONE if value is None else f"{value:.1f}{NBSP}dB"
 
 
 def plural(number: int, what: str) -> str:
-    return f"{number:,}{_NBSP}{what}" if number == 1 else f"{number:,}{_NBSP}{what}s"
+    return f"{number:,}{NBSP}{what}" if number == 1 else f"{number:,}{NBSP}{what}s"

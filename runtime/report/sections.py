@@ -1,13 +1,14 @@
 """The sections of a report: each a function of what is known, None if there is nothing to say."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gfcompile.runtime.bundle import Manifest
 from gfcompile.runtime.report import charts
 from gfcompile.runtime.report.charts import Mark
 from gfcompile.runtime.report.html import (
+    NBSP,
     NONE,
     Content,
     Html,
@@ -28,7 +29,7 @@ from gfcompile.runtime.report.kernels import Kernel, Kernels
 from gfcompile.runtime.report.picture import Picture
 from gfcompile.runtime.results import BoardState, Latencies, ValidationResult
 
-SHOWN_KERNELS = 12
+SHOWN_KERNELS, SHOWN_LAYERS, SHOWN_FILES = 12, 8, 5
 _FORMS = {
     "dft": "separable real DFT as matrix products",
     "circular": "depthwise circular convolution",
@@ -79,20 +80,21 @@ def table(
             ],
         )
 
+    head = [el("th", text, scope="col", class_=class_of(i)) for i, text in enumerate(header)]
     return el(
         "table",
         el("caption", caption) if caption else None,
-        el(
-            "thead",
-            el(
-                "tr",
-                [el("th", text, scope="col", class_=class_of(i)) for i, text in enumerate(header)],
-            ),
-        ),
+        el("thead", el("tr", head)),
         el("tbody", [row(cells) for cells in rows]),
         el("tfoot", row(footer)) if footer else None,
         class_="cards" if cards else None,
     )
+
+
+def pairs(rows: Iterable[Sequence[Content]]) -> Html:
+    """A table of names and what they are."""
+    body = [el("tr", el("th", name, scope="row"), el("td", value)) for name, value in rows]
+    return el("table", el("tbody", body), class_="pairs")
 
 
 def scrolling(content: Html, label: str) -> Html:
@@ -143,9 +145,7 @@ def tiles(manifest: Manifest, result: ValidationResult | None, kernels: Kernels)
             ("Estimate, not measured", duration(kernels.estimate_us), "the sum of its kernels'")
         )
     if result is not None and result.instructions is not None:
-        found.append(
-            ("Instructions", f"{result.instructions / 1e6:,.0f}\N{NO-BREAK SPACE}M", "retired")
-        )
+        found.append(("Instructions", f"{result.instructions / 1e6:,.0f}{NBSP}M", "retired"))
     if result is not None and result.numbers is not None:
         numbers = result.numbers
         under = f"same top-1, {plural(numbers.inferences, 'golden input')}"
@@ -194,16 +194,21 @@ def _latency_tiles(result: ValidationResult, latencies: Latencies) -> list[tuple
     ]
 
 
-def cautions(result: ValidationResult | None, notes: Sequence[object]) -> Html | None:
-    """What makes the numbers unfair, or other than they seem, and what mends it."""
+def cautions(result: ValidationResult | None) -> Html | None:
+    """What makes the numbers unfair, and what mends it."""
     entries = [
         el("li", el("b", "! "), caution.text, el("code", caution.fix) if caution.fix else None)
         for caution in (() if result is None else result.cautions)
     ]
     if result is not None and result.stand_in:
         entries.append(el("li", el("b", "! "), f"{result.stand_in} stands in for the device."))
-    entries += [el("li", el("b", "! "), str(note)) for note in notes]
     return el("ul", entries, class_="cautions", aria_label="Cautions") if entries else None
+
+
+def notes(manifest: Manifest) -> Html | None:
+    """What in the bundle is not as one might think."""
+    entries = [el("li", str(note)) for note in manifest.notes]
+    return el("ul", entries, class_="notes", aria_label="Notes on the bundle") if entries else None
 
 
 # ---- the photo
@@ -306,7 +311,7 @@ def latency(result: ValidationResult | None) -> Html | None:
         chart, beyond = charts.histogram(
             values,
             marks=[*marks, *near],
-            label=lambda us: f"{significant(us / 1e3)} ms",
+            label=_axis_ms,
             description=f"histogram of {len(values)} latencies around {marks[0].label}",
         )
         text = f"How often each latency occurred in {plural(len(values), 'run')}."
@@ -336,7 +341,7 @@ def _over_time(values: Sequence[float], marks: Sequence[Mark], protocol: Any) ->
     chart = charts.series(
         values,
         marks=marks,
-        label=lambda us: f"{significant(us / 1e3)} ms",
+        label=_axis_ms,
         ends=("start", end),
         description=f"latency over time; the last tenth took {change:.2f} times the first",
     )
@@ -402,7 +407,7 @@ def _protocol(result: ValidationResult) -> Html:
         ("took", f"{significant(protocol.duration_s)} s"),
         ("tool", protocol.tool),
     ]
-    return join(el("h3", "How it was measured"), table(("", ""), rows))
+    return join(el("h3", "How it was measured"), pairs(rows))
 
 
 # ---- kernels
@@ -416,59 +421,42 @@ def kernel_times(kernels: Kernels) -> Html | None:
     times = [_time(kernel, kernels.measured) or 0.0 for kernel in kernels.all]
     largest = max([*times, *(kernel.estimate_us or 0.0 for kernel in kernels.all)])
     shown = kernels.all[:SHOWN_KERNELS]
-    header = _KERNEL_HEADER if kernels.measured else _ESTIMATE_HEADER
-    rows = [_kernel_row(kernel, kernels, largest, whole) for kernel in shown]
     rest = times[len(shown) :]
     footer: list[Content] = []
     if rest:
         share = percent(sum(rest) / whole) if whole else NONE
-        footer = [f"{plural(len(rest), 'other kernel')}", "", duration(sum(rest)), share]
-        footer += [""] * (len(header) - len(footer))
-    chart = table(
-        header,
-        rows,
-        numbers=range(2, len(header) - (not kernels.measured)),
-        bars=1,
-        footer=footer,
-        cards=True,
-    )
+        footer = [f"{plural(len(rest), 'other kernel')}", duration(sum(rest)), share]
     legend = [
         (charts.swatch("solid" if kernels.measured else "hollow"), "bound by compute"),
         (charts.swatch("hatched" if kernels.measured else "hollow-hatched"), "bound by memory"),
     ]
     if kernels.measured:
-        legend.append((charts.swatch("tick"), "estimate: the roofline, or its instructions"))
-    details = None
-    if len(kernels.all) > len(shown):
-        more = [_kernel_row(kernel, kernels, largest, whole) for kernel in kernels.all]
-        details = folded(
-            f"All {len(more)} kernels",
-            table(
-                header,
-                more,
-                numbers=range(2, len(header) - (not kernels.measured)),
-                bars=1,
-                cards=True,
-            ),
+        legend.append((charts.swatch("tick"), "estimate"))
+
+    def drawn(some: Sequence[Kernel], footer: Sequence[Content] = ()) -> Html:
+        header = _KERNEL_HEADER if kernels.measured else _ESTIMATE_HEADER
+        return table(
+            header,
+            [_kernel_row(kernel, kernels, largest, whole) for kernel in some],
+            numbers=range(1, len(header) - (not kernels.measured)),
+            footer=[*footer, *[""] * (len(header) - len(footer))] if footer else (),
+            cards=True,
         )
-    title = "Where the time goes" if kernels.measured else "Where the time would go"
+
     return section(
-        title, _kernels_lead(kernels, whole), charts.key(*legend), chart, details, _peaks(kernels)
+        "Where the time goes" if kernels.measured else "Where the time would go",
+        _kernels_lead(kernels, whole),
+        charts.key(*legend),
+        drawn(shown, footer),
+        folded(f"All {len(kernels.all)} kernels", drawn(kernels.all)) if rest else None,
+        _peaks(kernels),
     )
 
 
 _KERNEL_HEADER = (
-    "kernel",
-    "time of all calls",
-    "time",
-    "share",
-    "GFLOP/s",
-    "GB/s",
-    "of peak",
-    "estimate",
-    "times it",
-)
-_ESTIMATE_HEADER = ("kernel", "estimate of all calls", "estimate", "share", "roofline", "bound by")
+    "kernel", "time", "share", "GFLOP/s", "GB/s", "of peak", "estimate", "over it",
+)  # fmt: skip
+_ESTIMATE_HEADER = ("kernel", "estimate", "share", "roofline alone", "bound by")
 
 
 def _time(kernel: Kernel, measured: bool) -> float | None:
@@ -481,44 +469,45 @@ def _kernel_row(
     time = _time(kernel, kernels.measured) or 0.0
     bound = None if kernel.estimate is None else kernel.estimate.bound
     calls = f"{plural(kernel.calls, 'call')}"
-    name = join(
-        el("span", breakable(kernel.name), class_="mono"),
-        el("br"),
-        el("span", f"{kernel.kind}, {calls}" if kernel.kind else calls, class_="soft small"),
-    )
     share = percent(time / whole) if whole else NONE
     said = f"{kernel.name}: {duration(time)}, {share}"
     if bound:
         said += f", bound by {bound}"
-    if not kernels.measured:
-        drawn = charts.bar(
+    if kernels.measured:
+        bar = charts.bar(
             time,
             largest=largest,
-            description=f"estimate for {said}",
-            pattern="hollow-hatched" if bound == "memory" else "hollow",
+            pattern="hatched" if bound == "memory" else "solid",
+            tick=kernel.estimate_us,
+            description=f"{said}; estimate {duration(kernel.estimate_us)}",
         )
-        least = None if kernel.roofline_us is None else kernel.calls * kernel.roofline_us
-        return [name, drawn, duration(time), share, duration(least), bound or NONE]
-    drawn = charts.bar(
-        time,
-        largest=largest,
-        pattern="hatched" if bound == "memory" else "solid",
-        tick=kernel.estimate_us,
-        description=f"{said}; estimate {duration(kernel.estimate_us)}",
+    else:
+        bar = charts.bar(
+            time,
+            largest=largest,
+            pattern="hollow-hatched" if bound == "memory" else "hollow",
+            description=f"estimate for {said}",
+        )
+    name = join(
+        el("span", breakable(kernel.name), class_="mono"),
+        el("span", f" {kernel.kind}, {calls}" if kernel.kind else f" {calls}", class_="soft small"),
+        bar,
     )
+    if not kernels.measured:
+        least = None if kernel.roofline_us is None else kernel.calls * kernel.roofline_us
+        return [name, duration(time), share, duration(least), bound or NONE]
     reached = None
     if kernel.roofline_us is not None and kernel.measured_us:
         reached = kernel.calls * kernel.roofline_us / kernel.measured_us
     return [
         name,
-        drawn,
         duration(time),
         share,
         _rate(kernel.rate(kernel.cost.flops)),
         _rate(kernel.rate(kernel.cost.bytes)),
         percent(reached),
         duration(kernel.estimate_us),
-        NONE if kernel.ratio is None else f"{kernel.ratio:.2f}",
+        NONE if kernel.ratio is None else f"{kernel.ratio:.2f}×",
     ]
 
 
@@ -626,11 +615,16 @@ def _int8_note(entry: Mapping[str, Any]) -> Html | None:
     return el(
         "p",
         f"{str(entry.get('stage', '')).capitalize()}: {other:,} of {values:,.0f} int8 activations "
-        f"differ from the graph's, by {_number(figure(int8.get('max_steps')))} steps at most; "
-        f"logits by {_number(figure(int8.get('logits_max_steps')))} steps at most.",
+        f"differ from the graph's, by {_steps(int8.get('max_steps'))} at most; logits by "
+        f"{_steps(int8.get('logits_max_steps'))} at most.",
         class_="soft small",
         style="margin-top:0.75rem",
     )
+
+
+def _steps(value: object) -> str:
+    steps = figure(value)
+    return f"{_number(steps)}{NBSP}{'step' if steps == 1 else 'steps'}"
 
 
 def _tokens_note(entry: Mapping[str, Any]) -> Html | None:
@@ -679,9 +673,9 @@ def layers(manifest: Manifest) -> Html | None:
         ]
 
     header = ("layer", "SQNR", "activations", "weights", "clipped")
-    lowest = sorted(found, key=lambda entry: entry[1])[:8]
     every = table(header, [row(e) for e in found], numbers=(2, 3, 4), bars=1, cards=True)
-    few = len(found) <= 30
+    lowest = sorted(found, key=lambda entry: entry[1])[:SHOWN_LAYERS]
+    few = len(found) <= SHOWN_LAYERS
     return section(
         "Layers in int8",
         f"{plural(len(found), 'layer')}; the one that loses most is {worst[0]} with "
@@ -695,7 +689,7 @@ def layers(manifest: Manifest) -> Html | None:
             numbers=(2, 3, 4),
             bars=1,
             cards=True,
-            caption="The eight that lose most",
+            caption=f"The {SHOWN_LAYERS} that lose most",
         ),
         None if few else folded(f"All {len(found)} layers in their order", every),
     )
@@ -769,8 +763,12 @@ def sizes(manifest: Manifest) -> Html:
             size(entry.size_bytes),
             percent(entry.size_bytes / total, 1),
         ]
-        for name, entry in files[:40]
+        for name, entry in files
     ]
+
+    def drawn(some: Sequence[Sequence[Content]]) -> Html:
+        return table(("file", "", "size", "share"), some, numbers=(2, 3), bars=1)
+
     precision = manifest.precision
     arena = figure(manifest.extra.get("arena_bytes"))
     lower = figure(manifest.extra.get("arena_lower_bound_bytes"))
@@ -785,7 +783,8 @@ def sizes(manifest: Manifest) -> Html:
         f"{size(total)} in {plural(len(files), 'file')} and the manifest. Requested "
         f"{precision.requested}; stored as {precision.storage}; computed as "
         f"{precision.compute}.{memory}",
-        table(("file", "", "size", "share"), rows, numbers=(2, 3), bars=1),
+        drawn(rows[:SHOWN_FILES]),
+        folded(f"All {len(rows)} files", drawn(rows)) if len(rows) > SHOWN_FILES else None,
     )
 
 
@@ -803,17 +802,15 @@ def board(result: ValidationResult | None) -> Html | None:
         ["CPU", device.cpu_model or device.arch],
         ["runs on", device.processor or NONE],
         ["memory", size(_times(device.memory_mb, 1e6))],
-        *([name, version] for name, version in sorted(device.versions.items())),
     ]
+    rows += [[name, version] for name, version in sorted(device.versions.items())]
     states = (device.before, device.after)
     compared = _states(*states) if any(states) else None
     throttled = device.after is not None and bool(device.after.throttling)
     lead = f"{device.name}, {device.kind}"
     if throttled:
         lead += "; it says that it was slowed down"
-    return section(
-        "The board", lead + ".", table(("", ""), [row for row in rows if row[1] != NONE]), compared
-    )
+    return section("The board", lead + ".", pairs(row for row in rows if row[1] != NONE), compared)
 
 
 def _states(before: BoardState | None, after: BoardState | None) -> Html | None:
@@ -868,11 +865,11 @@ def reproduce(manifest: Manifest, result: ValidationResult | None, commands: Seq
     commands = [*commands, *(() if result is None else result.commands)]
     versions = {str(k): str(v) for k, v in manifest.versions.items()}
     taken = {} if result is None else dict(result.versions)
-    rows = [
+    rows: list[list[Content]] = [
         [name, versions.get(name, NONE), *([taken.get(name, NONE)] if taken else [])]
         for name in sorted({*versions, *taken})
     ]
-    about = [
+    about: list[list[Content]] = [
         ["weights", manifest.weights],
         ["compiled by", manifest.created_by],
     ]
@@ -882,12 +879,16 @@ def reproduce(manifest: Manifest, result: ValidationResult | None, commands: Seq
         "To do it again",
         None,
         el("pre", "\n".join(commands)) if commands else None,
-        table(("", ""), about),
+        pairs(about),
         folded(
             f"Versions of {plural(len(rows), 'package')}",
             table(("package", "compiled with", *(["validated with"] if taken else [])), rows),
         ),
     )
+
+
+def _axis_ms(us: float) -> str:
+    return f"{us / 1e3:.6g}{NBSP}ms"
 
 
 def _ms(value: float | None) -> str:
