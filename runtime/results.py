@@ -49,12 +49,18 @@ class BundleIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class CoreState:
-    """One logical CPU; a frequency is None where the system does not say."""
+    """One logical CPU; a frequency is None where the system does not say.
+
+    Attributes:
+        min_mhz, max_mhz: what it can do.
+        limit_mhz: the highest that it is allowed at the moment.
+    """
 
     index: int
     mhz: float | None = None
     min_mhz: float | None = None
     max_mhz: float | None = None
+    limit_mhz: float | None = None
     governor: str = ""
 
 
@@ -220,7 +226,8 @@ class Numbers:
         reference: what the golden outputs are.
         top1_agreement: over the golden inferences; None for outputs that are no logits.
         max_abs_error: None if an output holds NaN or infinity.
-        tolerance: that max_abs_error may have.
+        tolerance: that max_abs_error may have; None where it cannot be told, as with models that
+            prune, where a score on the edge may keep another patch.
     """
 
     reference: str
@@ -228,7 +235,7 @@ class Numbers:
     top1_agreement: float | None
     max_abs_error: float | None
     sqnr_db: float | None
-    tolerance: float
+    tolerance: float | None
     within: bool
 
 
