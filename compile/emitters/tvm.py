@@ -1,14 +1,16 @@
 """A static plan of kernels, which the C runtime of this project executes."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from gfcompile.compile.emission import Emission, EmissionRequest
+from gfcompile.compile.emission import Emission, EmissionRequest, Pruning
 from gfcompile.compile.verify import verify
 from gfcompile.runtime.bundle import TensorSpec
 from gfcompile.targets.target import Target, peaks
 from gfcompile.targets.tvm.emit import emit
-from gfcompile.targets.tvm.partition import partition
+from gfcompile.targets.tvm.kernel import SelectTokens
+from gfcompile.targets.tvm.partition import Program, partition
 
 if TYPE_CHECKING:
     from gfcompile.compile.graph import Graph
@@ -70,10 +72,31 @@ def emit_plan(request: EmissionRequest, target: Target) -> Emission:
             "mcpu": target.cpu.mcpu,
             "qemu_cpu": target.cpu.qemu_cpu,
             "peaks": asdict(peaks(target)),
+            "pruning": _pruning(request.pruning, program),
             "arena_bytes": artifact.arena.size_bytes,
             "arena_lower_bound_bytes": artifact.arena.lower_bound_bytes,
         },
     )
+
+
+def _pruning(pruning: Pruning | None, program: Program) -> Mapping[str, Any]:
+    """How a report finds the patches that were kept, in a trace of the bundle; JSON values."""
+    if pruning is None:
+        return {}
+    chooses = {
+        call.writes["y"]: call.kernel.tokens
+        for call in program.calls
+        if isinstance(call.kernel, SelectTokens)
+    }
+    return {
+        "patches": chooses[program.selections[0].tensor],
+        "kept": list(pruning.kept),
+        "chosen_anew": pruning.chosen_anew,
+        "selections": [
+            {"tensor": s.tensor, "leading": s.leading, "offset": s.offset}
+            for s in program.selections
+        ],
+    }
 
 
 def _storage(graph: "Graph", packed_bytes: int) -> str:
