@@ -30,7 +30,7 @@ def emit_plan(request: EmissionRequest, target: Target) -> Emission:
             library=library,
             mean=transform.mean,
             std=transform.std,
-            group_size=graph.scheme["weight"]["group_size"] if graph.scheme else None,
+            group_size=graph.group_size,
         )
     with request.progress.stage("verify the artifact"):
         entry, notes = verify(
@@ -77,10 +77,9 @@ def emit_plan(request: EmissionRequest, target: Target) -> Emission:
 def _storage(graph: "Graph", packed_bytes: int) -> str:
     """What an int8 bundle holds."""
     four_bits = graph.scheme["weight"]["high"] <= 7
-    group_size = graph.scheme["weight"]["group_size"]
-    if four_bits and packed_bytes and group_size is not None:
+    if four_bits and packed_bytes and graph.group_size is not None:
         weights = (
-            f"int4 weights in groups of {group_size} (expanded to int8 when loaded), "
+            f"int4 weights in groups of {graph.group_size} (expanded to int8 when loaded), "
             "int8 activations"
         )
     elif four_bits and packed_bytes:
