@@ -330,7 +330,7 @@ class _Job:
             keep_ratio=config.keep_ratio,
             seed=config.seed,
         )
-        kept = model.spec.kept_patches
+        kept = model.spec.dropping
         return _Loaded(
             module=model.module,
             transform=model.transform,

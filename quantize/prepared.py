@@ -214,7 +214,8 @@ def prepare_training(
         quantizer = SchemeQuantizer(
             scheme, ActivationFakeQuant, WeightFakeQuant, FixedFakeQuant, learn=learn_scales
         )
-        graph = prepare_qat_pt2e(exported, quantizer)
+        # With what was put into it on the device of the rest: ranges, and scales that are learned.
+        graph = prepare_qat_pt2e(exported, quantizer).to(example.device)
     prepared = Prepared(graph=graph, scheme=scheme, layers=layers, kept_float=kept_float)
     for layer in prepared.weighted:
         if layer.bias is not None:

@@ -33,7 +33,7 @@ def emit_plan(request: EmissionRequest, target: Target) -> Emission:
             library=library,
             mean=transform.mean,
             std=transform.std,
-            group_size=graph.scheme["weight"]["group_size"] if graph.scheme else None,
+            group_size=graph.group_size,
         )
     with request.progress.stage("verify the artifact"):
         entry, notes = verify(
@@ -101,10 +101,9 @@ def _pruning(pruning: Pruning | None, program: Program) -> Mapping[str, Any]:
 
 def _storage(graph: "Graph", packed_bytes: int) -> str:
     """What an int8 bundle holds."""
-    group_size = graph.scheme["weight"]["group_size"]
-    if graph.has_int4 and packed_bytes and group_size is not None:
+    if graph.has_int4 and packed_bytes and graph.group_size is not None:
         weights = (
-            f"int4 weights in groups of {group_size} (expanded to int8 when loaded), "
+            f"int4 weights in groups of {graph.group_size} (expanded to int8 when loaded), "
             "int8 activations"
         )
     elif graph.has_int4 and packed_bytes:

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gfcompile.quantize.int4 import fits_int4
-from gfcompile.quantize.scheme import MAX_FACTOR
+from gfcompile.quantize.int4 import factored
 from gfcompile.targets.tvm.kernel import Array
 
 Int8Array = npt.NDArray[np.int8]
-_CODE_LIMIT = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,25 +27,17 @@ class GroupedRows:
     run: int
 
     def split(self, packed: Int8Array) -> tuple[Int8Array, npt.NDArray[np.uint8]] | None:
-        """Codes in the order of `packed`, and factors; None if they are not of four bits.
-
-        Of all factors that fit, the smallest.
-        """
+        """Codes in the order of `packed`, and factors; None if they are not of four bits."""
         row = (self.row_bytes // self.run, self.run)
         panels = packed.reshape(-1, self.rows, *row)
         missing = -self.rows % self.shared
         filled = np.pad(panels, ((0, 0), (0, missing), (0, 0), (0, 0)))
         groups = filled.reshape(len(panels), -1, self.shared, *row)
-        factors = np.zeros((groups.shape[0], groups.shape[1], row[0]), np.uint8)
-        largest = np.abs(groups.astype(np.int16)).max(axis=(2, 4))
-        for factor in range(1, MAX_FACTOR + 1):
-            fits = ((groups % factor) == 0).all(axis=(2, 4)) & (largest <= _CODE_LIMIT * factor)
-            factors[(factors == 0) & fits] = factor
-        if not factors.all():
+        found = factored(groups, axes=(2, 4))
+        if found is None:
             return None
-        codes = (groups // factors[:, :, np.newaxis, :, np.newaxis].astype(np.int8)).astype(np.int8)
+        codes, factors = found
         stored = codes.reshape(filled.shape)[:, : self.rows].reshape(packed.shape)
-        assert fits_int4(stored)
         return np.ascontiguousarray(stored), factors
 
 
