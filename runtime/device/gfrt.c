@@ -40,8 +40,25 @@ static size_t stored_bytes(const gfi_header *header) {
     return (size_t)(plain + (header->packed_bytes + 1) / 2);
 }
 
+/* Multiplies weights by the factors of their groups. */
+static void scale_groups(int8_t *weights, const gfi_grouped *grouped) {
+    size_t row_bytes = grouped->row_bytes, runs = row_bytes / grouped->run;
+    const uint8_t *factors = (const uint8_t *)weights + grouped->factors;
+    int8_t *row = weights + grouped->offset, *end = row + grouped->bytes;
+    while (row < end) {
+        for (uint32_t r = 0; r < grouped->rows; r++, row += row_bytes) {
+            if (r > 0 && r % grouped->shared == 0)
+                factors += runs;
+            for (size_t i = 0; i < row_bytes; i++)
+                row[i] = (int8_t)(row[i] * factors[i / grouped->run]);
+        }
+        factors += runs;
+    }
+}
+
 /* The weights in their size: from `stored`, whose end holds two integers of four bits a byte. */
-static void *expand_weights(const gfi_header *header, const uint8_t *stored) {
+static void *expand_weights(const gfi_plan *plan, const uint8_t *stored) {
+    const gfi_header *header = plan->header;
     size_t plain = (size_t)(header->weights_bytes - header->packed_bytes);
     int8_t *weights = mmap(NULL, (size_t)header->weights_bytes, PROT_READ | PROT_WRITE,
                          MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -52,6 +69,8 @@ static void *expand_weights(const gfi_header *header, const uint8_t *stored) {
         int half = stored[plain + i / 2] >> (i % 2 * 4) & 15;
         weights[plain + i] = (int8_t)((half ^ 8) - 8); /* bit 3 is the sign */
     }
+    for (uint32_t i = 0; i < header->grouped; i++)
+        scale_groups(weights, &plan->grouped[i]);
     mprotect(weights, (size_t)header->weights_bytes, PROT_READ);
     return weights;
 }
@@ -92,7 +111,7 @@ static gfrt_status map_weights(gfrt_model *model, uint32_t flags) {
                                             "again", path);
     }
     if (result == GFRT_OK && header->packed_bytes > 0) {
-        model->weights = expand_weights(header, stored);
+        model->weights = expand_weights(&model->plan, stored);
         if (!model->weights)
             result = gfi_fail(GFRT_NO_MEMORY, "no memory for the %llu bytes of the weights",
                               (unsigned long long)header->weights_bytes);
