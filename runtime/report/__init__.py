@@ -1,6 +1,5 @@
 """The report of a bundle: one HTML file that needs no network, no script and no other file."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from gfcompile.runtime.bundle import Manifest
 from gfcompile.runtime.report import sections
 from gfcompile.runtime.report.html import el, join
 from gfcompile.runtime.report.kernels import kernels_of
-from gfcompile.runtime.report.page import page
+from gfcompile.runtime.report.page import page, write_page
 from gfcompile.runtime.report.picture import Picture, look
 from gfcompile.runtime.results import ValidationResult
 
@@ -24,16 +23,7 @@ def write_report(
     commands: Sequence[str] = (),
 ) -> None:
     """Writes the report at `path`, whole or not at all; see `render_report`."""
-    text = render_report(manifest, result, picture=picture, commands=commands)
-    made = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with made.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        made.replace(path)
-    finally:
-        made.unlink(missing_ok=True)
+    write_page(path, render_report(manifest, result, picture=picture, commands=commands))
 
 
 def render_report(

@@ -175,7 +175,7 @@ def tiles(manifest: Manifest, result: ValidationResult | None, kernels: Kernels)
             )
             for name, value, under in found
         ],
-        class_="tiles",
+        class_="tiles four" if len(found) % 3 == 1 else "tiles",  # no row of one
     )
 
 
