@@ -196,6 +196,7 @@ def render_comparison(contenders: Sequence[Contender]) -> str:
             "header",
             el("p", f"{len(contenders)} bundles side by side", class_="eyebrow"),
             el("h1", names),
+            class_="wide",
         ),
         el(
             "main",
@@ -208,6 +209,7 @@ def render_comparison(contenders: Sequence[Contender]) -> str:
                     table(HEADER, every, numbers=NUMBERS, cards=True), "All figures of each bundle"
                 ),
             ),
+            class_="wide",
         ),
     )
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gfcompile.runtime.bundle import Manifest
 from gfcompile.runtime.report import sections
-from gfcompile.runtime.report.html import el, join
+from gfcompile.runtime.report.html import el, join, moment
 from gfcompile.runtime.report.kernels import kernels_of
 from gfcompile.runtime.report.page import page, write_page
 from gfcompile.runtime.report.picture import Picture, look
@@ -47,7 +47,7 @@ def render_report(
     title = f"{manifest.model}, {precision}, on {where}"
     about = [manifest.created_by, f"target {manifest.target}"]
     if result is not None:
-        about = [f"Validated {result.date}", *about]
+        about = [f"validated {moment(result.date)}", *about]
     return page(
         f"{title}: gfcompile",
         el(
@@ -64,7 +64,7 @@ def render_report(
             join(
                 sections.latency(result),
                 sections.picture(picture),
-                sections.kernel_times(kernels),
+                sections.kernel_times(kernels, None if result is None else result.latencies),
                 sections.exactness(manifest, result),
                 sections.layers(manifest),
                 sections.kept_float(manifest),
