@@ -52,6 +52,12 @@ class Graph:
         """Whether weights were quantized to 4 bits."""
         return bool(self.scheme) and self.scheme["weight"]["high"] <= 7
 
+    @property
+    def group_size(self) -> int | None:
+        """How many weights of four bits share a factor; None where none do."""
+        size: int | None = self.scheme["weight"]["group_size"] if self.scheme else None
+        return size
+
     def write(self, folder: Path) -> None:
         """Writes the graph into an empty folder, for `read`."""
         save(self.model, folder / "graph.onnx")

@@ -116,6 +116,7 @@ def _emit(
             version=gfcompile.__version__,
             license=options.license or f"not stated; that of the weights ({weights})",
         ),
+        group_size=request.graph.group_size,
     )
 
 

@@ -30,14 +30,23 @@ class Emitter:
         options: what was asked for.
         is_compact: whether size counts more than a few operations, as it does where weights are
             int8.
+        group_size: how many weights of four bits share a factor; None where none do.
         float_type: NumPy's dtype of all that is computed in floating point.
         values: the tensors that have been emitted, by the graph's values.
         covered: nodes that an earlier one took along.
         normalizations: convolutions that read pixels, and what their weights must take along.
     """
 
-    def __init__(self, options: CoremlOptions, *, half: bool, is_compact: bool = False) -> None:
+    def __init__(
+        self,
+        options: CoremlOptions,
+        *,
+        half: bool,
+        is_compact: bool = False,
+        group_size: int | None = None,
+    ) -> None:
         self.options = options
+        self.group_size = group_size
         self.is_compact = is_compact
         self.float_type: type[np.floating[Any]] = np.float16 if half else np.float32
         self.values: dict[ir.Value, Value] = {}

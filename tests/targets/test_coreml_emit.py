@@ -40,6 +40,7 @@ def package_of(
     *,
     half: bool = False,
     labels: tuple[str, ...] = (),
+    group_size: int | None = None,
     **options: Any,
 ) -> tuple[MilProgram, Emitted]:
     package = folder / f"{len(list(folder.iterdir()))}.mlpackage"
@@ -52,6 +53,7 @@ def package_of(
         std=STD,
         labels=labels,
         description=DESCRIPTION,
+        group_size=group_size,
     )
     return read_program(package), emitted
 
@@ -484,6 +486,31 @@ def test_four_bit_weights_are_stored_as_such_from_ios_18(tmp_path: Path) -> None
     sizes = [measure(made).weights_bytes for made in (program, eight)]
     assert sizes[1] - sizes[0] == (8 * 16 + 16 * 4) // 2
     assert_same(program, model, QUANTIZED_INPUT, tolerance=TOLERANCE)
+
+
+@both_layouts
+def test_groups_of_four_bit_weights_have_scales_of_their_own(
+    layout: Layout, tmp_path: Path
+) -> None:
+    model = quantized_model(bits=4)
+    rng = np.random.default_rng(0)
+    weight = model.graph.initializers["w_two"]
+    assert weight.const_value is not None
+    codes = weight.const_value.numpy()  # (16, 4): two groups of eight to a channel
+    integers = codes * rng.integers(5, 19, (2, 4)).repeat(8, axis=0).astype(np.int8)
+    weight.const_value = ir.tensor(integers.astype(np.int8), name="w_two")
+    for half in (False, True):
+        program, _ = package_of(tmp_path, model, ios=18, layout=layout, group_size=8, half=half)
+        tolerance = HALF_TOLERANCE if half else TOLERANCE
+        assert_same(program, model, QUANTIZED_INPUT, tolerance=tolerance)
+        proto = program.spec.mlProgram.functions["main"].block_specializations["CoreML8"]
+        stored = [op for op in proto.operations if op.type.startswith("constexpr_blockwise")]
+        from coremltools.proto import MIL_pb2
+
+        assert len(stored) == 2
+        for op in stored:
+            data = op.inputs["data"] if "data" in op.inputs else op.attributes["data"]
+            assert MIL_pb2.INT4 in _data_types(data)
 
 
 def _data_types(message: Any) -> set[int]:
