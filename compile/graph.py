@@ -48,6 +48,11 @@ class Graph:
     training: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def has_int4(self) -> bool:
+        """Whether weights were quantized to 4 bits."""
+        return bool(self.scheme) and self.scheme["weight"]["high"] <= 7
+
+    @property
     def group_size(self) -> int | None:
         """How many weights of four bits share a factor; None where none do."""
         size: int | None = self.scheme["weight"]["group_size"] if self.scheme else None

@@ -26,10 +26,14 @@ from gfcompile.compile.emission import (
     RequestedPrecision,
 )
 from gfcompile.compile.models import KeepRatio, LoadedModel, load_model, model_spec
+from gfcompile.compile.models.spec import ModelSpec
 from gfcompile.compile.progress import Progress, SilentProgress
+from gfcompile.compile.pruning_gain import note_on_gain
 from gfcompile.quantize import QuantScheme, is_quantized
 from gfcompile.runtime.bundle import Manifest, Precision
 from gfcompile.runtime.errors import UserError
+from gfcompile.runtime.golden import FOLDER as GOLDEN_FOLDER
+from gfcompile.runtime.golden import views
 from gfcompile.runtime.images import (
     Transform,
     crop,
@@ -343,6 +347,7 @@ class _Job:
             filters=model.spec.filters,
             float_layers=model.spec.float_layers,
             pruning=Pruning(kept=kept, chosen_anew=model.spec.chooses_anew) if kept else None,
+            spec=model.spec,
         )
 
     def graph(self, loaded: "_Loaded", golden: Golden) -> "Graph":
@@ -407,7 +412,7 @@ class _Job:
                 pruning=loaded.pruning,
             )
         )
-        self.write_golden(graph, golden, folder)
+        self.write_golden(graph, golden, loaded.transform, folder)
         return Manifest(
             created_by=f"gfcompile {gfcompile.__version__}",
             model=config.model,
@@ -466,6 +471,12 @@ class _Job:
                 f"weights are {loaded.weights}: speed and size are real, classes mean nothing; "
                 "give --checkpoint"
             )
+        spec = loaded.spec
+        if spec is not None and spec.parent is not None:
+            parent = model_spec(spec.parent).resized(
+                image_size=spec.image_size, num_classes=spec.num_classes
+            )
+            notes.append(note_on_gain(spec, parent, target, int8=self.precision == "int8"))
         if self.precision == "int8":
             if graph.training:
                 notes.append(
@@ -483,15 +494,20 @@ class _Job:
                 notes.append(f"kept in float: {names}")
         return notes
 
-    def write_golden(self, graph: "Graph", golden: Golden, folder: Path) -> None:
-        """One golden input, as pixels, and its logits by the graph in ONNX Runtime."""
+    def write_golden(
+        self, graph: "Graph", golden: Golden, transform: Transform, folder: Path
+    ) -> None:
+        """A golden image, and the logits of it and its other views by the graph in ONNX Runtime."""
         from gfcompile.compile.graph import run
 
-        place = folder / "golden"
+        place = folder / GOLDEN_FOLDER
         place.mkdir()
-        (place / "image.u8").write_bytes(golden.pixels[0].tobytes())
-        logits = run(graph.model, golden.inputs[:1])[0].astype("<f4")
-        (place / "logits.f32").write_bytes(logits.tobytes())
+        image = golden.pixels[0]
+        (place / "image.u8").write_bytes(image.tobytes())
+        inputs = [normalize(view, transform) for view in views(image)]
+        logits = [row.astype("<f4") for row in run(graph.model, inputs)]
+        (place / "logits.f32").write_bytes(logits[0].tobytes())
+        (place / "views.f32").write_bytes(b"".join(row.tobytes() for row in logits))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -503,6 +519,7 @@ class _Loaded:
     filters: tuple[tuple[int, int, int], ...] = ()
     float_layers: tuple[str, ...] = ()
     pruning: Pruning | None = None
+    spec: ModelSpec | None = None  # of a model of the zoo
 
 
 class _Dump:

@@ -67,9 +67,14 @@ class QuantScheme:
 
     A quantized layer is y = dq(q(x)) @ dq(weight) + dq(bias): its input, weight and bias are
     integers, its output is not. Everything else (normalization, GELU, softmax, spectra, means,
-    residual additions) stays in float. A tensor that several layers read has one scale. So all
-    scales are settled here: none is left that an emitter would have to choose or change, as it
-    would for an int8 concatenation or addition (equal on all sides).
+    residual additions, concatenations) stays in float. A tensor that several layers read has one
+    scale. So no emitter has a scale to change.
+
+    Equal scales at concatenations and residual additions are no part of it, as no target wants them
+    of what it quantizes: these are float in kernels of ours, in Core ML and in TFLite. A target of
+    integer operators alone gets further scales, for what is float here, from calibration after this
+    scheme's are settled (compile/emitters/tflite_graph.py). There an addition takes operands of any
+    scales, and a concatenation's take that of its result. These scales are not trained.
 
     Attributes:
         ops: the kinds of layer to quantize. "linear" is a Linear with a constant weight;

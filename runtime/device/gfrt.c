@@ -6,25 +6,23 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "gfrt_internal.h"
 
-static _Thread_local char last_error[512];
-
 gfrt_status gfi_fail(gfrt_status status, const char *format, ...) {
-    char message[sizeof last_error]; /* an argument may be last_error itself */
+    gfi_thread *thread = gfi_this_thread();
+    char message[sizeof thread->last_error]; /* an argument may be last_error itself */
     va_list args;
     va_start(args, format);
     vsnprintf(message, sizeof message, format, args);
     va_end(args);
-    memcpy(last_error, message, sizeof last_error);
+    memcpy(thread->last_error, message, sizeof message);
     return status;
 }
 
-const char *gfrt_last_error(void) { return last_error; }
+const char *gfrt_last_error(void) { return gfi_this_thread()->last_error; }
 
 const char *gfrt_version(void) { return "1.0"; }
 
@@ -88,15 +86,15 @@ static gfrt_status map_weights(gfrt_model *model, uint32_t flags) {
     int file = open(path, O_RDONLY | O_CLOEXEC);
     if (file < 0)
         return gfi_fail(GFRT_NOT_FOUND, "%s: %s; copy the bundle again", path, strerror(errno));
-    struct stat status;
     size_t size = stored_bytes(header);
+    long long found = lseek(file, 0, SEEK_END);
     void *stored = NULL;
     gfrt_status result = GFRT_OK;
-    if (fstat(file, &status) != 0) {
+    if (found < 0) {
         result = gfi_fail(GFRT_NOT_FOUND, "%s: %s", path, strerror(errno));
-    } else if ((uint64_t)status.st_size != size) {
+    } else if ((uint64_t)found != size) {
         result = gfi_fail(GFRT_DAMAGED, "%s has %lld bytes instead of %zu; copy the bundle again",
-                          path, (long long)status.st_size, size);
+                          path, found, size);
     } else if (size > 0) {
         stored = mmap(NULL, size, PROT_READ, MAP_SHARED, file, 0);
         if (stored == MAP_FAILED) {

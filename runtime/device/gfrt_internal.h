@@ -14,6 +14,18 @@
 gfrt_status gfi_fail(gfrt_status status, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
 
+/* ---- threads (gfrt_thread.c) ---- */
+
+typedef struct gfi_caller gfi_caller;
+
+/* What each thread has of its own. */
+typedef struct {
+    char last_error[512];
+    gfi_caller *caller; /* of the kernel that the thread runs */
+} gfi_thread;
+
+gfi_thread *gfi_this_thread(void);
+
 /* ---- SHA-256 (gfrt_sha256.c) ---- */
 
 #define GFI_HASH_BYTES 32
@@ -155,7 +167,6 @@ typedef struct {
 
 typedef int (*gfi_task)(int task, gfi_parallel *group, void *closure);
 
-typedef struct gfi_caller gfi_caller;
 struct gfi_caller {
     int (*launch)(gfi_caller *caller, gfi_task task, void *closure, int tasks);
     void *(*allocate)(gfi_caller *caller, uint64_t size);

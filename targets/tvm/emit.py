@@ -18,12 +18,15 @@ from gfcompile.runtime.bench import BENCH_NAME
 from gfcompile.runtime.errors import CompileError
 from gfcompile.targets.target import Cpu, Target
 from gfcompile.targets.tvm import cuda, link
+from gfcompile.targets.tvm.cost import costs
 from gfcompile.targets.tvm.grouped import GroupedRows, find_rows
+from gfcompile.targets.tvm.instructions import count_instructions, issue_us
 from gfcompile.targets.tvm.kernel import (
     ActStorage,
     Array,
     Attention,
     CircularFilter,
+    Conv,
     Dense,
     Dequantize,
     DftFilter,
@@ -145,9 +148,14 @@ def emit(
         library_id=library_id,
         cuda=target.gpu is not None,
     )
+    if target.cpu.android_api is None:
+        link.link_bench(target.cpu, folder / BENCH_NAME)
+    else:
+        link.link_static_bench(
+            objects, used, target.cpu, folder / BENCH_NAME, library_id=library_id
+        )
     for built in objects:
         built.unlink()
-    link.link_bench(target.cpu, folder / BENCH_NAME)
     for name in ("gfrt.h", "gfrt.py"):  # all that a device needs to use the library
         shutil.copy(Path(runtime_device.__file__).parent / name, folder)
     plan = Plan(
@@ -175,7 +183,7 @@ def emit(
     return Artifact(
         plan=plan,
         arena=arena,
-        kernels=_kernel_records(program, functions, module),
+        kernels=_kernel_records(program, scheduled, functions, module, target),
         cuda_source="" if module is None else module.source,
     )
 
@@ -186,12 +194,20 @@ def kernel_name(kernel: Kernel) -> str:
     match kernel:
         case Dense():
             parts = [f"dense_{kernel.m}x{kernel.n}x{kernel.k}", _short(kernel.x)]
-            parts += ["gelu"] * kernel.gelu
-            parts += [f"add{kernel.residual_rows}_{_short(kernel.residual_dtype)}"] * bool(
-                kernel.residual_rows
-            )
+            added = f"add{kernel.residual_rows}_{_short(kernel.residual_dtype)}"
+            epilogue = ["gelu"] * kernel.gelu + [added] * bool(kernel.residual_rows)
+            parts += reversed(epilogue) if kernel.residual_first else epilogue
             suffix += f"x{kernel.out_groups}" if kernel.out_groups > 1 else ""
             return "_".join(parts) + suffix
+        case Conv():
+            size = f"{kernel.kernel_h}x{kernel.kernel_w}"
+            if (strides := (kernel.stride_h, kernel.stride_w)) != (1, 1):
+                size += "_stride{}x{}".format(*strides)
+            if (pads := (kernel.pad_h, kernel.pad_w)) != (0, 0):
+                size += "_pad{}x{}".format(*pads)
+            shape = f"{kernel.batch}x{kernel.h}x{kernel.w}x{kernel.c}_{kernel.layout}"
+            form = "depthwise" if kernel.depthwise else f"conv{kernel.n}"
+            return f"{form}_{shape}_{size}" + "_relu" * kernel.relu
         case LayerNorm():
             # Layers that differ in eps alone are rare, but must not share a name.
             eps = re.sub(r"\W", "_", f"{kernel.eps:.6g}")
@@ -205,7 +221,7 @@ def kernel_name(kernel: Kernel) -> str:
         case Patchify():
             grid = f"{kernel.batch}x{kernel.grid_h}x{kernel.grid_w}"
             patch = f"{kernel.channels}x{kernel.patch_h}x{kernel.patch_w}"
-            return f"patchify_{grid}_{patch}_{kernel.layout}{suffix}"
+            return f"patchify_{grid}_{patch}{suffix}"
         case TokenMean():
             return f"token_mean_{kernel.batch}x{kernel.tokens}x{kernel.n}{suffix}"
         case Attention():
@@ -249,7 +265,7 @@ def llvm_target(cpu: Cpu) -> tvm.target.Target:
     """TVM's description of `cpu`."""
     options: dict[str, Any] = {
         "kind": "llvm",
-        "mtriple": f"{cpu.arch}-linux-gnu",
+        "mtriple": cpu.llvm_triple,
         "mcpu": cpu.mcpu,
         "num-cores": cpu.cores,
     }
@@ -296,16 +312,24 @@ def _workspace_bytes(functions: Mapping[Kernel, Sequence[_Function]]) -> int:
 
 def _kernel_records(
     program: Program,
+    scheduled: Mapping[Kernel, Scheduled],
     functions: Mapping[Kernel, Sequence[_Function]],
     module: cuda.CudaModule | None,
+    target: Target,
 ) -> tuple[Mapping[str, Any], ...]:
     uses: dict[Kernel, int] = {}
     for call in program.calls:
         uses[call.kernel] = uses.get(call.kernel, 0) + 1
     records = []
     for kernel, steps in functions.items():
-        for function in steps:
-            record: dict[str, Any] = {"name": function.name, "calls": uses[kernel]}
+        for function, cost in zip(steps, costs(kernel, scheduled[kernel], target), strict=True):
+            instructions = count_instructions(function.func, target)
+            record = {
+                "name": function.name,
+                "calls": uses[kernel],
+                **dataclasses.asdict(cost),
+                "issue_us": round(issue_us(instructions, target), 4),
+            }
             if module is not None:
                 record |= dataclasses.asdict(module.kernels[function.name])
             records.append(record)

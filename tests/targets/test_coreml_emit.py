@@ -19,6 +19,7 @@ from gfcompile.targets.coreml.emit import Emitted, emit
 from gfcompile.targets.coreml.evaluate import Evaluator
 from gfcompile.targets.coreml.options import CoremlOptions, Layout
 from gfcompile.targets.coreml.program import MilProgram, read_program
+from gfcompile.targets.coreml.statistics import measure
 
 Array = np.ndarray[Any, Any]
 LAYOUTS: tuple[Layout, ...] = ("ane", "plain")
@@ -480,6 +481,10 @@ def test_four_bit_weights_are_stored_as_such_from_ios_18(tmp_path: Path) -> None
 
     stored = first.inputs["data"] if "data" in first.inputs else first.attributes["data"]
     assert MIL_pb2.INT4 in _data_types(stored)
+    # Half a byte for each of 256 weights; scales, biases and what quantizes beside them.
+    eight, _ = package_of(tmp_path, quantized_model(), ios=18)
+    sizes = [measure(made).weights_bytes for made in (program, eight)]
+    assert sizes[1] - sizes[0] == (8 * 16 + 16 * 4) // 2
     assert_same(program, model, QUANTIZED_INPUT, tolerance=TOLERANCE)
 
 
@@ -646,8 +651,21 @@ def test_a_constant_too_large_for_float16_is_refused(tmp_path: Path) -> None:
         "f (float[1, 3] x) => (logits) { logits = Mul (x, c) }", c=np.array([1e5], np.float32)
     )
     package_of(tmp_path, model)
-    with pytest.raises(CompileError, match="65504; compile with --fp32"):
+    with pytest.raises(CompileError, match=r"Mul \(node .*65504; compile with --fp32"):
         package_of(tmp_path, model, half=True)
+
+
+def test_a_tensor_of_too_many_axes_is_refused_by_its_node(tmp_path: Path) -> None:
+    model = model_of(
+        """f (float[8, 12] x) => (logits) {
+            r = Reshape (x, six)  t = Transpose <perm = [5, 4, 3, 2, 1, 0]> (r)
+            y = Softmax <axis = 1> (t)  logits = Flatten (y)
+        }""",
+        six=np.array([2, 2, 2, 3, 2, 2]),
+    )
+    model.graph[2].name = "shares"
+    with pytest.raises(CompileError, match=r"Softmax \(node shares\): .*6 axes.*change the model"):
+        package_of(tmp_path, model)
 
 
 def test_an_image_input_of_two_images_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tvm import tirx
 from tvm.script import tirx as T
 
 from gfcompile.targets.spectral import cosine_matrix, sine_matrix
@@ -30,6 +29,7 @@ from gfcompile.targets.tvm.schedules.cpu_tiling import (
     tile_rows,
 )
 from gfcompile.targets.tvm.schedules.math import half_to_float
+from gfcompile.targets.tvm.schedules.params import keep_params
 
 Expr = Any  # tvm.tirx.Expr, or a number where TVM accepts one
 Index = tuple[Expr, ...]
@@ -528,14 +528,10 @@ def schedule_circular_filter(kernel: CircularFilter, cpu: Cpu, storage: ActStora
     pack = {"kernel": blocks.packed("kernel")}
     if is_int8:
         pack["zero_point"] = lambda raw: raw["zero_point"] + np.float32(storage.offset)
-    kept = {"x", "weight", *(("scale", "zero_point") if is_int8 else ()), "wound", "taps", "y"}
-    args = ("x", "kernel", *(("scale", "zero_point") if is_int8 else ()), "wound", "taps", "y")
-    params = [param for param in circular_filter.params if param.name in kept]
-    func = tirx.PrimFunc(
-        params, circular_filter.body, circular_filter.ret_type, circular_filter.attrs
-    )
+    scaling = ("scale", "zero_point") if is_int8 else ()
+    func = keep_params(circular_filter, ("x", "weight", *scaling, "wound", "taps", "y"))
     return Scheduled(
-        steps=(Step(func=func, args=args),),
+        steps=(Step(func=func, args=("x", "kernel", *scaling, "wound", "taps", "y")),),
         pack=pack,
         temps={"wound": ("float32", wound_shape), "taps": ("float32", taps_shape)},
     )

@@ -24,8 +24,9 @@ from gfcompile.targets.tvm.kernel import (
     Scheduled,
     Step,
 )
-from gfcompile.targets.tvm.schedules.gpu_dense import all_of, keep_params, within
+from gfcompile.targets.tvm.schedules.gpu_dense import all_of, within
 from gfcompile.targets.tvm.schedules.math import half_to_float
+from gfcompile.targets.tvm.schedules.params import keep_params
 
 _SHARED_BYTES = 48 * 1024
 _CHANNELS = 32  # of a block: 128 bytes in a row
@@ -424,6 +425,6 @@ def schedule_circular_filter(kernel: CircularFilter, gpu: Gpu, storage: ActStora
                 if all_of(within(j + o, w, w % size == 0)):
                     y[b, i, j + o, channel] = scaled(acc[o], scale, channel)
 
-    scales = ("scale", "zero_point") if is_int8 else ()
-    func = keep_params(circular_filter, ("x", "k", *scales, "y"))
-    return Scheduled(steps=(Step(func=func, args=("x", "kernel", *scales, "y")),))
+    scaling = ("scale", "zero_point") if is_int8 else ()
+    func = keep_params(circular_filter, ("x", "k", *scaling, "y"))
+    return Scheduled(steps=(Step(func=func, args=("x", "kernel", *scaling, "y")),))
