@@ -752,7 +752,15 @@ class _Partitioner:
             dtype, constants[name] = _stored(value, array)
             dtypes.add(dtype)
         (k_dtype,) = dtypes  # the passes store all of a filter alike
+        kernel: DftFilter | CircularFilter
         kernel = kernel_class(batch=batch, h=h, w=w, c=c, k_dtype=k_dtype)
+        source = self.dequantized(x)
+        integers = None
+        if source is not None and isinstance(kernel, CircularFilter):
+            integers = _integer_filter(source, _input(node, 1))
+        if source is not None and integers is not None and CircularFilter.exact_in_float(h, w):
+            kernel = CircularFilter(batch=batch, h=h, w=w, c=c, x="int8")
+            constants, x = integers, _input(source, 0)
         self.claimed.add(node)
         self.calls[node] = [
             Call(
@@ -861,6 +869,23 @@ def _integer_operands(
         "w": np.ascontiguousarray(matrix),
         "scale": np.ascontiguousarray(scale, np.float32),
         "bias": folded.astype(np.int32),
+    }
+
+
+def _integer_filter(source: ir.Node, kernel: ir.Value) -> dict[str, Array] | None:
+    """The constants of a circular filter in integers; None where the graph has none."""
+    x_scale, x_zero_point = scalar_quantization(source)
+    weight = kernel.producer()
+    if weight is None or not is_standard(weight, "DequantizeLinear"):
+        return None
+    data = constant(_input(weight, 0))
+    scale, zero_point, axis = quantization(weight)
+    if data is None or data.dtype != np.int8 or zero_point.any() or axis % data.ndim != 2:
+        return None
+    return {
+        "kernel": data,
+        "scale": np.asarray(np.float32(x_scale) * scale, np.float32),
+        "zero_point": np.array([x_zero_point], np.float32),
     }
 
 
