@@ -326,7 +326,48 @@ class _Partitioner:
         if product.act == "int8":
             assert source is not None
             x = _input(source, 0)
-        self.dense(product, self.tensor(x))
+        if not self.split(product, self.tensor(x)):
+            self.dense(product, self.tensor(x))
+
+    def split(self, product: _Product, x: str) -> bool:
+        """Adds a call for each part that a Split makes of the columns of `product`, if one does.
+
+        Else every part would be copied, as its rows are not contiguous.
+        """
+        gelu = self.follower(product.result, "Gelu")
+        exact = gelu is not None and gelu.attributes.get_string("approximate", "none") == "none"
+        node = self.follower(
+            gelu.outputs[0] if gelu is not None and exact else product.result, "Split"
+        )
+        if node is None:
+            return False
+        sizes = [shape_of(part)[-1] for part in node.outputs]
+        rank = len(shape_of(node.outputs[0]))
+        if node.attributes.get_int("axis", 0) not in (-1, rank - 1) or sum(sizes) != product.n:
+            return False
+        covered = [*product.covered, *([gelu] if gelu is not None and exact else []), node]
+        self.claimed.update(covered)
+        first = [sum(sizes[:i]) for i in range(len(sizes))]
+        self.calls[node] = [
+            Call(
+                kernel=Dense(
+                    m=product.m,
+                    n=size,
+                    k=product.k,
+                    x=product.act,
+                    gelu=exact,
+                ),
+                label=f"{_label(covered[0])}/{i}",
+                reads={"x": x},
+                writes={"y": self.tensor(node.outputs[i])},
+                constants={
+                    name: np.ascontiguousarray(array[..., start : start + size])
+                    for name, array in product.constants.items()
+                },
+            )
+            for i, (size, start) in enumerate(zip(sizes, first, strict=True))
+        ]
+        return True
 
     def convolution(self, node: ir.Node) -> None:
         """A convolution, its image and its result with channels last."""
