@@ -13,6 +13,9 @@ _PACKAGES = {
     "gcc": "gcc",
     "cc": "gcc",
     "readelf": "binutils",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
+    "sshd": "openssh-server",
     "nm": "binutils",
 }
 _ARM64_SYSROOT = Path("/usr/aarch64-linux-gnu")
@@ -20,7 +23,7 @@ _ARM64_SYSROOT = Path("/usr/aarch64-linux-gnu")
 
 def need(tool: str) -> str:
     """The path of a program, or the end of the test that needs it."""
-    path = shutil.which(tool)
+    path = shutil.which(tool) or shutil.which(tool, path="/usr/sbin:/sbin")
     if path is None:
         _lacking(tool, _PACKAGES.get(tool, tool))
     return path
