@@ -1,5 +1,6 @@
 """What tests may need beyond pip packages: found, or the test is skipped; in CI its lack fails."""
 
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -29,6 +30,12 @@ def need(tool: str) -> str:
     return path
 
 
+def need_module(name: str) -> None:
+    """The end of the test that needs this Python module, if it is not there."""
+    if importlib.util.find_spec(name) is None:
+        _lacking(f"the Python module {name}", "of PyPI, in the extra dev")
+
+
 def need_arm64_sysroot() -> str:
     """The folder for `qemu-aarch64 -L`, with arm64's libc, or the end of the test."""
     if not (_ARM64_SYSROOT / "lib" / "ld-linux-aarch64.so.1").exists():
@@ -50,7 +57,7 @@ def in_ci() -> bool:
 
 
 def _lacking(what: str, package: str) -> NoReturn:
-    message = f"{what} is not installed (Debian package {package})"
+    message = f"{what} is not installed (package {package})"
     if in_ci():
         pytest.fail(message, pytrace=False)
     pytest.skip(message)
