@@ -23,6 +23,12 @@ from gfcompile.compile.device_commands import (
     validate_arguments,
     validate_command,
 )
+from gfcompile.compile.report_commands import (
+    compare_arguments,
+    compare_command,
+    report_arguments,
+    report_command,
+)
 from gfcompile.compile.tables import print_table
 from gfcompile.compile.training_options import (
     add_finetuning_arguments,
@@ -456,6 +462,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], int | None]]] = {
     "run": ("classify images with a bundle", _run),
     "validate": ("measure a bundle on a device, against a budget", validate_command),
     "profile": ("time each kernel of a bundle on a device", profile_command),
+    "report": ("write a page about a bundle, measured or estimated", report_command),
+    "compare": ("put bundles and results side by side", compare_command),
     "models": ("list the models", _models),
     "targets": ("list the targets, and what int8 means there", _targets),
 }
@@ -638,6 +646,8 @@ _ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "run": _run_arguments,
     "validate": validate_arguments,
     "profile": profile_arguments,
+    "report": report_arguments,
+    "compare": compare_arguments,
     "models": _list_arguments,
     "targets": _list_arguments,
 }

@@ -26,7 +26,9 @@ from gfcompile.compile.emission import (
     RequestedPrecision,
 )
 from gfcompile.compile.models import KeepRatio, LoadedModel, load_model, model_spec
+from gfcompile.compile.models.spec import ModelSpec
 from gfcompile.compile.progress import Progress, SilentProgress
+from gfcompile.compile.pruning_gain import note_on_gain
 from gfcompile.quantize import QuantScheme, is_quantized
 from gfcompile.runtime.bundle import Manifest, Precision
 from gfcompile.runtime.errors import UserError
@@ -339,6 +341,7 @@ class _Job:
             filters=model.spec.filters,
             float_layers=model.spec.float_layers,
             pruning=Pruning(kept=kept, chosen_anew=model.spec.chooses_anew) if kept else None,
+            spec=model.spec,
         )
 
     def graph(self, loaded: "_Loaded", golden: Golden) -> "Graph":
@@ -455,6 +458,12 @@ class _Job:
                 f"weights are {loaded.weights}: speed and size are real, classes mean nothing; "
                 "give --checkpoint"
             )
+        spec = loaded.spec
+        if spec is not None and spec.parent is not None:
+            parent = model_spec(spec.parent).resized(
+                image_size=spec.image_size, num_classes=spec.num_classes
+            )
+            notes.append(note_on_gain(spec, parent, target, int8=self.precision == "int8"))
         if self.precision == "int8":
             if graph.training:
                 notes.append(
@@ -497,6 +506,7 @@ class _Loaded:
     filters: tuple[tuple[int, int, int], ...] = ()
     float_layers: tuple[str, ...] = ()
     pruning: Pruning | None = None
+    spec: ModelSpec | None = None  # of a model of the zoo
 
 
 class _Dump:

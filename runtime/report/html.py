@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
@@ -157,6 +158,15 @@ def percent(share: float | None, places: int = 0) -> str:
             f"{math.floor(100 * share * 10 ** (places + 1)) / 10 ** (places + 1):.{places + 1}f}"
         )
     return f"{shown}%"
+
+
+def moment(text: str) -> str:
+    """A time of ISO 8601 for people, in UTC."""
+    try:
+        when = datetime.fromisoformat(text).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return text
+    return f"{when:%Y-%m-%d %H:%M} UTC"
 
 
 def decibel(value: float | None) -> str:

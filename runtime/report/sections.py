@@ -175,7 +175,7 @@ def tiles(manifest: Manifest, result: ValidationResult | None, kernels: Kernels)
             )
             for name, value, under in found
         ],
-        class_="tiles",
+        class_="tiles four" if len(found) % 3 == 1 else "tiles",  # no row of one
     )
 
 
@@ -207,7 +207,9 @@ def cautions(result: ValidationResult | None) -> Html | None:
 
 def notes(manifest: Manifest) -> Html | None:
     """What in the bundle is not as one might think."""
-    entries = [el("li", str(note)) for note in manifest.notes]
+    # Which layers stay in float is told with the reasons further below.
+    told = "kept in float:" if records(manifest.extra.get("kept_float")) else "\0"
+    entries = [el("li", note) for note in map(str, manifest.notes) if not note.startswith(told)]
     return el("ul", entries, class_="notes", aria_label="Notes on the bundle") if entries else None
 
 
@@ -303,7 +305,7 @@ def latency(result: ValidationResult | None) -> Html | None:
         label = f"budget for p{result.budget.percentile:g}: {duration(1e3 * budget)}"
         limits.append(Mark(value=1e3 * budget, label=label, style="limit"))
     # A budget far away would squeeze the values into a corner; the text has it then.
-    near = [m for m in limits if m.value < 2.5 * latencies.p99_us]
+    near = [m for m in limits if 0.3 * latencies.min_us < m.value < 2.5 * latencies.p99_us]
     values = [value for value in latencies.samples_us if figure(value) is not None]
     runs = len(values) * latencies.sample_every if protocol is None else protocol.runs
     content: list[Content] = []
@@ -346,8 +348,9 @@ def _over_time(values: Sequence[float], marks: Sequence[Mark], protocol: Any) ->
         description=f"latency over time; the last tenth took {change:.2f} times the first",
     )
     legend = charts.key(
-        (charts.line_swatch("solid"), "median"),
-        (charts.swatch("soft"), "from 10% to 90% of each stretch"),
+        (charts.line_swatch("curve"), "middle of each stretch"),
+        (charts.swatch("soft"), "its range from 10% to 90%"),
+        (charts.line_swatch("solid"), "median of all"),
         *((charts.line_swatch(m.style), m.label) for m in marks[1:]),
     )
     text = (
@@ -413,7 +416,7 @@ def _protocol(result: ValidationResult) -> Html:
 # ---- kernels
 
 
-def kernel_times(kernels: Kernels) -> Html | None:
+def kernel_times(kernels: Kernels, latencies: Latencies | None) -> Html | None:
     """Where the time goes, each kernel beside what it would take at best."""
     if not kernels.all or (kernels.estimate_us is None and not kernels.measured):
         return None
@@ -445,7 +448,7 @@ def kernel_times(kernels: Kernels) -> Html | None:
 
     return section(
         "Where the time goes" if kernels.measured else "Where the time would go",
-        _kernels_lead(kernels, whole),
+        _kernels_lead(kernels, whole, latencies),
         charts.key(*legend),
         drawn(shown, footer),
         folded(f"All {len(kernels.all)} kernels", drawn(kernels.all)) if rest else None,
@@ -454,7 +457,7 @@ def kernel_times(kernels: Kernels) -> Html | None:
 
 
 _KERNEL_HEADER = (
-    "kernel", "time", "share", "GFLOP/s", "GB/s", "of peak", "estimate", "over it",
+    "kernel", "time", "share", "GFLOP/s", "GB/s", "of peak", "estimate", "ratio",
 )  # fmt: skip
 _ESTIMATE_HEADER = ("kernel", "estimate", "share", "roofline alone", "bound by")
 
@@ -511,7 +514,7 @@ def _kernel_row(
     ]
 
 
-def _kernels_lead(kernels: Kernels, whole: float | None) -> str:
+def _kernels_lead(kernels: Kernels, whole: float | None, latencies: Latencies | None) -> str:
     top, share = kernels.all[0], None
     if whole:
         share = (_time(top, kernels.measured) or 0.0) / whole
@@ -522,6 +525,8 @@ def _kernels_lead(kernels: Kernels, whole: float | None) -> str:
             ratio = (whole or 0.0) / kernels.estimate_us
             parts.append(f", {significant(ratio)} times the estimate")
         parts.append(f"; the longest takes {percent(share)} of it.")
+        if whole and latencies is not None and latencies.median_us > 0:
+            parts.append(f" That is {percent(whole / latencies.median_us)} of the median latency.")
         if (rank := kernels.rank_correlation) is not None:
             parts.append(
                 f" The estimator ranks the kernels with a Spearman correlation of {rank:.2f}."

@@ -227,8 +227,7 @@ def _link(cpu: Cpu, output: Path, *arguments: str) -> None:
             )
             first = [str(padding)] if shift else []
             zig_cc(cpu, *first, *arguments, *_LINK_FLAGS, "-o", str(output))
-            may_strike = cpu.mcpu in ("cortex-a53", "generic")
-            if not may_strike or not has_erratum_843419(output.read_bytes()):
+            if cpu.mcpu != "cortex-a53" or not has_erratum_843419(output.read_bytes()):
                 return
     raise CompileError("no layout of the code avoids erratum 843419 of the Cortex-A53")
 
