@@ -1,5 +1,6 @@
 """What tests may need beyond pip packages: found, or the test is skipped; in CI its lack fails."""
 
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -40,6 +41,14 @@ def qemu_aarch64(cpu: str) -> list[str]:
         cpu: as `Cpu.qemu_cpu` says it.
     """
     return [need("qemu-aarch64"), "-cpu", cpu, "-L", need_arm64_sysroot()]
+
+
+def need_chromium() -> str:
+    """The path of a Chromium for Playwright to drive, or the end of the test that needs it."""
+    if importlib.util.find_spec("playwright") is None:
+        _lacking("playwright", "none; pip install -e '.[dev]'")
+    others = (shutil.which(name) for name in ("chromium", "google-chrome"))
+    return next((path for path in others if path), None) or need("chromium-headless-shell")
 
 
 def in_ci() -> bool:

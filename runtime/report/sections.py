@@ -30,6 +30,7 @@ from gfcompile.runtime.report.picture import Picture
 from gfcompile.runtime.results import BoardState, Latencies, ValidationResult
 
 SHOWN_KERNELS, SHOWN_LAYERS, SHOWN_FILES = 12, 8, 5
+_MAX_US = 1e15  # thirty years
 _FORMS = {
     "dft": "separable real DFT as matrix products",
     "circular": "depthwise circular convolution",
@@ -235,7 +236,7 @@ def picture(seen: Picture | None) -> Html | None:
         for label, probability in seen.top
     ]
     classes = table(
-        ("class", "", "probability"),
+        ("class", "chart", "probability"),
         rows,
         numbers=(2,),
         bars=1,
@@ -295,6 +296,8 @@ def latency(result: ValidationResult | None) -> Html | None:
     if latencies is None:
         why = result.no_latency or "No latency was taken."
         return section("Latency", None, el("p", why))
+    if not _sane(latencies):
+        return section("Latency", None, el("p", "The figures of this result make no sense."))
     marks = [
         Mark(value=latencies.median_us, label=f"median {duration(latencies.median_us)}"),
         Mark(value=latencies.p90_us, label=f"p90 {duration(latencies.p90_us)}", style="dashed"),
@@ -306,7 +309,7 @@ def latency(result: ValidationResult | None) -> Html | None:
         limits.append(Mark(value=1e3 * budget, label=label, style="limit"))
     # A budget far away would squeeze the values into a corner; the text has it then.
     near = [m for m in limits if 0.3 * latencies.min_us < m.value < 2.5 * latencies.p99_us]
-    values = [value for value in latencies.samples_us if figure(value) is not None]
+    values = latencies.samples_us
     runs = len(values) * latencies.sample_every if protocol is None else protocol.runs
     content: list[Content] = []
     if len(values) >= 8:
@@ -332,6 +335,13 @@ def latency(result: ValidationResult | None) -> Html | None:
         f"hundred takes {spread} more than the median. {plural(runs, 'run')}."
     )
     return section("Latency", lead, content)
+
+
+def _sane(latencies: Latencies) -> bool:
+    """Whether these are times at all; a result may come from anywhere."""
+    statistics = (latencies.min_us, latencies.median_us, latencies.p90_us, latencies.p99_us)
+    values = (*statistics, latencies.mean_us, latencies.max_us, latencies.cv)
+    return all(0 <= value < _MAX_US for value in (*values, *latencies.samples_us))
 
 
 def _over_time(values: Sequence[float], marks: Sequence[Mark], protocol: Any) -> Html:
@@ -383,7 +393,7 @@ def _latency_table(result: ValidationResult, latencies: Latencies) -> Html:
     return el(
         "div",
         table(("one inference", "time"), statistics, numbers=(1,)),
-        table(("beside it", ""), [row for row in beside if row[1] != NONE], numbers=(1,))
+        table(("beside it", "amount"), [row for row in beside if row[1] != NONE], numbers=(1,))
         if any(value != NONE for _, value in beside)
         else None,
         class_="columns",
@@ -772,7 +782,7 @@ def sizes(manifest: Manifest) -> Html:
     ]
 
     def drawn(some: Sequence[Sequence[Content]]) -> Html:
-        return table(("file", "", "size", "share"), some, numbers=(2, 3), bars=1)
+        return table(("file", "chart", "size", "share"), some, numbers=(2, 3), bars=1)
 
     precision = manifest.precision
     arena = figure(manifest.extra.get("arena_bytes"))
@@ -828,7 +838,7 @@ def _states(before: BoardState | None, after: BoardState | None) -> Html | None:
     rows = [[name, *values] for name, values in names.items()]
     return join(
         el("h3", "Its state, before and after the runs"),
-        table(("", "before", "after"), rows),
+        table(("what", "before", "after"), rows),
     )
 
 
