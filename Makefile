@@ -9,8 +9,9 @@
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 PHOTO := $(abspath runtime/photos/cat.jpg)
-# qemu and arm64's libc run the ARM bundles; gcc builds the C example as a user would.
-PACKAGES := qemu-user libc6-arm64-cross gcc libc6-dev
+# qemu and arm64's libc run the ARM bundles; gcc builds the C example as a user would; a sshd of
+# the tests' own stands in for a board.
+PACKAGES := qemu-user libc6-arm64-cross gcc libc6-dev openssh-client openssh-server
 
 help:
 	@sed -n 's/^# make/make/p' Makefile

@@ -14,6 +14,9 @@ _PACKAGES = {
     "gcc": "gcc",
     "cc": "gcc",
     "readelf": "binutils",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
+    "sshd": "openssh-server",
     "nm": "binutils",
 }
 _ARM64_SYSROOT = Path("/usr/aarch64-linux-gnu")
@@ -21,10 +24,16 @@ _ARM64_SYSROOT = Path("/usr/aarch64-linux-gnu")
 
 def need(tool: str) -> str:
     """The path of a program, or the end of the test that needs it."""
-    path = shutil.which(tool)
+    path = shutil.which(tool) or shutil.which(tool, path="/usr/sbin:/sbin")
     if path is None:
         _lacking(tool, _PACKAGES.get(tool, tool))
     return path
+
+
+def need_module(name: str) -> None:
+    """The end of the test that needs this Python module, if it is not there."""
+    if importlib.util.find_spec(name) is None:
+        _lacking(f"the Python module {name}", "of PyPI, in the extra dev")
 
 
 def need_arm64_sysroot() -> str:
@@ -56,7 +65,7 @@ def in_ci() -> bool:
 
 
 def _lacking(what: str, package: str) -> NoReturn:
-    message = f"{what} is not installed (Debian package {package})"
+    message = f"{what} is not installed (package {package})"
     if in_ci():
         pytest.fail(message, pytrace=False)
     pytest.skip(message)
