@@ -3,13 +3,13 @@
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import report_cases as cases
-from hypothesis import given, settings
+from html_reader import Reader
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gfcompile.runtime.bundle import Manifest
@@ -19,41 +19,7 @@ from gfcompile.runtime.report.html import duration, el, percent, significant, si
 from gfcompile.runtime.report.kernels import kernels_of
 from gfcompile.runtime.results import Latencies, Verdict
 
-_VOID = {"meta", "img", "br", "wbr"}
 HOSTILE = "<script>alert(1)</script>\" onload='x' \x00\u202e&amp;" + "y" * 5000
-
-
-class Reader(HTMLParser):
-    """Elements with their attributes, and the text; fails where tags do not match."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len(attrs) == len(dict(attrs)), (tag, attrs)
-        self.elements.append((tag, dict(attrs)))
-        if tag not in _VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.text += data
-
-    def names(self) -> set[str]:
-        return {name for name, _ in self.elements}
 
 
 def read(*args: Any, **kwargs: Any) -> Reader:
@@ -193,7 +159,7 @@ extras = st.dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(lists, lists, lists, lists, extras)
 def test_a_manifest_of_anything_makes_a_page(
     ledger: list[Any], filters: list[Any], kernels: list[Any], notes: list[Any], extra: Any
@@ -214,6 +180,8 @@ def test_absurd_figures_are_drawn_as_nothing() -> None:
     read(cases.manifest(), cases.result(latencies=same))
     few = Latencies.of([3.0, 1e9])
     read(cases.manifest(), cases.result(latencies=few))
+    vast = {"name": "dense", "calls": 10**400, "flops": 10**400, "bytes": 10**400}
+    read(cases.manifest(kernels=(vast, {**vast, "calls": 1})))
     peaks = {**cases.manifest().extra["peaks"], "int8_gops": 0.0}
     assert kernels_of(cases.manifest(extra={"peaks": peaks}), None).estimate_us is None
 
