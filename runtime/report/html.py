@@ -59,6 +59,8 @@ def join(*content: Content) -> Html:
             pieces.append(piece)
         elif isinstance(piece, str):
             pieces.append(Html(escape(clean(piece))))
+        elif isinstance(piece, Mapping) or not isinstance(piece, Iterable):
+            pieces.append(Html(escape(clean(str(piece)))))  # not what a bundle should hold there
         else:
             pieces.append(join(*piece))
     return Html("".join(pieces))

@@ -159,7 +159,7 @@ def tiles(manifest: Manifest, result: ValidationResult | None, kernels: Kernels)
         found.append(
             ("Agreement", percent(figure(last.get("top1_agreement"))), "same top-1 as its graph")
         )
-    total = sum(entry.size_bytes for entry in manifest.files.values())
+    total = sum(_file_sizes(manifest).values())
     found.append(("Bundle", size(total), plural(len(manifest.files) + 1, "file")))
     if result is not None and result.peak_memory_mb is not None:
         found.append(("Peak memory", size(1e6 * result.peak_memory_mb), "resident"))
@@ -643,7 +643,8 @@ def _steps(value: object) -> str:
 
 
 def _tokens_note(entry: Mapping[str, Any]) -> Html | None:
-    shares = [figure(share) for share in entry.get("tokens_kept") or ()]
+    kept = entry.get("tokens_kept")
+    shares = [figure(share) for share in kept] if isinstance(kept, list | tuple) else []
     if not shares or all(share == 1.0 for share in shares):
         return None
     return el(
@@ -765,20 +766,22 @@ def _span(names: Sequence[str]) -> Html:
 # ---- sizes
 
 
+def _file_sizes(manifest: Manifest) -> dict[str, float]:
+    return {name: figure(entry.size_bytes) or 0.0 for name, entry in manifest.files.items()}
+
+
 def sizes(manifest: Manifest) -> Html:
     """What the bundle takes on a disk and in memory."""
-    files = sorted(manifest.files.items(), key=lambda item: (-item[1].size_bytes, item[0]))
-    total = sum(entry.size_bytes for _, entry in files) or 1
+    files = sorted(_file_sizes(manifest).items(), key=lambda item: (-item[1], item[0]))
+    total = sum(number for _, number in files) or 1
     rows = [
         [
             el("span", breakable(name), class_="mono"),
-            charts.bar(
-                entry.size_bytes, largest=total, description=f"{name}: {size(entry.size_bytes)}"
-            ),
-            size(entry.size_bytes),
-            percent(entry.size_bytes / total, 1),
+            charts.bar(number, largest=total, description=f"{name}: {size(number)}"),
+            size(number),
+            percent(number / total, 1),
         ]
-        for name, entry in files
+        for name, number in files
     ]
 
     def drawn(some: Sequence[Sequence[Content]]) -> Html:
@@ -878,7 +881,7 @@ def _state_rows(state: BoardState) -> list[tuple[str, str]]:
 def reproduce(manifest: Manifest, result: ValidationResult | None, commands: Sequence[str]) -> Html:
     """The exact commands and versions."""
     commands = [*commands, *(() if result is None else result.commands)]
-    versions = {str(k): str(v) for k, v in manifest.versions.items()}
+    versions = {str(k): str(v) for k, v in mapping(manifest.versions).items()}
     taken = {} if result is None else dict(result.versions)
     rows: list[list[Content]] = [
         [name, versions.get(name, NONE), *([taken.get(name, NONE)] if taken else [])]

@@ -157,14 +157,25 @@ lists = st.lists(json_values, max_size=3)
 extras = st.dictionaries(
     st.sampled_from(["peaks", "layers", "kept_float", "arena_bytes", "pruning"]), json_values
 )
+core = st.dictionaries(
+    st.sampled_from(["model", "target", "weights", "created_by", "versions", "device", "arch"]),
+    json_values,
+)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(lists, lists, lists, lists, extras)
+@given(lists, lists, lists, lists, extras, core, json_values)
 def test_a_manifest_of_anything_makes_a_page(
-    ledger: list[Any], filters: list[Any], kernels: list[Any], notes: list[Any], extra: Any
+    ledger: list[Any],
+    filters: list[Any],
+    kernels: list[Any],
+    notes: list[Any],
+    extra: Any,
+    core: Any,
+    size: Any,
 ) -> None:
-    values = cases.manifest().to_dict()
+    values = cases.manifest().to_dict() | core
+    values["files"] = {"weights.bin": {"sha256": "", "size_bytes": size}}
     values |= {"ledger": ledger, "filters": filters, "kernels": kernels, "notes": notes}
     made = Manifest.from_dict(values | {"extra": extra})
     read(made)
