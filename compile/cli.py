@@ -117,7 +117,8 @@ def _compile(options: argparse.Namespace) -> None:
         options.checkpoint = _train(options, progress, output=None).path
         if not _is_first_process():
             return
-        options.weight_bits, options.keep_float = 8, []  # as the checkpoint says
+        # As the checkpoint says.
+        options.weight_bits, options.group_size, options.keep_float = 8, None, []
     is_coreml = options.target == "coreml"
     config = CompileConfig(
         model=options.model,
@@ -130,6 +131,7 @@ def _compile(options: argparse.Namespace) -> None:
         fft=options.fft,
         calibration_data=options.calibration_data,
         weight_bits=options.weight_bits,
+        group_size=options.group_size,
         keep_float=tuple(options.keep_float),
         output=options.output,
         dump=options.dump,
@@ -156,6 +158,8 @@ def _compile(options: argparse.Namespace) -> None:
 
 
 def _print_bundle(bundle: "Bundle", target: "AnyTarget", notes: Sequence[str], took: float) -> None:
+    from gfcompile.compile.format_summary import format_summary
+
     manifest = bundle.manifest
     precision = manifest.precision
     print(f"\n{manifest.model} for {target.name}: {target.description}")
@@ -167,6 +171,8 @@ def _print_bundle(bundle: "Bundle", target: "AnyTarget", notes: Sequence[str], t
     if manifest.ledger:
         print()
         _print_ledger(manifest.ledger)
+    for line in format_summary(manifest):
+        print(line)
     count = len(manifest.files) + 1
     print(f"\n{bundle.path}: {bundle.size_bytes / 1e6:.1f} MB in {count} files, {took:.1f} s")
     print(f"next: {_next_step(bundle, target)}")
@@ -211,6 +217,9 @@ def _next_step(bundle: "Bundle", target: "AnyTarget") -> str:
     if target.gpu is not None:
         name = bundle.path.name
         return f"copy {bundle.path} to the board, and there: {name}/gfbench {name}"
+    if target.cpu.android_api is not None:
+        there = f"/data/local/tmp/{bundle.path.name}"
+        return f"adb push {bundle.path} /data/local/tmp/, then: adb shell {there}/gfbench {there}"
     if target.cpu.arch == platform.machine():
         return f"gfcompile run {bundle.path} PHOTO"
     return f"gfcompile run {bundle.path} PHOTO --device qemu"
@@ -324,7 +333,12 @@ def _run(options: argparse.Namespace) -> None:
     from gfcompile.runtime.session import load
 
     results = []
-    with load(options.bundle, device=options.device, threads=options.threads) as session:
+    with load(
+        options.bundle,
+        device=options.device,
+        threads=options.threads,
+        compute_units=options.compute_units,
+    ) as session:
         weights = session.manifest.weights
         if weights.startswith("random"):
             _complain(f"note: weights are {weights}, the classes mean nothing")
@@ -612,6 +626,12 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top", type=_positive, default=5, metavar="N", help="classes to print")
     parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="default: 1")
+    parser.add_argument(
+        "--compute-units",
+        choices=("all", "cpu", "cpu-gpu", "cpu-ane"),
+        default="all",
+        help="what Core ML may use, on a Mac (default: all)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -1,6 +1,6 @@
 """Ctrl-C and SIGTERM end the command, whatever a library makes of them.
 
-The handler raises KeyboardInterrupt, but that can get lost: Python drops what is raised in a
+The handler raises a KeyboardInterrupt, but that can get lost: Python drops what is raised in a
 destructor or a callback from C, and some libraries catch everything and go on another way. So the
 handler remembers that it was called, what was dropped is raised again, and the compiler asks at the
 end of every stage and before it puts a bundle into its place.
@@ -21,16 +21,25 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _came: list[int] = []
 
 
+class Interrupted(KeyboardInterrupt):
+    """By its own name, as a plain KeyboardInterrupt that leaves a string run by exec() does harm.
+
+    torch and dataclasses run strings. CPython then notes an unhandled interruption although someone
+    catches it further up, and under `python -m` kills itself with SIGINT at the end
+    (run_eval_code_obj in pythonrun.c).
+    """
+
+
 def came() -> int | None:
     """The number of the signal that is to end the command, once it came."""
     return _came[0] if _came else None
 
 
 def check() -> None:
-    """Raises KeyboardInterrupt if a signal came, and whoever got the first one went on."""
+    """Raises Interrupted if a signal came, and whoever got the first one went on."""
     if _came:
         _ignore()
-        raise KeyboardInterrupt
+        raise Interrupted
 
 
 @contextmanager
@@ -50,9 +59,7 @@ def ending_by_signal() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = hook
-        if _came:
-            _forget_interrupted_evaluation()
-        else:
+        if not _came:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -61,7 +68,7 @@ def _handle(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 -
     if not _came:
         _came.append(number)
     _ignore()
-    raise KeyboardInterrupt
+    raise Interrupted
 
 
 def _ignore() -> None:
@@ -76,7 +83,7 @@ def _raising_again(
     """The hook, which lets no interruption be dropped."""
 
     def unraisable(dropped: "sys.UnraisableHookArgs") -> None:
-        if _came and issubclass(dropped.exc_type, KeyboardInterrupt):
+        if _came and dropped.exc_type is Interrupted:
             signal.signal(signal.SIGINT, _handle)
             # Not from here, where it would be dropped as well.
             timer = threading.Timer(_AGAIN_S, _interrupt_main_thread)
@@ -92,14 +99,3 @@ def _interrupt_main_thread() -> None:
     ident = threading.main_thread().ident
     assert ident is not None
     signal.pthread_kill(ident, signal.SIGINT)  # a signal ends what it sleeps in, too
-
-
-def _forget_interrupted_evaluation() -> None:
-    """Lets the process end with its own exit code.
-
-    When KeyboardInterrupt leaves a string that is executed by exec() or eval(), as torch does it,
-    CPython remembers "an unhandled interruption" although someone catches it further up, and under
-    `python -m` it then kills itself with SIGINT instead of exiting (run_eval_code_obj and
-    Py_RunMain in its source). The next evaluation of a string forgets that.
-    """
-    eval("None")

@@ -33,6 +33,7 @@ def emit_plan(request: EmissionRequest, target: Target) -> Emission:
             library=library,
             mean=transform.mean,
             std=transform.std,
+            group_size=graph.group_size,
         )
     with request.progress.stage("verify the artifact"):
         entry, notes = verify(
@@ -100,10 +101,14 @@ def _pruning(pruning: Pruning | None, program: Program) -> Mapping[str, Any]:
 
 def _storage(graph: "Graph", packed_bytes: int) -> str:
     """What an int8 bundle holds."""
-    four_bits = graph.scheme["weight"]["high"] <= 7
-    if four_bits and packed_bytes:
+    if graph.has_int4 and packed_bytes and graph.group_size is not None:
+        weights = (
+            f"int4 weights in groups of {graph.group_size} (expanded to int8 when loaded), "
+            "int8 activations"
+        )
+    elif graph.has_int4 and packed_bytes:
         weights = "int4 weights (expanded to int8 when loaded), int8 activations"
-    elif four_bits:
+    elif graph.has_int4:
         weights = "weights of 4 bits as int8, int8 activations"
     else:
         weights = "int8 products"
