@@ -7,9 +7,12 @@ AVX-512 two 16-lane FMAs. int8 without VNNI runs as int16 multiply-add pairs (pm
 exact for any int8 values, where pmaddubsw saturates.
 """
 
+import dataclasses
+
 from gfcompile.targets.target import Cpu, Target, register_target
 
 INT8_PMADDWD = "int8 widened to int16, pairwise multiply-add into int32 (pmaddwd)"
+INT8_AMX = "int8 x int8 -> int32 in tiles of 16 x 16 x 64 (tdpbusd)"
 INT8_VNNI = "int8 x int8 -> int32, four products per lane (vpdpbusd)"
 
 # glibc 2.27, as for the boards: what Ubuntu 18.04 had, and older than every distribution that is
@@ -61,6 +64,13 @@ AVX512_VNNI = Cpu(
     clock_ghz=3.0,
     fp32_gflops=3.0 * 64,
     int8_gops=3.0 * 256,
+)
+# The kernel lends the tiles to a process that asks: a library for this CPU asks when it is loaded.
+AVX512_AMX = dataclasses.replace(
+    AVX512_VNNI,
+    features=("+avx512vnni", "+amx-tile", "+amx-int8", "-prefer-256-bit"),
+    amx=True,
+    int8_gops=3.0 * 2048,
 )
 
 X86_64 = register_target(

@@ -18,6 +18,7 @@ static const char USAGE[] =
     "  --trace FILE      write each tensor that a step writes (see runtime/trace.py)\n"
     "  --runs N          time N runs (default 10; 0 with --output or --trace)\n"
     "  --warmup N        after N runs (default 2)\n"
+    "  --level N         of a library for several kinds of CPU: at most the kernels of number N\n"
     "  --threads N       default 1; 0 is one for each CPU\n"
     "  --profile         time each step, too\n"
     "  --verify          check the SHA-256 of the weights\n"
@@ -25,9 +26,9 @@ static const char USAGE[] =
 
 /* The functions of gfrt.h, from the bundle's library. */
 #define FUNCTIONS(F)                                                                               \
-    F(last_error) F(version) F(open) F(close) F(device) F(input_count) F(output_count)             \
-    F(input_info) F(output_info) F(normalize_u8) F(context_create) F(context_destroy) F(run)       \
-    F(set_observer) F(profile_enable) F(step_count) F(profile_get)
+    F(last_error) F(version) F(open) F(close) F(device) F(level) F(input_count)                    \
+    F(output_count) F(input_info) F(output_info) F(normalize_u8) F(context_create)                 \
+    F(context_destroy) F(run) F(set_observer) F(profile_enable) F(step_count) F(profile_get)
 
 static struct {
 #define MEMBER(name) __typeof__(gfrt_##name) *name;
@@ -36,7 +37,7 @@ static struct {
 
 typedef struct {
     const char *bundle, *input, *image, *output, *trace;
-    long runs, warmup, threads;
+    long runs, warmup, threads, level;
     bool profile, json;
     uint32_t flags;
 } options;
@@ -102,7 +103,7 @@ static long number(const char *option, const char *text) {
 }
 
 static options parse(char **argv) {
-    options o = {.runs = -1, .warmup = 2, .threads = 1};
+    options o = {.runs = -1, .warmup = 2, .threads = 1, .level = -1};
     for (char **arg = argv + 1; *arg; arg++) {
         const char *name = *arg;
         const struct {
@@ -113,7 +114,7 @@ static options parse(char **argv) {
             {"--input", &o.input, NULL},     {"--image-u8", &o.image, NULL},
             {"--output", &o.output, NULL},   {"--trace", &o.trace, NULL},
             {"--runs", NULL, &o.runs},       {"--warmup", NULL, &o.warmup},
-            {"--threads", NULL, &o.threads},
+            {"--threads", NULL, &o.threads}, {"--level", NULL, &o.level},
         };
         bool found = true;
         if (strcmp(name, "--profile") == 0)
@@ -147,6 +148,8 @@ static options parse(char **argv) {
         fputs(USAGE, stderr);
         exit(2);
     }
+    if (o.level >= 0)
+        o.flags |= GFRT_AT_MOST(o.level < GFI_MAX_LEVEL ? (uint32_t)o.level : GFI_MAX_LEVEL);
     if (o.runs < 0)
         o.runs = o.output || o.trace ? 0 : 10;
     return o;
@@ -347,7 +350,8 @@ static void print_json(const options *o, const gfrt_model *model, const gfrt_con
                        uint32_t inferences, const double *ms) {
     printf("{\"device\": ");
     print_string(rt.device(model));
-    printf(", \"runtime\": \"%s\", \"inferences\": %u, \"threads\": %ld, \"runs\": %ld", rt.version(),
+    printf(", \"level\": %u, \"runtime\": \"%s\", \"inferences\": %u, \"threads\": %ld, \"runs\": %ld",
+           rt.level(model), rt.version(),
            inferences, o->threads, o->runs);
     if (o->runs > 0)
         printf(", \"median_ms\": %.6f, \"min_ms\": %.6f, \"p90_ms\": %.6f", median(ms, o->runs),

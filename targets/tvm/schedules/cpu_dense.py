@@ -12,6 +12,7 @@ bytes to the same place; results do not depend on how tasks are split.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -69,14 +70,9 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
         temps[x] = (product.x_dtype, (kernel.m, k))
         group_rows = _group_rows(kernel.m, kernel.k, k, x_dtype, product.x_dtype)
         steps.append(Step(func=group_rows, args=("x", x)))
-    args = [x, "w"]
-    args += ["scale"] if kernel.x == "int8" else []
-    args += ["bias"]
-    args += ["residual"] if kernel.residual_rows else []
-    args += ["quant"] if kernel.out == "int8" else []
-    args += ["y"]
-    steps.append(Step(func=_dense(kernel, k, product, tile, storage), args=tuple(args)))
-    return Scheduled(steps=tuple(steps), pack=_packing(kernel, product, tile, storage), temps=temps)
+    func = _dense(kernel, k, product, tile, storage)
+    steps.append(Step(func=func, args=(x, *operand_names(kernel))))
+    return Scheduled(steps=tuple(steps), pack=packing(kernel, product, tile, storage), temps=temps)
 
 
 def choose_tile(kernel: Dense, product: Product, registers: int) -> Tile:
@@ -85,7 +81,7 @@ def choose_tile(kernel: Dense, product: Product, registers: int) -> Tile:
     def cycles(tile: Tile) -> float:
         outputs = tile.rows * tile.vectors * product.columns / product.lanes
         epilogue = _INSTRUCTION * outputs * (28 if kernel.gelu else 6)
-        row_tiles, panels = ceil(kernel.m / tile.rows), _panels(kernel, product, tile)
+        row_tiles, panels = ceil(kernel.m / tile.rows), panel_count(kernel, product, tile)
         return row_tiles * panels * (tile_cycles(product, tile, kernel.k) + epilogue)
 
     tiles = [
@@ -116,49 +112,26 @@ def _dense(kernel: Dense, k: int, product: Product, tile: Tile, storage: ActStor
     m, n = kernel.m, kernel.n
     columns = tile.vectors * product.columns
     group_columns = n // kernel.out_groups
-    panels, row_tiles = _panels(kernel, product, tile), ceil(m / tile.rows)
+    panels, row_tiles = panel_count(kernel, product, tile), ceil(m / tile.rows)
     group_panels = panels // kernel.out_groups
-    blocks = _row_blocks(row_tiles, panels)
-    y_dtype = storage.dtype if kernel.out == "int8" else "float32"
+    blocks = row_blocks(row_tiles, panels)
 
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
         I.func_attr({"tirx.noalias": True})
-        x = I.arg("x", I.buffer((m, k), product.x_dtype))
-        w_shape = (panels, k // product.group, tile.vectors, product.w_elements)
-        w = I.arg("w", I.buffer(w_shape, product.w_dtype))
-        scale = I.arg("scale", I.buffer((n,))) if kernel.x == "int8" else None
-        bias = I.arg("bias", I.buffer((n + _pad_columns(kernel, columns),), product.acc_dtype))
-        rows = kernel.residual_rows
-        halves = kernel.residual_dtype == "float16"
-        residual_buffer = I.buffer((rows, n), "uint16" if halves else "float32") if rows else None
-        residual = I.arg("residual", residual_buffer) if rows else None
-        groups = kernel.out_groups
-        quant_shape = (groups, 4) if groups > 1 else (4,)
-        quant = I.arg("quant", I.buffer(quant_shape)) if kernel.out == "int8" else None
-        y = I.arg("y", I.buffer((m, n), y_dtype))
-
-        def finish(acc: Expr, row: Expr, column: Expr, group: Expr) -> Expr:
-            value = acc if scale is None else tirx.Cast("float32", acc) * scale[column]
-            value = gelu(value) if kernel.gelu else value
-            if residual is not None:
-                addend = residual[row if rows >= m else row % rows, column]
-                value = value + (half_to_float(addend) if halves else addend)
-            if quant is None:
-                return value
-            values = [quant[group, i] for i in range(4)] if groups > 1 else quant
-            return quantize(value, values, storage)
-
+        operands = declare(kernel, k, product, tile, storage)
         with I.parallel(panels * blocks) as task:
             panel = task // blocks
             group = panel // group_panels
             overlaps = group_panels * columns > group_columns
-            within = _clamped(panel % group_panels * columns, group_columns - columns, overlaps)
+            within = clamped(panel % group_panels * columns, group_columns - columns, overlaps)
             column = I.bind(group * group_columns + within)
             with I.serial(row_tiles // blocks) as i:
                 first = (task % blocks * (row_tiles // blocks) + i) * tile.rows
-                row = I.bind(_clamped(first, m - tile.rows, m % tile.rows != 0))
-                sums = tile_sums(x, w, bias, row, panel, column, k, product, tile)
+                row = I.bind(clamped(first, m - tile.rows, m % tile.rows != 0))
+                sums = tile_sums(
+                    *(operands.x, operands.w, operands.bias, row, panel, column, k, product, tile)
+                )
                 width = min(group_columns, columns)
                 vector = epilogue_width(width, product.lanes, kernel.out)
                 for r in range(tile.rows):
@@ -166,9 +139,76 @@ def _dense(kernel: Dense, k: int, product: Product, tile: Tile, storage: ActStor
                         # Where a vector does not fit any more, it overlaps the one before it.
                         at = min(start, width - vector)
                         with I.vectorized(vector) as lane:
-                            value = finish(sums[r][at + lane], row + r, column + at + lane, group)
-                            I.buffer_store(y, value, [row + r, column + at + lane])
+                            place = (row + r, column + at + lane)
+                            value = finish(kernel, operands, sums[r][at + lane], *place, group)
+                            I.buffer_store(operands.y, value, list(place))
     return builder.get()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operands:
+    """The buffers of a dense kernel; those that it does not take are None."""
+
+    x: Buffer
+    w: Buffer
+    scale: Buffer
+    bias: Buffer
+    residual: Buffer
+    quant: Buffer
+    y: Buffer
+    storage: ActStorage
+
+
+def operand_names(kernel: Dense) -> tuple[str, ...]:
+    """The arguments of a dense kernel after x, in the order of `declare`."""
+    names = ["w"]
+    names += ["scale"] if kernel.x == "int8" else []
+    names += ["bias"]
+    names += ["residual"] if kernel.residual_rows else []
+    names += ["quant"] if kernel.out == "int8" else []
+    return (*names, "y")
+
+
+def declare(kernel: Dense, k: int, product: Product, tile: Tile, storage: ActStorage) -> Operands:
+    """Declares the parameters of the PrimFunc under construction; k is in whole groups."""
+    n, rows, groups = kernel.n, kernel.residual_rows, kernel.out_groups
+    w_shape = (
+        *(panel_count(kernel, product, tile), k // product.group),
+        *(tile.vectors, product.w_elements),
+    )
+    columns = n + _pad_columns(kernel, tile.vectors * product.columns)
+    residual_dtype = "uint16" if kernel.residual_dtype == "float16" else "float32"
+    y_dtype = storage.dtype if kernel.out == "int8" else "float32"
+    quant_shape = (groups, 4) if groups > 1 else (4,)
+    return Operands(
+        x=I.arg("x", I.buffer((kernel.m, k), product.x_dtype)),
+        w=I.arg("w", I.buffer(w_shape, product.w_dtype)),
+        scale=I.arg("scale", I.buffer((n,))) if kernel.x == "int8" else None,
+        bias=I.arg("bias", I.buffer((columns,), product.acc_dtype)),
+        residual=I.arg("residual", I.buffer((rows, n), residual_dtype)) if rows else None,
+        quant=I.arg("quant", I.buffer(quant_shape)) if kernel.out == "int8" else None,
+        y=I.arg("y", I.buffer((kernel.m, n), y_dtype)),
+        storage=storage,
+    )
+
+
+def finish(
+    kernel: Dense, operands: Operands, acc: Expr, row: Expr, column: Expr, group: Expr
+) -> Expr:
+    """What is stored for an accumulator, its bias included: the epilogue of one element."""
+    rows = kernel.residual_rows
+    value = acc
+    if operands.scale is not None:
+        value = tirx.Cast("float32", acc) * operands.scale[column]
+    value = gelu(value) if kernel.gelu else value
+    if rows:
+        addend = operands.residual[row if rows >= kernel.m else row % rows, column]
+        value = value + (half_to_float(addend) if kernel.residual_dtype == "float16" else addend)
+    if kernel.out != "int8":
+        return value
+    quant = operands.quant
+    of_group = [quant[group, i] for i in range(4)] if kernel.out_groups > 1 else quant
+    return quantize(value, of_group, operands.storage)
 
 
 def tile_sums(
@@ -250,20 +290,20 @@ def _group_rows(m: int, k: int, k_groups: int, source: str, target: str) -> Any:
         y = I.arg("y", I.buffer((m, k_groups), target))
         with I.parallel(m) as row:
             with I.serial(ceil(k / vector)) as i, I.vectorized(vector) as lane:
-                at = _clamped(i * vector, k - vector, k % vector != 0) + lane
+                at = clamped(i * vector, k - vector, k % vector != 0) + lane
                 I.buffer_store(y, tirx.Cast(target, x[row, at]), [row, at])
             for at in range(k, k_groups):
                 I.buffer_store(y, tirx.const(0, target), [row, at])
     return builder.get()
 
 
-def _packing(
+def packing(
     kernel: Dense, product: Product, tile: Tile, storage: ActStorage
 ) -> Mapping[str, Callable[[Mapping[str, Array]], Array]]:
     """How the raw constants become those of `_dense`."""
     columns = tile.vectors * product.columns
     group_columns = kernel.n // kernel.out_groups
-    group_panels = _panels(kernel, product, tile) // kernel.out_groups
+    group_panels = panel_count(kernel, product, tile) // kernel.out_groups
     panels = kernel.out_groups * group_panels
     pad_columns = _pad_columns(kernel, columns)
 
@@ -293,7 +333,7 @@ def _packing(
     return pack
 
 
-def _panels(kernel: Dense, product: Product, tile: Tile) -> int:
+def panel_count(kernel: Dense, product: Product, tile: Tile) -> int:
     """Panels of columns, the last one of each group perhaps overlapping."""
     group_columns = kernel.n // kernel.out_groups
     return kernel.out_groups * ceil(group_columns / (tile.vectors * product.columns))
@@ -304,13 +344,13 @@ def _pad_columns(kernel: Dense, columns: int) -> int:
     return max(0, columns - kernel.n // kernel.out_groups)
 
 
-def _row_blocks(row_tiles: int, panels: int) -> int:
+def row_blocks(row_tiles: int, panels: int) -> int:
     """Into how many equal blocks to split the tiles of rows, so that there are tasks enough."""
     divisors = [d for d in range(1, row_tiles + 1) if row_tiles % d == 0]
     return next((d for d in divisors if d * panels >= _TASKS), row_tiles)
 
 
-def _clamped(value: Expr, highest: int, needed: bool) -> Expr:
+def clamped(value: Expr, highest: int, needed: bool) -> Expr:
     """min(value, highest), at least 0; just the value where it never gets there."""
     return tirx.min(value, max(0, highest)) if needed else value
 
