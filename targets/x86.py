@@ -1,4 +1,6 @@
-"""x86-64 by psABI level: SSE4.2, AVX2 with FMA, and AVX-512 with VNNI.
+"""x86-64 by psABI level: SSE4.2, AVX2 with FMA, AVX-512 with VNNI, and AMX.
+
+`x86-64` has kernels for all of them in one library; the others are for one level alone.
 
 A level is an instruction set, not a device, so clock, cores and bandwidth are those of a nominal
 machine of its class; peaks are that clock times what the execution ports retire per cycle (Intel's
@@ -76,10 +78,12 @@ AVX512_AMX = dataclasses.replace(
 X86_64 = register_target(
     Target(
         name="x86-64",
-        description="x86-64-v2: any x86 since 2009, SSE4.2 (nominal 2 GHz, 2 x DDR3-1333)",
+        description="any x86 since 2009, by the best of SSE4.2, AVX2, AVX-512 with VNNI and AMX "
+        "that it finds (nominal 2 GHz, 2 x DDR3-1333)",
         cpu=SSE,
+        levels=(AVX2, AVX512_VNNI, AVX512_AMX),
         bandwidth_gb_s=21.3,
-        int8_compute=INT8_PMADDWD,
+        int8_compute="the best that the CPU has of pmaddwd, vpdpbusd and tdpbusd, all exact",
         int8_note="a quarter of the weights' memory; products at up to twice fp32's rate",
     )
 )

@@ -220,6 +220,8 @@ static gfrt_status read_plan(const char *bundle, const char *name, gfi_plan *pla
         return status;
     plan->header = plan->data;
     status = check_plan(plan, size);
+    if (status == GFRT_DAMAGED) /* whose message says plan.bin */
+        gfi_fail(status, "%s%s", name, gfrt_last_error() + strlen("plan.bin"));
     if (status)
         gfi_plan_free(plan);
     return status;

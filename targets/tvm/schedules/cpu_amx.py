@@ -1,6 +1,6 @@
 """Dense int8 kernels on x86 CPUs with AMX: products of whole tiles, 16 rows by 64 bytes each.
 
-    for each pair of vectors of columns of a panel      (parallel, with blocks of rows)
+    for each pair of blocks of columns                  (parallel, with blocks of rows)
       for each block of rows                            (two tiles of them)
         four accumulator tiles = 0
         for k: accumulators += x * w                    (tdpbusd)
@@ -22,20 +22,21 @@ from tvm.script.ir_builder import tirx as I
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.kernel import ActStorage, Array, Dense, Scheduled, Step
 from gfcompile.targets.tvm.schedules.cpu_dense import (
-    choose_tile,
+    Columns,
     clamped,
     declare,
     finish,
     operand_names,
     packing,
-    panel_count,
     registers,
     row_blocks,
 )
-from gfcompile.targets.tvm.schedules.cpu_dot import product_of
+from gfcompile.targets.tvm.schedules.cpu_dot import Tile, product_of
 from gfcompile.targets.tvm.schedules.math import Expr
 
-_TILE_ROWS = 16
+# One less than there are: a tile of sums, as the epilogue reads it, has to stay below 1 KB. A
+# product takes a cycle a row, so nothing is lost.
+_TILE_ROWS = 15
 _TILE_BYTES = 64  # of a row
 # With fewer rows, a tile does so little for its loads that VNNI is as fast.
 _LEAST_ROWS = 8
@@ -54,43 +55,35 @@ def takes(kernel: Dense) -> bool:
 def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
     """The int8 dense kernel for `cpu`, which has AMX."""
     product = product_of(kernel, cpu)
-    panel = choose_tile(kernel, product, cpu.vector_registers)
-    m, n, k = kernel.m, kernel.n, kernel.k
+    m, k = kernel.m, kernel.k
     depth = _depth(k)
     row_tiles = min(_PAIR, ceil(m / _TILE_ROWS))
     row_steps = ceil(m / (row_tiles * _TILE_ROWS))
     tile_rows = ceil(m / (row_tiles * row_steps))
     block_rows = min(row_tiles * tile_rows, m)
     offset = block_rows - tile_rows  # of the second tile, which overlaps the first if it must
-    vectors, lanes = panel.vectors, product.lanes
-    columns = vectors * lanes
-    group_columns = n // kernel.out_groups
-    panels = panel_count(kernel, product, panel)
-    group_panels = panels // kernel.out_groups
-    pairs = ceil(vectors / _PAIR)
-    paired = min(_PAIR, vectors)
-    blocks = row_blocks(row_steps, panels * pairs)
+    paired = min(_PAIR, kernel.n // kernel.out_groups // product.block)
+    tile = Tile(rows=block_rows, vectors=paired)
+    columns = Columns(kernel=kernel, product=product, tile=tile)
+    lanes = product.lanes
+    blocks = row_blocks(row_steps, columns.tiles)
 
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
         I.func_attr({"tirx.noalias": True})
-        operands = declare(kernel, k, product, panel, storage)
+        operands = declare(columns, k, storage)
         x, w, bias, y = operands.x, operands.w, operands.bias, operands.y
         config = I.arg("config", I.buffer((_TILE_BYTES,), "uint8"))
 
         def load_x(t: int, row: Expr, at: Expr) -> None:
             _load(_X_TILE + t, x, [row + t * offset, at], k)
 
-        with I.parallel(panels * pairs * blocks) as task:
-            strip = task // blocks
-            number = strip // pairs
-            # Where the vectors of a panel are odd, the last pair overlaps the one before it.
-            first = I.bind(clamped(strip % pairs * paired, vectors - paired, vectors % paired != 0))
-            group = number // group_panels
-            overlaps = group_panels * columns > group_columns
-            within = clamped(number % group_panels * columns, group_columns - columns, overlaps)
-            column = I.bind(group * group_columns + within + first * lanes)
-            # A tile is stored where the epilogue reads it; 1 KB each.
+        with I.parallel(columns.tiles * blocks) as task:
+            group = task // blocks // columns.group_tiles
+            first = I.bind(columns.first(task // blocks))
+            column = [I.bind(columns.column(group, first + v)) for v in range(paired)]
+            panel = group * columns.group_blocks + first
+            # A tile is stored where the epilogue reads it.
             sums = [
                 [registers(tile_rows * lanes, "int32") for _ in range(paired)]
                 for _ in range(row_tiles)
@@ -106,8 +99,7 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
                     for t in range(row_tiles):
                         load_x(t, row, chunk * depth)
                     for v in range(paired):
-                        at = [number, chunk * (depth // 4), first + v, 0]
-                        _load(_W_TILE + v, w, at, vectors * _TILE_BYTES)
+                        _load(_W_TILE + v, w, [panel + v, chunk * (depth // 4), 0], _TILE_BYTES)
                         for t in range(row_tiles):
                             operand_tiles = T.int8(_X_TILE + t), T.int8(_W_TILE + v)
                             _tile("tdpbusd", T.int8(_accumulator(t, v)), *operand_tiles)
@@ -119,7 +111,7 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
                     with I.serial(tile_rows) as r:
                         for v in range(paired):
                             with I.vectorized(lanes) as lane:
-                                place = (row + t * offset + r, column + v * lanes + lane)
+                                place = (row + t * offset + r, column[v] + lane)
                                 acc = sums[t][v][r * lanes + lane] + bias[place[1]]
                                 value = finish(kernel, operands, acc, *place, group)
                                 I.buffer_store(y, value, list(place))
@@ -127,7 +119,7 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
     args = ("x", *operand_names(kernel), "config")
     return Scheduled(
         steps=(Step(func=builder.get(), args=args),),
-        pack=packing(kernel, product, panel, storage),
+        pack=packing(kernel, product, tile, storage, block=columns.block),
         consts={"config": _config(tile_rows, depth)},
     )
 
