@@ -3,6 +3,7 @@
 The only place that prints and exits.
 """
 
+import _thread
 import argparse
 import errno
 import json
@@ -18,6 +19,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gfcompile import __version__
+from gfcompile.compile.device_commands import (
+    profile_arguments,
+    profile_command,
+    validate_arguments,
+    validate_command,
+)
+from gfcompile.compile.tables import print_table
 from gfcompile.compile.training_options import (
     add_finetuning_arguments,
     add_quantization_arguments,
@@ -46,16 +54,17 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code.
 
-    0 done, 1 it could not be done, 2 it was asked for wrongly, 130 interrupted.
+    0 done, 1 it could not be done or a demand was missed, 2 it was asked for wrongly, 3 a device
+    could not be asked, 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
         with _ending_by_signal() as ended_by:
             options = _parse(arguments)
-            options.command(options)
+            code: int | None = options.command(options)
             sys.stdout.flush()
-        return 0
+        return code or 0
     except KeyboardInterrupt as interrupt:
         _complain(f"interrupted; {interrupt if interrupt.args else 'nothing was written'}")
         return 128 + (ended_by[0] if ended_by else signal.SIGINT)
@@ -97,7 +106,8 @@ def _compile(options: argparse.Namespace) -> None:
         options.checkpoint = _train(options, progress, output=None).path
         if not _is_first_process():
             return
-        options.weight_bits, options.keep_float = 8, []  # as the checkpoint says
+        # As the checkpoint says.
+        options.weight_bits, options.group_size, options.keep_float = 8, None, []
     is_coreml = options.target == "coreml"
     config = CompileConfig(
         model=options.model,
@@ -110,6 +120,7 @@ def _compile(options: argparse.Namespace) -> None:
         fft=options.fft,
         calibration_data=options.calibration_data,
         weight_bits=options.weight_bits,
+        group_size=options.group_size,
         keep_float=tuple(options.keep_float),
         output=options.output,
         dump=options.dump,
@@ -136,6 +147,8 @@ def _compile(options: argparse.Namespace) -> None:
 
 
 def _print_bundle(bundle: "Bundle", target: "AnyTarget", notes: Sequence[str], took: float) -> None:
+    from gfcompile.compile.format_summary import format_summary
+
     manifest = bundle.manifest
     precision = manifest.precision
     print(f"\n{manifest.model} for {target.name}: {target.description}")
@@ -147,13 +160,15 @@ def _print_bundle(bundle: "Bundle", target: "AnyTarget", notes: Sequence[str], t
     if manifest.ledger:
         print()
         _print_ledger(manifest.ledger)
+    for line in format_summary(manifest):
+        print(line)
     count = len(manifest.files) + 1
     print(f"\n{bundle.path}: {bundle.size_bytes / 1e6:.1f} MB in {count} files, {took:.1f} s")
     print(f"next: {_next_step(bundle, target)}")
 
 
 def _print_ledger(ledger: Sequence[Mapping[str, Any]]) -> None:
-    _print_table(
+    print_table(
         ("stage", "against", "max abs error", "SQNR dB", "same top-1", "images", "run by"),
         [
             (
@@ -191,6 +206,9 @@ def _next_step(bundle: "Bundle", target: "AnyTarget") -> str:
     if target.gpu is not None:
         name = bundle.path.name
         return f"copy {bundle.path} to the board, and there: {name}/gfbench {name}"
+    if target.cpu.android_api is not None:
+        there = f"/data/local/tmp/{bundle.path.name}"
+        return f"adb push {bundle.path} /data/local/tmp/, then: adb shell {there}/gfbench {there}"
     if target.cpu.arch == platform.machine():
         return f"gfcompile run {bundle.path} PHOTO"
     return f"gfcompile run {bundle.path} PHOTO --device qemu"
@@ -279,7 +297,7 @@ def _analyze(options: argparse.Namespace, progress: "Progress") -> None:
     from gfcompile.quantize.sensitivity_plot import plot
 
     results = analyze_model(quantize_config(options, options.output), progress)
-    _print_table(
+    print_table(
         ("quantized alone", "what", "SQNR dB", "loss", "same top-1"),
         [
             (r.name, r.kind, f"{r.sqnr_db:.1f}", f"{r.loss:.2e}", f"{r.top1_agreement:.1%}")
@@ -304,7 +322,12 @@ def _run(options: argparse.Namespace) -> None:
     from gfcompile.runtime.session import load
 
     results = []
-    with load(options.bundle, device=options.device, threads=options.threads) as session:
+    with load(
+        options.bundle,
+        device=options.device,
+        threads=options.threads,
+        compute_units=options.compute_units,
+    ) as session:
         weights = session.manifest.weights
         if weights.startswith("random"):
             _complain(f"note: weights are {weights}, the classes mean nothing")
@@ -348,7 +371,7 @@ def _models(options: argparse.Namespace) -> None:
         rows = [{key: getattr(s, key) for key in keys} | {"paper": str(s.paper)} for s in specs]
         print(json.dumps(rows, indent=2))
         return
-    _print_table(
+    print_table(
         ("model", "size", "parameters", "MACs", "patches kept", "top-1 as published"),
         [
             (
@@ -421,11 +444,13 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{_one_line(message)}; see {self.prog} --help")
 
 
-_COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], None]]] = {
+_COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], int | None]]] = {
     "compile": ("compile a model to a bundle (what is done if no command is named)", _compile),
     "quantize": ("train a model for int8, and write a quantized checkpoint", _quantize),
     "finetune": ("train a model to drop patches, from its parent's weights", _finetune),
     "run": ("classify images with a bundle", _run),
+    "validate": ("measure a bundle on a device, against a budget", validate_command),
+    "profile": ("time each kernel of a bundle on a device", profile_command),
     "models": ("list the models", _models),
     "targets": ("list the targets, and what int8 means there", _targets),
 }
@@ -588,6 +613,12 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top", type=_positive, default=5, metavar="N", help="classes to print")
     parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="default: 1")
+    parser.add_argument(
+        "--compute-units",
+        choices=("all", "cpu", "cpu-gpu", "cpu-ane"),
+        default="all",
+        help="what Core ML may use, on a Mac (default: all)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -600,6 +631,8 @@ _ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "quantize": _quantize_arguments,
     "finetune": _finetune_arguments,
     "run": _run_arguments,
+    "validate": validate_arguments,
+    "profile": profile_arguments,
     "models": _list_arguments,
     "targets": _list_arguments,
 }
@@ -629,6 +662,12 @@ def _unknown_command(word: str) -> str:
     return f"unknown command {word!r}{hint} (known: {', '.join(_COMMANDS)})"
 
 
+class _Interrupted(KeyboardInterrupt):
+    """By its own name, for one that passes through exec() makes CPython end itself by SIGINT at
+    exit if it is a KeyboardInterrupt precisely, handled or not (run_eval_code_obj in pythonrun.c).
+    """
+
+
 @contextmanager
 def _ending_by_signal() -> Iterator[list[int]]:
     """SIGTERM ends the command as Ctrl-C does, and a second Ctrl-C does not disturb the clean-up.
@@ -645,12 +684,24 @@ def _ending_by_signal() -> Iterator[list[int]]:
         came.append(number)
         for caught in previous:
             signal.signal(caught, signal.SIG_IGN)
-        raise KeyboardInterrupt
+        raise _Interrupted
+
+    def deliver_again(unraisable: "sys.UnraisableHookArgs") -> None:
+        # Python drops what is raised in a destructor or a weak reference's callback.
+        if unraisable.exc_type is _Interrupted:
+            number = signal.Signals(came[0])
+            signal.signal(number, handle)
+            # Later, since what this hook raises is dropped as well.
+            threading.Timer(0.05, _thread.interrupt_main, (number,)).start()
+        else:
+            previous_hook(unraisable)
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous_hook, sys.unraisablehook = sys.unraisablehook, deliver_again
     try:
         yield came
     finally:
+        sys.unraisablehook = previous_hook
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -662,17 +713,6 @@ def _system_failure(error: OSError | MemoryError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full{where}; nothing was written"
     return f"{error.strerror or _one_line(str(error))}{where}"
-
-
-def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], *, right: set[int]) -> None:
-    """Columns as wide as their content; those in `right` are flush right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    for row in (header, *rows):
-        cells = [
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
 
 
 def _count(number: int, what: str) -> str:

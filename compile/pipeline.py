@@ -30,6 +30,8 @@ from gfcompile.compile.progress import Progress, SilentProgress
 from gfcompile.quantize import QuantScheme, is_quantized
 from gfcompile.runtime.bundle import Manifest, Precision
 from gfcompile.runtime.errors import UserError
+from gfcompile.runtime.golden import FOLDER as GOLDEN_FOLDER
+from gfcompile.runtime.golden import views
 from gfcompile.runtime.images import (
     Transform,
     crop,
@@ -71,7 +73,8 @@ class CompileConfig:
             as published.
         fft: the form of the global filters; "auto" chooses by cost on the target.
         calibration_data: a folder of images for int8; None for the photos that gfcompile ships.
-        weight_bits, keep_float: see `QuantizeConfig`; a quantized checkpoint has them decided.
+        weight_bits, group_size, keep_float: see `QuantizeConfig`; a quantized checkpoint has them
+            decided.
         output: the bundle's folder; None for one named after model, target and precision.
         dump: a folder for the graph after each stage, as ONNX files.
         labels: a text file with one class name per line, copied into the bundle.
@@ -90,6 +93,7 @@ class CompileConfig:
     fft: Literal["auto", "native", "dft", "circular"] = "auto"
     calibration_data: Path | None = None
     weight_bits: int = 8
+    group_size: int | None = None
     keep_float: tuple[str, ...] = ()
     output: Path | None = None
     dump: Path | None = None
@@ -179,17 +183,17 @@ class _Job:
             if self.precision != "int8":
                 raise UserError("--calibration-data is for --int8; add it or leave this out")
             self.calibration_files()
-        default = (config.weight_bits, config.keep_float) == (8, ())
+        default = (config.weight_bits, config.group_size, config.keep_float) == (8, None, ())
         if self.precision != "int8" and not default:
-            raise UserError("--weight-bits and --keep-float are for --int8")
-        QuantScheme.with_weight_bits(config.weight_bits)
+            raise UserError("--weight-bits, --group-size and --keep-float are for --int8")
+        QuantScheme.with_weight_bits(config.weight_bits, group_size=config.group_size)
         if self.is_quantized:
             if self.precision != "int8":
                 raise UserError(f"{config.checkpoint} is a quantized checkpoint: add --int8")
             if config.calibration_data is not None or not default:
                 raise UserError(
                     f"{config.checkpoint} is a quantized checkpoint, which has its scales: leave "
-                    "out --calibration-data, --weight-bits and --keep-float"
+                    "out --calibration-data, --weight-bits, --group-size and --keep-float"
                 )
 
     @property
@@ -258,6 +262,7 @@ class _Job:
             "seed": config.seed,
             "calibration": self.calibration_files() if self.is_calibrated else None,
             "weight_bits": config.weight_bits,
+            "group_size": config.group_size,
             "keep_float": config.keep_float,
         }
 
@@ -325,7 +330,7 @@ class _Job:
             keep_ratio=config.keep_ratio,
             seed=config.seed,
         )
-        kept = model.spec.kept_patches
+        kept = model.spec.dropping
         return _Loaded(
             module=model.module,
             transform=model.transform,
@@ -352,6 +357,7 @@ class _Job:
                 module,
                 self.calibration(loaded),
                 weight_bits=config.weight_bits,
+                group_size=config.group_size,
                 keep_float=(*loaded.float_layers, *config.keep_float),
             )
 
@@ -390,7 +396,7 @@ class _Job:
                 pruning=loaded.pruning,
             )
         )
-        self.write_golden(graph, golden, folder)
+        self.write_golden(graph, golden, loaded.transform, folder)
         return Manifest(
             created_by=f"gfcompile {gfcompile.__version__}",
             model=config.model,
@@ -466,15 +472,20 @@ class _Job:
                 notes.append(f"kept in float: {names}")
         return notes
 
-    def write_golden(self, graph: "Graph", golden: Golden, folder: Path) -> None:
-        """One golden input, as pixels, and its logits by the graph in ONNX Runtime."""
+    def write_golden(
+        self, graph: "Graph", golden: Golden, transform: Transform, folder: Path
+    ) -> None:
+        """A golden image, and the logits of it and its other views by the graph in ONNX Runtime."""
         from gfcompile.compile.graph import run
 
-        place = folder / "golden"
+        place = folder / GOLDEN_FOLDER
         place.mkdir()
-        (place / "image.u8").write_bytes(golden.pixels[0].tobytes())
-        logits = run(graph.model, golden.inputs[:1])[0].astype("<f4")
-        (place / "logits.f32").write_bytes(logits.tobytes())
+        image = golden.pixels[0]
+        (place / "image.u8").write_bytes(image.tobytes())
+        inputs = [normalize(view, transform) for view in views(image)]
+        logits = [row.astype("<f4") for row in run(graph.model, inputs)]
+        (place / "logits.f32").write_bytes(logits[0].tobytes())
+        (place / "views.f32").write_bytes(b"".join(row.tobytes() for row in logits))
 
 
 @dataclass(frozen=True, kw_only=True)

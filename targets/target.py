@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from gfcompile.runtime.errors import UserError
+from gfcompile.runtime.roofline import Peaks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,8 @@ class Cpu:
         int8_dot: the instruction that multiplies 4 int8 pairs into an int32, if there is one.
         amx: whether it multiplies tiles of uint8 with int8 (x86 AMX), once the kernel allows it.
         in_order: whether instructions issue in program order (Cortex-A53).
-        glibc: the oldest glibc that the library must load on.
+        glibc: the oldest glibc that the library must load on, unless it is for Android.
+        android_api: the oldest API level of Android that the library must load on; None for glibc.
         cores, clock_ghz: of the (big) cluster.
         fp32_gflops, int8_gops: peak of one core, multiply and add counted as two.
         qemu_cpu: what `qemu-aarch64 -cpu` calls it, where it can stand in.
@@ -34,11 +36,20 @@ class Cpu:
     amx: bool = False
     in_order: bool = False
     glibc: str = "2.27"
+    android_api: int | None = None
     cores: int
     clock_ghz: float
     fp32_gflops: float
     int8_gops: float
     qemu_cpu: str | None = None
+
+    @property
+    def llvm_triple(self) -> str:
+        if self.android_api is None:
+            return f"{self.arch}-linux-gnu"
+        # LLVM then leaves x18 alone, which Android keeps for itself; it does not understand the
+        # name without its second part, and says nothing.
+        return f"{self.arch}-unknown-linux-android{self.android_api}"
 
     @property
     def float_lanes(self) -> int:
@@ -130,10 +141,32 @@ AnyTarget = Target | ModelFormat
 # Short names for what most users of a format want.
 ALIASES = {"tflite": "tflite-xnnpack"}
 
+# Between two dependent kernels of one stream: an estimate, not measured on a board.
+GPU_LAUNCH_US = 5.0
+
 _TARGETS: dict[str, AnyTarget] = {}
 
 
 _Registered = TypeVar("_Registered", Target, ModelFormat)
+
+
+def peaks(target: Target) -> Peaks:
+    """The roofline of the processor that the target's kernels run on."""
+    if target.gpu is not None:
+        return Peaks(
+            float32_gflops=1e3 * target.gpu.fp32_tflops,
+            float16_gflops=1e3 * target.gpu.fp16_tflops,
+            int8_gops=1e3 * target.gpu.int8_tops,
+            bandwidth_gb_s=target.bandwidth_gb_s,
+            call_us=GPU_LAUNCH_US,
+        )
+    return Peaks(
+        float32_gflops=target.cpu.fp32_gflops,
+        float16_gflops=target.cpu.fp32_gflops,  # float16 is storage here, never arithmetic
+        int8_gops=target.cpu.int8_gops,
+        bandwidth_gb_s=target.bandwidth_gb_s,
+        cores=target.cpu.cores,
+    )
 
 
 def register_target(target: _Registered) -> _Registered:
@@ -173,4 +206,4 @@ def all_targets() -> tuple[AnyTarget, ...]:
 
 
 def _import_all() -> None:
-    from gfcompile.targets import jetson, phones, raspberry_pi, x86  # noqa: F401 - they register
+    from gfcompile.targets import android, jetson, phones, raspberry_pi, x86  # noqa: F401 - they register

@@ -1,13 +1,16 @@
 """A static plan of kernels, which the C runtime of this project executes."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-from gfcompile.compile.emission import Emission, EmissionRequest
+from gfcompile.compile.emission import Emission, EmissionRequest, Pruning
 from gfcompile.compile.verify import verify
 from gfcompile.runtime.bundle import TensorSpec
-from gfcompile.targets.target import Target
+from gfcompile.targets.target import Target, peaks
 from gfcompile.targets.tvm.emit import emit
-from gfcompile.targets.tvm.partition import partition
+from gfcompile.targets.tvm.kernel import SelectTokens
+from gfcompile.targets.tvm.partition import Program, partition
 
 if TYPE_CHECKING:
     from gfcompile.compile.graph import Graph
@@ -30,6 +33,7 @@ def emit_plan(request: EmissionRequest, target: Target) -> Emission:
             library=library,
             mean=transform.mean,
             std=transform.std,
+            group_size=graph.group_size,
         )
     with request.progress.stage("verify the artifact"):
         entry, notes = verify(
@@ -67,18 +71,44 @@ def emit_plan(request: EmissionRequest, target: Target) -> Emission:
         extra={
             "mcpu": target.cpu.mcpu,
             "qemu_cpu": target.cpu.qemu_cpu,
+            "peaks": asdict(peaks(target)),
+            "pruning": _pruning(request.pruning, program),
             "arena_bytes": artifact.arena.size_bytes,
             "arena_lower_bound_bytes": artifact.arena.lower_bound_bytes,
         },
     )
 
 
+def _pruning(pruning: Pruning | None, program: Program) -> Mapping[str, Any]:
+    """How a report finds the patches that were kept, in a trace of the bundle; JSON values."""
+    if pruning is None:
+        return {}
+    chooses = {
+        call.writes["y"]: call.kernel.tokens
+        for call in program.calls
+        if isinstance(call.kernel, SelectTokens)
+    }
+    return {
+        "patches": chooses[program.selections[0].tensor],
+        "kept": list(pruning.kept),
+        "chosen_anew": pruning.chosen_anew,
+        "selections": [
+            {"tensor": s.tensor, "leading": s.leading, "offset": s.offset}
+            for s in program.selections
+        ],
+    }
+
+
 def _storage(graph: "Graph", packed_bytes: int) -> str:
     """What an int8 bundle holds."""
-    four_bits = graph.scheme["weight"]["high"] <= 7
-    if four_bits and packed_bytes:
+    if graph.has_int4 and packed_bytes and graph.group_size is not None:
+        weights = (
+            f"int4 weights in groups of {graph.group_size} (expanded to int8 when loaded), "
+            "int8 activations"
+        )
+    elif graph.has_int4 and packed_bytes:
         weights = "int4 weights (expanded to int8 when loaded), int8 activations"
-    elif four_bits:
+    elif graph.has_int4:
         weights = "weights of 4 bits as int8, int8 activations"
     else:
         weights = "int8 products"

@@ -7,6 +7,7 @@ from gfcompile.targets.tvm.kernel import (
     ActStorage,
     Attention,
     CircularFilter,
+    Conv,
     Dense,
     Dequantize,
     DftFilter,
@@ -25,6 +26,7 @@ from gfcompile.targets.tvm.kernel import (
 from gfcompile.targets.tvm.schedules import (
     cpu_amx,
     cpu_attention,
+    cpu_conv,
     cpu_dense,
     cpu_filter,
     cpu_norm,
@@ -32,6 +34,7 @@ from gfcompile.targets.tvm.schedules import (
     cpu_select,
     cpu_tokens,
     gpu_attention,
+    gpu_conv,
     gpu_dense,
     gpu_filter,
     gpu_norm,
@@ -51,6 +54,7 @@ def _dense_cpu(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
 # Kernel class -> its schedule on a CPU, its schedule on a GPU.
 _SCHEDULES: dict[type, tuple[Callable[..., Scheduled], Callable[..., Scheduled]]] = {
     Dense: (_dense_cpu, gpu_dense.schedule_dense),
+    Conv: (cpu_conv.schedule_conv, gpu_conv.schedule_conv),
     LayerNorm: (cpu_norm.schedule_layer_norm, gpu_norm.schedule_layer_norm),
     DftFilter: (cpu_filter.schedule_dft_filter, gpu_filter.schedule_dft_filter),
     CircularFilter: (cpu_filter.schedule_circular_filter, gpu_filter.schedule_circular_filter),

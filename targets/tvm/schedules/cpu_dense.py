@@ -38,8 +38,10 @@ from gfcompile.targets.tvm.schedules.math import Expr, gelu, half_to_float, quan
 
 __all__ = [
     "act_storage",
+    "choose_tile",
     "epilogue_width",
     "fits_registers",
+    "packing",
     "registers",
     "schedule_dense",
     "tile_cycles",
@@ -317,10 +319,13 @@ def finish(
     value = acc
     if operands.scale is not None:
         value = tirx.Cast("float32", acc) * operands.scale[column]
-    value = gelu(value) if kernel.gelu else value
+    if kernel.gelu and not kernel.residual_first:
+        value = gelu(value)
     if rows:
         addend = operands.residual[row if rows >= kernel.m else row % rows, column]
         value = value + (half_to_float(addend) if kernel.residual_dtype == "float16" else addend)
+    if kernel.gelu and kernel.residual_first:
+        value = gelu(value)
     if kernel.out != "int8":
         return value
     quant = operands.quant
