@@ -156,6 +156,8 @@ def _dft_tile(cpu: Cpu) -> _Tile:
         return _Tile(rows=6, columns=4, vectors=4)
     if cpu.vector_registers >= 32:
         return _Tile(rows=8, columns=2, vectors=1)
+    if cpu.vector_bytes == 16:  # blocks of 16 channels as on better x86, whose constants they share
+        return _Tile(rows=3, columns=4, vectors=4)
     return _Tile(rows=6, columns=2, vectors=2)
 
 
