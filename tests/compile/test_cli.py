@@ -445,7 +445,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     """Stands in for the runtime; what it was asked to load."""
     asked: list[tuple[object, ...]] = []
 
-    def load(bundle: Path, *, device: str, threads: int) -> FakeSession:
+    def load(bundle: Path, *, device: str, threads: int, compute_units: str) -> FakeSession:
+        assert compute_units == "all"
         asked.append((bundle, device, threads))
         return FakeSession()
 
