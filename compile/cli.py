@@ -321,8 +321,8 @@ def _analyze(options: argparse.Namespace, progress: "Progress") -> None:
     path = options.plot or Path(f"{options.model}-sensitivity.svg")
     path.write_text(plot(results, title=f"{options.model}: loss of quantizing one layer alone"))
     print(
-        f"\nover up to {ANALYSED_IMAGES} images; filters stay in float, the rows show what int8 "
-        f"would cost them\n{path}: the plot"
+        f"\nover up to {ANALYSED_IMAGES} images; filters stay in float unless --int8-filter makes "
+        f"circular int8 of them\n{path}: the plot"
     )
 
 

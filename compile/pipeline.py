@@ -112,6 +112,7 @@ def compile_model(
     progress: Progress | None = None,
     *,
     module: "nn.Module | None" = None,
+    pruning: Pruning | None = None,
 ) -> Bundle:
     """Compiles what `config` says into a bundle, which appears at its output whole or not at all.
 
@@ -120,6 +121,8 @@ def compile_model(
         progress: told of stages and of whatever is not as the user might think.
         module: a torch module of your own, (1, 3, image_size, image_size) -> (1, classes), in
             place of a model of the zoo; `config.image_size` is then needed.
+        pruning: how that module drops patches, if it does. Which ones it keeps is then compared;
+            otherwise another choice between two of nearly the same score is an error.
 
     Raises:
         UserError: something in `config` that cannot be.
@@ -127,7 +130,7 @@ def compile_model(
     """
     progress = progress or SilentProgress()
     target = find_target(config.target)
-    job = _Job(config=config, target=target, progress=progress, module=module)
+    job = _Job(config=config, target=target, progress=progress, module=module, pruning=pruning)
     output = config.output or default_output(config.model, target.name, job.precision)
     check_output(output)
     job.check()
@@ -150,6 +153,7 @@ class _Job:
     target: AnyTarget
     progress: Progress
     module: "nn.Module | None"
+    pruning: Pruning | None
 
     @property
     def precision(self) -> RequestedPrecision:
@@ -329,6 +333,7 @@ class _Job:
                 transform=imagenet_transform(config.image_size),
                 weights="a module given by the caller",
                 is_random=False,
+                pruning=self.pruning,
             )
         model: LoadedModel = load_model(
             config.model,
