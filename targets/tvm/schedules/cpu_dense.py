@@ -37,8 +37,12 @@ from gfcompile.targets.tvm.schedules.cpu_dot import (
 from gfcompile.targets.tvm.schedules.math import Expr, gelu, half_to_float, quantize
 
 __all__ = [
+    "Blocks",
+    "Columns",
+    "Runs",
     "act_storage",
     "choose_tile",
+    "clamped",
     "epilogue_width",
     "fits_registers",
     "packing",
@@ -201,7 +205,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class _Blocks:
+class Blocks:
     """Packed weights, (blocks, k / group, elements), as `tile_sums` indexes them."""
 
     buffer: Buffer
@@ -218,7 +222,7 @@ class _Blocks:
 
 
 @dataclass(frozen=True)
-class _Runs:
+class Runs:
     """A row of values for all columns, indexed by places in a tile."""
 
     buffer: Buffer
@@ -243,8 +247,8 @@ def _dense(kernel: Dense, k: int, columns: Columns, storage: ActStorage) -> Any:
             group = task // blocks // columns.group_tiles
             first = I.bind(columns.first(task // blocks))
             runs = columns.runs(group, first)
-            w = _Blocks(operands.w, columns, group * columns.group_blocks)
-            bias = _Runs(operands.bias, runs)
+            w = Blocks(operands.w, columns, group * columns.group_blocks)
+            bias = Runs(operands.bias, runs)
             with I.serial(row_tiles // blocks) as i:
                 at_row = (task % blocks * (row_tiles // blocks) + i) * tile.rows
                 row = I.bind(clamped(at_row, m - tile.rows, m % tile.rows != 0))
