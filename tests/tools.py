@@ -11,6 +11,7 @@ import pytest
 # The Debian package that brings each tool.
 _PACKAGES = {
     "qemu-aarch64": "qemu-user",
+    "qemu-x86_64": "qemu-user",
     "gcc": "gcc",
     "cc": "gcc",
     "readelf": "binutils",
@@ -50,6 +51,14 @@ def qemu_aarch64(cpu: str) -> list[str]:
         cpu: as `Cpu.qemu_cpu` says it.
     """
     return [need("qemu-aarch64"), "-cpu", cpu, "-L", need_arm64_sysroot()]
+
+
+def need_chromium() -> str:
+    """The path of a Chromium for Playwright to drive, or the end of the test that needs it."""
+    if importlib.util.find_spec("playwright") is None:
+        _lacking("playwright", "none; pip install -e '.[dev]'")
+    others = (shutil.which(name) for name in ("chromium", "google-chrome"))
+    return next((path for path in others if path), None) or need("chromium-headless-shell")
 
 
 def in_ci() -> bool:
