@@ -103,7 +103,7 @@ def profile_command(options: argparse.Namespace) -> int:
     """Prints the kernels, the slowest first."""
     from gfcompile.runtime.bundle import read_manifest
     from gfcompile.runtime.errors import UserError
-    from gfcompile.runtime.roofline import target_peaks
+    from gfcompile.runtime.roofline import KernelCost, kernel_costs, roofline, target_peaks
 
     options.runs = 50 if options.runs is None else options.runs
     result = _validated(options, Budget(), None, quiet=options.json)
@@ -113,16 +113,15 @@ def profile_command(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([_kernel_json(kernel) for kernel in kernels], indent=1))
         return 0
-    peaks = target_peaks(read_manifest(options.bundle))
+    manifest = read_manifest(options.bundle)
+    peaks, costs = target_peaks(manifest), kernel_costs(manifest)
     total_us = sum(kernel.median_us for kernel in kernels)
     rows: list[tuple[str, ...]] = []
     for kernel in kernels:
-        roof = "-"
-        if peaks is not None and kernel.flops is not None and kernel.bytes is not None:
-            least_us, bound = peaks.least_us(
-                kernel.flops, kernel.bytes, kernel.arithmetic, options.threads
-            )
-            roof = f"{_ratio(least_us, kernel.median_us):.0%} of {bound}"
+        cost = costs.get(kernel.kernel, KernelCost())
+        least = None if peaks is None else roofline(peaks, cost, options.threads)
+        share = "-" if least is None else f"{_ratio(least.us, kernel.median_us):.0%}"
+        roof = share if least is None else f"{share} of {least.bound}"
         rows.append(
             (
                 kernel.label,
@@ -234,7 +233,7 @@ def _print_latency(result: ValidationResult) -> None:
 def _print_numbers(result: ValidationResult) -> None:
     numbers = result.numbers
     if numbers is None:
-        print(f"  {'numbers':<12} not checked: the bundle has no golden data")
+        print(f"  {'numbers':<12} not checked, for want of golden data or of outputs")
         return
     sqnr = "equal" if numbers.sqnr_db is None else f"SQNR {numbers.sqnr_db:.1f} dB"
     agreement = f"same class {numbers.top1_agreement or 0:.0%} of {numbers.inferences}, "

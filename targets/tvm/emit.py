@@ -17,7 +17,7 @@ import gfcompile.runtime.device as runtime_device
 from gfcompile.quantize.int4 import fits_int4, pack_int4
 from gfcompile.runtime.bench import BENCH_NAME
 from gfcompile.runtime.errors import CompileError
-from gfcompile.targets.target import Cpu, Gpu, Target
+from gfcompile.targets.target import Cpu, Gpu, Target, peaks
 from gfcompile.targets.tvm import cuda, link
 from gfcompile.targets.tvm.cost import costs
 from gfcompile.targets.tvm.grouped import GroupedRows, find_rows
@@ -228,7 +228,9 @@ def emit(
         plan=plans[0],
         arena=built[0][1],
         kernels=tuple(
-            record for level in levels for record in _kernel_records(program, level, module, target)
+            record
+            for number, level in enumerate(levels)
+            for record in _kernel_records(program, level, number, module, target)
         ),
         cuda_source="" if module is None else module.source,
         better_plans=tuple(plans[1:]),
@@ -399,7 +401,7 @@ def _workspace_bytes(functions: Mapping[Kernel, Sequence[_Function]]) -> int:
 
 
 def _kernel_records(
-    program: Program, level: _Level, module: cuda.CudaModule | None, target: Target
+    program: Program, level: _Level, number: int, module: cuda.CudaModule | None, target: Target
 ) -> tuple[Mapping[str, Any], ...]:
     uses: dict[Kernel, int] = {}
     for call in program.calls:
@@ -417,6 +419,8 @@ def _kernel_records(
                 **dataclasses.asdict(cost),
                 "issue_us": round(issue_us(instructions, target), 4),
             }
+            if number:  # a better CPU than the one whose peaks the manifest has
+                record |= {"level": number, "peak_gops": peaks(target).rate(cost.arithmetic)}
             if module is not None:
                 record |= dataclasses.asdict(module.kernels[function.name])
             records.append(record)
