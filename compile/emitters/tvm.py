@@ -1,6 +1,8 @@
 """A static plan of kernels, which the C runtime of this project executes."""
 
-from typing import TYPE_CHECKING
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from gfcompile.compile.emission import Emission, EmissionRequest
 from gfcompile.compile.verify import verify
@@ -8,20 +10,29 @@ from gfcompile.runtime.bundle import TensorSpec
 from gfcompile.targets.target import Target
 from gfcompile.targets.tvm.emit import emit
 from gfcompile.targets.tvm.partition import partition
+from gfcompile.targets.tvm.tuning import database
 
 if TYPE_CHECKING:
     from gfcompile.compile.graph import Graph
 
 
-def emit_plan(request: EmissionRequest, target: Target) -> Emission:
+def emit_plan(
+    request: EmissionRequest, target: Target, tuning_db: Path | Literal["shipped", "none"]
+) -> Emission:
     """Kernels, plan and weights for `target`, run here against the graph if this machine can.
+
+    Args:
+        tuning_db: see `CompileConfig`.
 
     Raises:
         CompileError: a node that nothing takes, or an artifact whose numbers are wrong.
+        UserError: a tuning database that is none.
     """
     graph, transform = request.graph, request.transform
     with request.progress.stage("compile the kernels"):
         program = partition(graph.model)
+        kernels = dict.fromkeys(call.kernel for call in program.calls)
+        tuned = _tuning(tuning_db).tuned(kernels, target)
         library = f"lib{request.model}.so"
         artifact = emit(
             program,
@@ -30,6 +41,7 @@ def emit_plan(request: EmissionRequest, target: Target) -> Emission:
             library=library,
             mean=transform.mean,
             std=transform.std,
+            tuned=tuned,
         )
     with request.progress.stage("verify the artifact"):
         entry, notes = verify(
@@ -69,8 +81,18 @@ def emit_plan(request: EmissionRequest, target: Target) -> Emission:
             "qemu_cpu": target.cpu.qemu_cpu,
             "arena_bytes": artifact.arena.size_bytes,
             "arena_lower_bound_bytes": artifact.arena.lower_bound_bytes,
+            "tuned_kernels": dict(Counter(found.how for found in tuned.values())),
         },
     )
+
+
+def _tuning(tuning_db: Path | Literal["shipped", "none"]) -> database.Database:
+    if tuning_db == "none":
+        return database.Database()
+    if tuning_db == "shipped":
+        return database.shipped()
+    assert isinstance(tuning_db, Path)
+    return database.load(tuning_db).over(database.shipped())
 
 
 def _storage(graph: "Graph", packed_bytes: int) -> str:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import tvm
@@ -18,6 +18,7 @@ from gfcompile.runtime.bench import BENCH_NAME
 from gfcompile.runtime.errors import CompileError
 from gfcompile.targets.target import Cpu, Target
 from gfcompile.targets.tvm import cuda, link
+from gfcompile.targets.tvm.choices import Choice, to_json
 from gfcompile.targets.tvm.kernel import (
     ActStorage,
     Array,
@@ -61,6 +62,18 @@ class Artifact:
     cuda_source: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What a tuning database says of a kernel.
+
+    Attributes:
+        how: "measured" on a device, or "static": estimated without one.
+    """
+
+    choice: Choice
+    how: Literal["measured", "static"]
+
+
 @dataclass(frozen=True)
 class _Function:
     """A compiled function: its TIR, and the names of its parameters in TIR order."""
@@ -95,6 +108,7 @@ def emit(
     library: str,
     mean: tuple[float, float, float] | None,
     std: tuple[float, float, float] | None,
+    tuned: Mapping[Kernel, Tuned] | None = None,
 ) -> Artifact:
     """Writes `library`, plan.bin, weights.bin and, for a GPU, kernels.ptx and kernels.cubin.
 
@@ -102,12 +116,17 @@ def emit(
         folder: exists; the files are written into it.
         library: file name of the shared library.
         mean, std: the normalization of the image input, if it is one.
+        tuned: kernels that a tuning database knows; the schedules' own rules serve the others.
 
     Raises:
         CompileError: a kernel that cannot be compiled for the target.
     """
     storage = act_storage(target)
-    scheduled = {call.kernel: schedule(call.kernel, target, storage) for call in program.calls}
+    tuned = tuned or {}
+    scheduled = {
+        kernel: schedule(kernel, target, storage, tuned[kernel].choice if kernel in tuned else None)
+        for kernel in dict.fromkeys(call.kernel for call in program.calls)
+    }
     functions = _functions(scheduled)
     module = None
     if target.gpu is None:
@@ -162,7 +181,7 @@ def emit(
     return Artifact(
         plan=plan,
         arena=arena,
-        kernels=_kernel_records(program, functions, module),
+        kernels=_kernel_records(program, functions, module, tuned),
         cuda_source="" if module is None else module.source,
     )
 
@@ -283,6 +302,7 @@ def _kernel_records(
     program: Program,
     functions: Mapping[Kernel, Sequence[_Function]],
     module: cuda.CudaModule | None,
+    tuned: Mapping[Kernel, Tuned],
 ) -> tuple[Mapping[str, Any], ...]:
     uses: dict[Kernel, int] = {}
     for call in program.calls:
@@ -293,6 +313,9 @@ def _kernel_records(
             record: dict[str, Any] = {"name": function.name, "calls": uses[kernel]}
             if module is not None:
                 record |= dataclasses.asdict(module.kernels[function.name])
+            if kernel in tuned:
+                record["tuned"] = tuned[kernel].how
+                record["choice"] = to_json(tuned[kernel].choice)
             records.append(record)
     return tuple(records)
 

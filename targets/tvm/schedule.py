@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gfcompile.targets.target import Target
+from gfcompile.targets.tvm.choices import Choice
 from gfcompile.targets.tvm.kernel import (
     ActStorage,
     Attention,
@@ -67,10 +68,19 @@ def act_storage(target: Target) -> ActStorage:
     return ActStorage() if target.gpu else cpu_dense.act_storage(target.cpu)
 
 
-def schedule(kernel: Kernel, target: Target, storage: ActStorage) -> Scheduled:
-    """The functions that compute `kernel` on `target`."""
+def schedule(
+    kernel: Kernel, target: Target, storage: ActStorage, choice: Choice | None = None
+) -> Scheduled:
+    """The functions that compute `kernel` on `target`.
+
+    Args:
+        choice: of the kernel's design space, see `choices`; by default the schedule's own rule.
+    """
     device: Any = target.gpu or target.cpu
+    chosen = () if choice is None else (choice,)
     if isinstance(kernel, Generic):
-        return (schedule_generic_gpu if target.gpu else schedule_generic_cpu)(kernel, device)
+        if target.gpu:
+            return schedule_generic_gpu(kernel, device)
+        return schedule_generic_cpu(kernel, device, *chosen)
     on_cpu, on_gpu = _SCHEDULES[type(kernel)]
-    return (on_gpu if target.gpu else on_cpu)(kernel, device, storage)
+    return (on_gpu if target.gpu else on_cpu)(kernel, device, storage, *chosen)

@@ -11,9 +11,10 @@ overlaps the one before it and computes the same numbers again. Two tasks may so
 bytes to the same place; results do not depend on how tasks are split.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from tvm import tirx
@@ -34,7 +35,9 @@ from gfcompile.targets.tvm.schedules.cpu_dot import (
 from gfcompile.targets.tvm.schedules.math import Expr, gelu, half_to_float, quantize
 
 __all__ = [
+    "DenseChoice",
     "act_storage",
+    "dense_choices",
     "epilogue_width",
     "fits_registers",
     "registers",
@@ -54,12 +57,59 @@ _LATENCY = 4
 _TILE_START = 30
 # Vectors of accumulators in a tile: more hide no further latency, and every one is code.
 _ACCUMULATORS = 24
+# Tiles that the model calls slower than this, compared with its best, are not worth measuring.
+_WORTH_MEASURING = 1.5
+
+Order = Literal["panels", "rows"]
 
 
-def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
-    """The dense kernel for `cpu`."""
+@dataclass(frozen=True, kw_only=True)
+class DenseChoice:
+    """What a dense kernel may do one way or another; its results are the same bits either way.
+
+    Attributes:
+        rows, vectors: the register tile.
+        unroll: chunks of k in the unrolled inner loop.
+        order: what the outer loop goes over. "panels" keeps a panel of weights in cache while
+            all rows pass by, "rows" a tile of rows while all weights do.
+    """
+
+    rows: int
+    vectors: int
+    unroll: int = 1
+    order: Order = "panels"
+
+    @property
+    def tile(self) -> Tile:
+        return Tile(rows=self.rows, vectors=self.vectors)
+
+
+def dense_choices(kernel: Dense, cpu: Cpu) -> Sequence[DenseChoice]:
+    """Every choice that is worth measuring, the likeliest first: the default one leads."""
     product = product_of(kernel, cpu)
-    tile = choose_tile(kernel, product, cpu.vector_registers)
+    cycles = {
+        tile: _cycles(kernel, product, tile)
+        for tile in _tiles(kernel, product, cpu.vector_registers)
+    }
+    best = min(cycles.values())
+    near = [tile for tile in cycles if cycles[tile] <= _WORTH_MEASURING * best]
+    return [
+        DenseChoice(rows=tile.rows, vectors=tile.vectors, unroll=unroll, order=order)
+        for tile in sorted(near, key=lambda tile: cycles[tile])
+        for order in get_args(Order)
+        for unroll in (1, 2)
+    ]
+
+
+def schedule_dense(
+    kernel: Dense, cpu: Cpu, storage: ActStorage, choice: DenseChoice | None = None
+) -> Scheduled:
+    """The dense kernel for `cpu`, by default as its model of a core chooses."""
+    product = product_of(kernel, cpu)
+    if choice is None:
+        tile = choose_tile(kernel, product, cpu.vector_registers)
+        choice = DenseChoice(rows=tile.rows, vectors=tile.vectors)
+    tile = choice.tile
     k = ceil(kernel.k / product.group) * product.group
     steps, temps = [], {}
     x = "x"
@@ -75,27 +125,34 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
     args += ["residual"] if kernel.residual_rows else []
     args += ["quant"] if kernel.out == "int8" else []
     args += ["y"]
-    steps.append(Step(func=_dense(kernel, k, product, tile, storage), args=tuple(args)))
+    steps.append(Step(func=_dense(kernel, k, product, choice, storage), args=tuple(args)))
     return Scheduled(steps=tuple(steps), pack=_packing(kernel, product, tile, storage), temps=temps)
 
 
 def choose_tile(kernel: Dense, product: Product, registers: int) -> Tile:
     """The register tile that takes the fewest cycles, by the model above."""
+    tiles = _tiles(kernel, product, registers)
+    return min(tiles, key=lambda tile: _cycles(kernel, product, tile))
 
-    def cycles(tile: Tile) -> float:
-        outputs = tile.rows * tile.vectors * product.columns / product.lanes
-        epilogue = _INSTRUCTION * outputs * (28 if kernel.gelu else 6)
-        row_tiles, panels = ceil(kernel.m / tile.rows), _panels(kernel, product, tile)
-        return row_tiles * panels * (tile_cycles(product, tile, kernel.k) + epilogue)
 
-    tiles = [
+def _tiles(kernel: Dense, product: Product, registers: int) -> Iterable[Tile]:
+    """The tiles that fit the registers and reach beyond neither rows nor columns."""
+    tiles = (
         Tile(rows=rows, vectors=vectors)
         for rows in range(min(kernel.m, registers), 0, -1)
         for vectors in range(product.vector_step, registers, product.vector_step)
         if vectors * product.columns <= kernel.n // kernel.out_groups
         or vectors == product.vector_step
-    ]
-    return min((tile for tile in tiles if fits_registers(product, tile, registers)), key=cycles)
+    )
+    return (tile for tile in tiles if fits_registers(product, tile, registers))
+
+
+def _cycles(kernel: Dense, product: Product, tile: Tile) -> float:
+    """Cycles of the whole kernel, by the model above."""
+    outputs = tile.rows * tile.vectors * product.columns / product.lanes
+    epilogue = _INSTRUCTION * outputs * (28 if kernel.gelu else 6)
+    row_tiles, panels = ceil(kernel.m / tile.rows), _panels(kernel, product, tile)
+    return row_tiles * panels * (tile_cycles(product, tile, kernel.k) + epilogue)
 
 
 def fits_registers(product: Product, tile: Tile, registers: int) -> bool:
@@ -111,14 +168,17 @@ def tile_cycles(product: Product, tile: Tile, k: int) -> float:
     return ceil(k / product.group) * step + _TILE_START
 
 
-def _dense(kernel: Dense, k: int, product: Product, tile: Tile, storage: ActStorage) -> Any:
+def _dense(
+    kernel: Dense, k: int, product: Product, choice: DenseChoice, storage: ActStorage
+) -> Any:
     """The kernel as a PrimFunc; k is rounded up to whole groups."""
-    m, n = kernel.m, kernel.n
+    m, n, tile = kernel.m, kernel.n, choice.tile
     columns = tile.vectors * product.columns
     group_columns = n // kernel.out_groups
     panels, row_tiles = _panels(kernel, product, tile), ceil(m / tile.rows)
     group_panels = panels // kernel.out_groups
-    blocks = _row_blocks(row_tiles, panels)
+    outer, inner = (panels, row_tiles) if choice.order == "panels" else (row_tiles, panels)
+    blocks = _blocks(inner, outer)
     y_dtype = storage.dtype if kernel.out == "int8" else "float32"
 
     with IRBuilder() as builder, I.prim_func(s_tir=True):
@@ -149,25 +209,27 @@ def _dense(kernel: Dense, k: int, product: Product, tile: Tile, storage: ActStor
             values = [quant[group, i] for i in range(4)] if groups > 1 else quant
             return quantize(value, values, storage)
 
-        with I.parallel(panels * blocks) as task:
-            panel = task // blocks
+        with (
+            I.parallel(outer * blocks) as task,
+            I.serial(inner // blocks) as i,
+        ):
+            first, second = task // blocks, task % blocks * (inner // blocks) + i
+            panel, row_tile = (first, second) if choice.order == "panels" else (second, first)
             group = panel // group_panels
             overlaps = group_panels * columns > group_columns
             within = _clamped(panel % group_panels * columns, group_columns - columns, overlaps)
             column = I.bind(group * group_columns + within)
-            with I.serial(row_tiles // blocks) as i:
-                first = (task % blocks * (row_tiles // blocks) + i) * tile.rows
-                row = I.bind(_clamped(first, m - tile.rows, m % tile.rows != 0))
-                sums = tile_sums(x, w, bias, row, panel, column, k, product, tile)
-                width = min(group_columns, columns)
-                vector = epilogue_width(width, product.lanes, kernel.out)
-                for r in range(tile.rows):
-                    for start in range(0, width, vector):
-                        # Where a vector does not fit any more, it overlaps the one before it.
-                        at = min(start, width - vector)
-                        with I.vectorized(vector) as lane:
-                            value = finish(sums[r][at + lane], row + r, column + at + lane, group)
-                            I.buffer_store(y, value, [row + r, column + at + lane])
+            row = I.bind(_clamped(row_tile * tile.rows, m - tile.rows, m % tile.rows != 0))
+            sums = tile_sums(x, w, bias, row, panel, column, k, product, tile, choice.unroll)
+            width = min(group_columns, columns)
+            vector = epilogue_width(width, product.lanes, kernel.out)
+            for r in range(tile.rows):
+                for start in range(0, width, vector):
+                    # Where a vector does not fit any more, it overlaps the one before it.
+                    at = min(start, width - vector)
+                    with I.vectorized(vector) as lane:
+                        value = finish(sums[r][at + lane], row + r, column + at + lane, group)
+                        I.buffer_store(y, value, [row + r, column + at + lane])
     return builder.get()
 
 
@@ -181,8 +243,13 @@ def tile_sums(
     k: int,
     product: Product,
     tile: Tile,
+    unroll: int = 1,
 ) -> list[Buffer]:
-    """Builds bias + x @ w for one tile: a buffer of columns for each row, all in registers."""
+    """Builds bias + x @ w for one tile: a buffer of columns for each row, all in registers.
+
+    Args:
+        unroll: chunks of k in the inner loop.
+    """
     rows, vectors, lanes = tile.rows, tile.vectors, product.lanes
     dtype = f"{product.acc_dtype}x{lanes}"
     across = isinstance(product, WideningNeon)  # a vector is the partial sums of one column
@@ -215,9 +282,13 @@ def tile_sums(
             store(acc, start, r, v)
     per_chunk = product.chunk // product.group
     chunks, left = divmod(k // product.group, per_chunk)
+    together = min(unroll, max(chunks, 1))
     if chunks:
-        with I.serial(chunks) as chunk:
-            multiply(chunk * per_chunk, per_chunk)
+        with I.serial(chunks // together) as step:
+            for i in range(together):
+                multiply((step * together + i) * per_chunk, per_chunk)
+    for chunk in range(chunks // together * together, chunks):
+        multiply(chunk * per_chunk, per_chunk)
     for g in range(left):
         multiply(chunks * per_chunk + g, 1)
     if not isinstance(product, WideningNeon):
@@ -304,10 +375,10 @@ def _pad_columns(kernel: Dense, columns: int) -> int:
     return max(0, columns - kernel.n // kernel.out_groups)
 
 
-def _row_blocks(row_tiles: int, panels: int) -> int:
-    """Into how many equal blocks to split the tiles of rows, so that there are tasks enough."""
-    divisors = [d for d in range(1, row_tiles + 1) if row_tiles % d == 0]
-    return next((d for d in divisors if d * panels >= _TASKS), row_tiles)
+def _blocks(inner: int, outer: int) -> int:
+    """Into how many equal blocks to split the inner loop, so that there are tasks enough."""
+    divisors = [d for d in range(1, inner + 1) if inner % d == 0]
+    return next((d for d in divisors if d * outer >= _TASKS), inner)
 
 
 def _clamped(value: Expr, highest: int, needed: bool) -> Expr:
