@@ -73,16 +73,14 @@ def _rounds(
     compares = [m for m in map(_COMPARE.match, body) if m is not None and m[2] == predicate]
     if len(compares) == 1 and not negated:
         kind, _, counter, bound = compares[0].groups()
-        steps = [
-            int(m[1])
-            for line in body
-            if (m := re.match(rf"^add\.s32\s+{re.escape(counter)}, %r\d+, (\d+);", line))
-        ]
-        before = re.compile(rf"^mov\.[ub]32\s+{re.escape(counter)}, 0;")
-        starts = any(before.match(line) for line in lines[:begin])
-        whole = len(steps) == 1 and steps[0] > 0
-        if starts and whole and (kind == "lt" or int(bound) % steps[0] == 0):
-            return -(-int(bound) // steps[0])
+        added = re.compile(rf"^add\.s32\s+{re.escape(counter)}, (%r\d+), (\d+);")
+        steps = [m.groups() for m in map(added.match, body) if m is not None]
+        if len(steps) == 1:
+            before, step = steps[0][0], int(steps[0][1])
+            zero = re.compile(rf"^mov\.[ub]32\s+{re.escape(before)}, 0;")
+            starts = any(zero.match(line) for line in lines[:begin])
+            if starts and step and (kind == "lt" or int(bound) % step == 0):
+                return -(-int(bound) // step)
     raise ValueError(f"no count of the loop at {lines[begin]}")
 
 
