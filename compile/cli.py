@@ -18,6 +18,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gfcompile import __version__
+from gfcompile.compile.device_commands import (
+    profile_arguments,
+    profile_command,
+    validate_arguments,
+    validate_command,
+)
+from gfcompile.compile.tables import print_table
 from gfcompile.compile.training_options import (
     add_finetuning_arguments,
     add_quantization_arguments,
@@ -47,16 +54,17 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code.
 
-    0 done, 1 it could not be done, 2 it was asked for wrongly, 130 interrupted.
+    0 done, 1 it could not be done or a demand was missed, 2 it was asked for wrongly, 3 a device
+    could not be asked, 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
         with _ending_by_signal() as ended_by:
             options = _parse(arguments)
-            options.command(options)
+            code: int | None = options.command(options)
             sys.stdout.flush()
-        return 0
+        return code or 0
     except KeyboardInterrupt as interrupt:
         _complain(f"interrupted; {interrupt if interrupt.args else 'nothing was written'}")
         return 128 + (ended_by[0] if ended_by else signal.SIGINT)
@@ -155,7 +163,7 @@ def _print_bundle(bundle: "Bundle", target: "AnyTarget", notes: Sequence[str], t
 
 
 def _print_ledger(ledger: Sequence[Mapping[str, Any]]) -> None:
-    _print_table(
+    print_table(
         ("stage", "against", "max abs error", "SQNR dB", "same top-1", "images", "run by"),
         [
             (
@@ -284,7 +292,7 @@ def _tune(options: argparse.Namespace) -> None:
         return
     estimated = "" if tuned.how == "measured" else " (static: an estimate, nothing was measured)"
     print(f"\n{config.model} for {config.target}, {tuned.how} on {tuned.device}{estimated}")
-    _print_table(
+    print_table(
         ("kernel", "calls", "default", "best", "trials", "failed"),
         [
             (
@@ -323,7 +331,7 @@ def _analyze(options: argparse.Namespace, progress: "Progress") -> None:
     from gfcompile.quantize.sensitivity_plot import plot
 
     results = analyze_model(quantize_config(options, options.output), progress)
-    _print_table(
+    print_table(
         ("quantized alone", "what", "SQNR dB", "loss", "same top-1"),
         [
             (r.name, r.kind, f"{r.sqnr_db:.1f}", f"{r.loss:.2e}", f"{r.top1_agreement:.1%}")
@@ -392,7 +400,7 @@ def _models(options: argparse.Namespace) -> None:
         rows = [{key: getattr(s, key) for key in keys} | {"paper": str(s.paper)} for s in specs]
         print(json.dumps(rows, indent=2))
         return
-    _print_table(
+    print_table(
         ("model", "size", "parameters", "MACs", "patches kept", "top-1 as published"),
         [
             (
@@ -465,12 +473,14 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{_one_line(message)}; see {self.prog} --help")
 
 
-_COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], None]]] = {
+_COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], int | None]]] = {
     "compile": ("compile a model to a bundle (what is done if no command is named)", _compile),
     "quantize": ("train a model for int8, and write a quantized checkpoint", _quantize),
     "finetune": ("train a model to drop patches, from its parent's weights", _finetune),
     "tune": ("search for faster kernels on a device, into a tuning database", _tune),
     "run": ("classify images with a bundle", _run),
+    "validate": ("measure a bundle on a device, against a budget", validate_command),
+    "profile": ("time each kernel of a bundle on a device", profile_command),
     "models": ("list the models", _models),
     "targets": ("list the targets, and what int8 means there", _targets),
 }
@@ -653,6 +663,8 @@ _ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "finetune": _finetune_arguments,
     "tune": add_tuning_arguments,
     "run": _run_arguments,
+    "validate": validate_arguments,
+    "profile": profile_arguments,
     "models": _list_arguments,
     "targets": _list_arguments,
 }
@@ -719,17 +731,6 @@ def _system_failure(error: OSError | MemoryError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full{where}; nothing was written"
     return f"{error.strerror or _one_line(str(error))}{where}"
-
-
-def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], *, right: set[int]) -> None:
-    """Columns as wide as their content; those in `right` are flush right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    for row in (header, *rows):
-        cells = [
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
 
 
 def _count(number: int, what: str) -> str:

@@ -30,6 +30,8 @@ from gfcompile.compile.progress import Progress, SilentProgress
 from gfcompile.quantize import QuantScheme, is_quantized
 from gfcompile.runtime.bundle import Manifest, Precision
 from gfcompile.runtime.errors import UserError
+from gfcompile.runtime.golden import FOLDER as GOLDEN_FOLDER
+from gfcompile.runtime.golden import views
 from gfcompile.runtime.images import (
     Transform,
     crop,
@@ -415,7 +417,7 @@ class _Job:
                 pruning=loaded.pruning,
             )
         )
-        self.write_golden(graph, golden, folder)
+        self.write_golden(graph, golden, loaded.transform, folder)
         return Manifest(
             created_by=f"gfcompile {gfcompile.__version__}",
             model=config.model,
@@ -491,15 +493,20 @@ class _Job:
                 notes.append(f"kept in float: {names}")
         return notes
 
-    def write_golden(self, graph: "Graph", golden: Golden, folder: Path) -> None:
-        """One golden input, as pixels, and its logits by the graph in ONNX Runtime."""
+    def write_golden(
+        self, graph: "Graph", golden: Golden, transform: Transform, folder: Path
+    ) -> None:
+        """A golden image, and the logits of it and its other views by the graph in ONNX Runtime."""
         from gfcompile.compile.graph import run
 
-        place = folder / "golden"
+        place = folder / GOLDEN_FOLDER
         place.mkdir()
-        (place / "image.u8").write_bytes(golden.pixels[0].tobytes())
-        logits = run(graph.model, golden.inputs[:1])[0].astype("<f4")
-        (place / "logits.f32").write_bytes(logits.tobytes())
+        image = golden.pixels[0]
+        (place / "image.u8").write_bytes(image.tobytes())
+        inputs = [normalize(view, transform) for view in views(image)]
+        logits = [row.astype("<f4") for row in run(graph.model, inputs)]
+        (place / "logits.f32").write_bytes(logits[0].tobytes())
+        (place / "views.f32").write_bytes(b"".join(row.tobytes() for row in logits))
 
 
 @dataclass(frozen=True, kw_only=True)

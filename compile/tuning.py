@@ -1,7 +1,6 @@
 """`gfcompile tune`: a model's kernels, tuned for a target on a device."""
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,16 +70,15 @@ def tune_model(
     from gfcompile.targets.tvm.partition import partition
     from gfcompile.targets.tvm.tuning.builders import Builders
     from gfcompile.targets.tvm.tuning.database import Database, load
-    from gfcompile.targets.tvm.tuning.devices import find_runner
+    from gfcompile.targets.tvm.tuning.devices import open_runner
     from gfcompile.targets.tvm.tuning.tasks import tasks
     from gfcompile.targets.tvm.tuning.tuner import SilentTrials, Tuner
 
     database = load(config.path) if config.path.exists() else Database()
     with (
-        tempfile.TemporaryDirectory(prefix="gfcompile-tune-") as scratch,
+        open_runner(config.device, target) as runner,
         Builders(len(os.sched_getaffinity(0)), limit_s=_BUILD_LIMIT_S) as builders,
     ):
-        runner = find_runner(config.device, target, Path(scratch))
         with open_cache(note=progress.note) as cache:
             graph = lowered_graph(compilation, cache, progress)
         calls = _MEASURED_CALLS if runner.how == "measured" else 1

@@ -37,7 +37,10 @@ class BenchResult:
 
     @property
     def profile(self) -> list[StepProfile]:
-        return [StepProfile(**entry) for entry in self.report.get("profile", ())]
+        return [
+            StepProfile(entry["kernel"], entry["label"], entry["calls"], entry["seconds"])
+            for entry in self.report.get("profile", ())
+        ]
 
 
 def qemu_command(*, cpu: str | None, env: Mapping[str, str]) -> list[str]:

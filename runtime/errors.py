@@ -21,5 +21,14 @@ class DeviceError(GfcompileError):
     """A device that cannot be reached or cannot run what was asked of it."""
 
 
+class NoVerdictError(DeviceError):
+    """A device that could not be asked: unreachable, lost, full, hung, or not the bundle's target.
+
+    The command exits with 3, so that a build can tell it from a budget that was missed.
+    """
+
+    exit_code = 3
+
+
 class CompileError(GfcompileError):
     """A stage of the compiler could not do its work on this model."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from gfcompile.runtime.errors import UserError
+from gfcompile.runtime.roofline import Peaks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +130,24 @@ _TARGETS: dict[str, AnyTarget] = {}
 
 
 _Registered = TypeVar("_Registered", Target, ModelFormat)
+
+
+def peaks(target: Target) -> Peaks:
+    """The roofline of the processor that the target's kernels run on."""
+    if target.gpu is not None:
+        return Peaks(
+            float32_gflops=1e3 * target.gpu.fp32_tflops,
+            float16_gflops=1e3 * target.gpu.fp16_tflops,
+            int8_gops=1e3 * target.gpu.int8_tops,
+            bandwidth_gb_s=target.bandwidth_gb_s,
+        )
+    return Peaks(
+        float32_gflops=target.cpu.fp32_gflops,
+        float16_gflops=target.cpu.fp32_gflops,  # float16 is storage here, never arithmetic
+        int8_gops=target.cpu.int8_gops,
+        bandwidth_gb_s=target.bandwidth_gb_s,
+        cores=target.cpu.cores,
+    )
 
 
 def register_target(target: _Registered) -> _Registered:

@@ -1,13 +1,14 @@
 """A static plan of kernels, which the C runtime of this project executes."""
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gfcompile.compile.emission import Emission, EmissionRequest
 from gfcompile.compile.verify import verify
 from gfcompile.runtime.bundle import TensorSpec
-from gfcompile.targets.target import Target
+from gfcompile.targets.target import Target, peaks
 from gfcompile.targets.tvm.emit import emit
 from gfcompile.targets.tvm.partition import partition
 from gfcompile.targets.tvm.tuning import database
@@ -79,6 +80,7 @@ def emit_plan(
         extra={
             "mcpu": target.cpu.mcpu,
             "qemu_cpu": target.cpu.qemu_cpu,
+            "peaks": asdict(peaks(target)),
             "arena_bytes": artifact.arena.size_bytes,
             "arena_lower_bound_bytes": artifact.arena.lower_bound_bytes,
             "tuned_kernels": dict(Counter(found.how for found in tuned.values())),

@@ -1,13 +1,14 @@
 /* gfbench: runs and times a bundle through its own library, as any program on the device would.
  *
- * It is linked against libc and libdl alone and loads whatever library the bundle has. */
+ * It is linked against libc, libm and libdl alone and loads whatever library the bundle has. It
+ * ends with 0, with 1 if it could not be done, with 2 if it was asked for wrongly, and with 3 if
+ * this device cannot run the bundle. */
 #include <dlfcn.h>
 #include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
+#include "gfbench.h"
 #include "gfrt_internal.h" /* the header of plan.bin names the library */
 
 static const char USAGE[] =
@@ -17,92 +18,74 @@ static const char USAGE[] =
     "  --output FILE     write the raw outputs of each inference\n"
     "  --trace FILE      write each tensor that a step writes (see runtime/trace.py)\n"
     "  --runs N          time N runs (default 10; 0 with --output or --trace)\n"
-    "  --warmup N        after N runs (default 2)\n"
+    "  --seconds N       and go on for N seconds at least\n"
+    "  --single-stream   as MLPerf has it: 1024 runs and 60 seconds at least; p90 is the result\n"
+    "  --warmup N        after N runs (default: until times are stable, 10 seconds at most)\n"
+    "  --kernels-only    leave the copies of input and output out of the time\n"
     "  --threads N       default 1; 0 is one for each CPU\n"
-    "  --profile         time each step, too\n"
+    "  --pin big|LIST    run on the fastest CPUs, or on those listed, such as 0,2-3\n"
+    "  --profile         then time each step, too\n"
     "  --verify          check the SHA-256 of the weights\n"
-    "  --json            print JSON\n";
+    "  --json            print JSON, with every sample\n";
 
-/* The functions of gfrt.h, from the bundle's library. */
-#define FUNCTIONS(F)                                                                               \
-    F(last_error) F(version) F(open) F(close) F(device) F(input_count) F(output_count)             \
-    F(input_info) F(output_info) F(normalize_u8) F(context_create) F(context_destroy) F(run)       \
-    F(set_observer) F(profile_enable) F(step_count) F(profile_get)
+#define SINGLE_STREAM_RUNS 1024
+#define SINGLE_STREAM_SECONDS 60
 
-static struct {
-#define MEMBER(name) __typeof__(gfrt_##name) *name;
-    FUNCTIONS(MEMBER)
-} rt;
-
-typedef struct {
-    const char *bundle, *input, *image, *output, *trace;
-    long runs, warmup, threads;
-    bool profile, json;
-    uint32_t flags;
-} options;
-
-typedef struct {
-    size_t count;
-    void **data;
-    size_t *sizes;
-    size_t total;
-} buffers;
+library rt;
 
 typedef struct {
     FILE *file;
     uint32_t inference;
 } trace;
 
-static void die(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));
-
-static void die(const char *format, ...) {
+void die(int code, const char *format, ...) {
     va_list args;
     va_start(args, format);
     fputs("gfbench: ", stderr);
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
-    exit(1);
+    exit(code);
 }
 
-static void check(gfrt_status status) {
+void check(gfrt_status status) {
     if (status != GFRT_OK)
-        die("%s", rt.last_error());
+        die(status == GFRT_UNSUPPORTED ? 3 : 1, "%s", rt.last_error());
 }
 
-static void *get_memory(size_t size) {
+void *get_memory(size_t size) {
     void *memory = calloc(size + 1, 1);
     if (!memory)
-        die("no memory for %zu bytes", size);
+        die(1, "no memory for %zu bytes", size);
     return memory;
 }
 
 static FILE *open_file(const char *path, const char *mode) {
     FILE *file = fopen(path, mode);
     if (!file)
-        die("%s cannot be %s", path, mode[0] == 'r' ? "read" : "written");
+        die(1, "%s cannot be %s", path, mode[0] == 'r' ? "read" : "written");
     return file;
 }
 
 static void write_all(FILE *file, const void *data, size_t size) {
     if (size > 0 && fwrite(data, 1, size, file) != size)
-        die("a file cannot be written: is the disk full?");
+        die(1, "a file cannot be written: is the disk full?");
 }
 
 static void close_written(FILE *file) {
     if (fclose(file) != 0)
-        die("a file cannot be written: is the disk full?");
+        die(1, "a file cannot be written: is the disk full?");
 }
 
 static long number(const char *option, const char *text) {
     char *end = NULL;
     long value = text ? strtol(text, &end, 10) : -1;
     if (!text || *text == 0 || *end != 0 || value < 0 || value > 1000000)
-        die("%s takes a number from 0 to 1000000", option);
+        die(1, "%s takes a number from 0 to 1000000", option);
     return value;
 }
 
 static options parse(char **argv) {
-    options o = {.runs = -1, .warmup = 2, .threads = 1};
+    options o = {.runs = -1, .warmup = UNTIL_STABLE, .threads = 1};
     for (char **arg = argv + 1; *arg; arg++) {
         const char *name = *arg;
         const struct {
@@ -113,13 +96,18 @@ static options parse(char **argv) {
             {"--input", &o.input, NULL},     {"--image-u8", &o.image, NULL},
             {"--output", &o.output, NULL},   {"--trace", &o.trace, NULL},
             {"--runs", NULL, &o.runs},       {"--warmup", NULL, &o.warmup},
-            {"--threads", NULL, &o.threads},
+            {"--threads", NULL, &o.threads}, {"--seconds", NULL, &o.seconds},
+            {"--pin", &o.pin, NULL},
         };
         bool found = true;
         if (strcmp(name, "--profile") == 0)
             o.profile = true;
         else if (strcmp(name, "--json") == 0)
             o.json = true;
+        else if (strcmp(name, "--kernels-only") == 0)
+            o.kernels_only = true;
+        else if (strcmp(name, "--single-stream") == 0)
+            o.single_stream = true;
         else if (strcmp(name, "--verify") == 0)
             o.flags |= GFRT_VERIFY;
         else if (name[0] != '-' && !o.bundle)
@@ -132,7 +120,7 @@ static options parse(char **argv) {
             found = true;
             const char *value = *++arg;
             if (!value)
-                die("%s needs a value\n%s", name, USAGE);
+                die(1, "%s needs a value\n%s", name, USAGE);
             if (valued[i].number)
                 *valued[i].number = number(name, value);
             else
@@ -147,6 +135,10 @@ static options parse(char **argv) {
         fputs(USAGE, stderr);
         exit(2);
     }
+    if (o.single_stream) {
+        o.runs = o.runs > SINGLE_STREAM_RUNS ? o.runs : SINGLE_STREAM_RUNS;
+        o.seconds = o.seconds > SINGLE_STREAM_SECONDS ? o.seconds : SINGLE_STREAM_SECONDS;
+    }
     if (o.runs < 0)
         o.runs = o.output || o.trace ? 0 : 10;
     return o;
@@ -159,12 +151,12 @@ static void load_library(const char *bundle) {
     FILE *file = open_file(path, "rb");
     if (fread(&header, 1, sizeof header, file) != sizeof header ||
         !memchr(header.library, 0, sizeof header.library) || strchr(header.library, '/'))
-        die("%s is damaged", path);
+        die(1, "%s is damaged", path);
     fclose(file);
     snprintf(path, sizeof path, "%s/%s", bundle, header.library);
-    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    if (!library)
-        die("%s", dlerror());
+    void *handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!handle)
+        die(3, "%s", dlerror());
     const struct {
         const char *name;
         void **function;
@@ -173,9 +165,9 @@ static void load_library(const char *bundle) {
         FUNCTIONS(ROW)
     };
     for (size_t i = 0; i < sizeof functions / sizeof functions[0]; i++) {
-        *functions[i].function = dlsym(library, functions[i].name);
+        *functions[i].function = dlsym(handle, functions[i].name);
         if (!*functions[i].function)
-            die("%s has no %s: is it older than this gfbench?", path, functions[i].name);
+            die(1, "%s has no %s: is it older than this gfbench?", path, functions[i].name);
     }
 }
 
@@ -191,6 +183,13 @@ static buffers make_buffers(const gfrt_model *model, size_t count, describe info
         b.total += info.size_bytes;
     }
     return b;
+}
+
+static void free_buffers(buffers *b) {
+    for (size_t i = 0; i < b->count; i++)
+        free(b->data[i]);
+    free(b->data);
+    free(b->sizes);
 }
 
 /* Values like those of a normalized image, the same in every run and on every machine. */
@@ -218,7 +217,7 @@ static bool read_inputs(const gfrt_model *model, const options *o, FILE *file, b
         if (got == 0 && i == 0)
             return false;
         if (got != size)
-            die("%s has %zu bytes at the end, input %zu takes %zu", o->image ? o->image : o->input,
+            die(1, "%s has %zu bytes at the end, input %zu takes %zu", o->image ? o->image : o->input,
                 got, i, size);
         if (o->image) {
             check(rt.normalize_u8(model, i, pixels, size, inputs->data[i], inputs->sizes[i]));
@@ -228,9 +227,9 @@ static bool read_inputs(const gfrt_model *model, const options *o, FILE *file, b
     return true;
 }
 
-static void run_once(gfrt_context *context, const buffers *inputs, const buffers *outputs) {
-    check(rt.run(context, (const void *const *)inputs->data, inputs->sizes, outputs->data,
-                 outputs->sizes));
+void run_once(const subject *s) {
+    check(rt.run(s->context, (const void *const *)s->inputs.data, s->inputs.sizes,
+                 s->outputs.data, s->outputs.sizes));
 }
 
 /* One record of a trace; runtime/trace.py reads it. */
@@ -267,135 +266,64 @@ static void record_step(void *user, size_t step, const char *label, const gfrt_t
     write_all(t->file, data, tensor->size_bytes);
 }
 
-static uint32_t run_inputs(const options *o, const gfrt_model *model, gfrt_context *context,
-                           buffers *inputs, buffers *outputs) {
+/* Runs each inference of the file once, or one on noise. */
+static void run_inputs(const options *o, subject *s) {
     const char *path = o->image ? o->image : o->input;
     FILE *from = path ? open_file(path, "rb") : NULL;
     FILE *to = o->output ? open_file(o->output, "wb") : NULL;
     trace t = {o->trace ? open_file(o->trace, "wb") : NULL, 0};
     if (t.file) {
         write_all(t.file, "GFTRACE1", 8);
-        check(rt.set_observer(context, record_step, &t));
+        check(rt.set_observer(s->context, record_step, &t));
     }
     if (!from)
-        fill_with_noise(model, inputs);
-    while (from ? read_inputs(model, o, from, inputs) : t.inference == 0) {
-        run_once(context, inputs, outputs);
-        for (size_t i = 0; to && i < outputs->count; i++)
-            write_all(to, outputs->data[i], outputs->sizes[i]);
+        fill_with_noise(s->model, &s->inputs);
+    while (from ? read_inputs(s->model, o, from, &s->inputs) : t.inference == 0) {
+        double start = now_us();
+        run_once(s);
+        if (t.inference == 0)
+            s->first_ms = (now_us() - start) / 1e3;
+        for (size_t i = 0; to && i < s->outputs.count; i++)
+            write_all(to, s->outputs.data[i], s->outputs.sizes[i]);
         t.inference++;
     }
     if (t.inference == 0)
-        die("%s is empty", path);
-    check(rt.set_observer(context, NULL, NULL));
+        die(1, "%s is empty", path);
+    s->inferences = t.inference;
+    check(rt.set_observer(s->context, NULL, NULL));
     if (from)
         fclose(from);
     if (to)
         close_written(to);
     if (t.file)
         close_written(t.file);
-    return t.inference;
-}
-
-static double now_ms(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return 1e3 * (double)now.tv_sec + 1e-6 * (double)now.tv_nsec;
-}
-
-static int by_size(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-/* The milliseconds of each timed run, ascending. */
-static double *time_runs(const options *o, gfrt_context *context, const buffers *inputs,
-                         const buffers *outputs) {
-    double *ms = get_memory((size_t)o->runs * sizeof *ms);
-    for (long i = 0; o->runs > 0 && i < o->warmup; i++)
-        run_once(context, inputs, outputs);
-    check(rt.profile_enable(context, o->profile));
-    if (o->runs == 0 && o->profile)
-        run_once(context, inputs, outputs);
-    for (long i = 0; i < o->runs; i++) {
-        double start = now_ms();
-        run_once(context, inputs, outputs);
-        ms[i] = now_ms() - start;
-    }
-    qsort(ms, (size_t)o->runs, sizeof *ms, by_size);
-    return ms;
-}
-
-static double median(const double *ms, long runs) {
-    return (ms[(runs - 1) / 2] + ms[runs / 2]) / 2;
-}
-
-static void print_string(const char *text) {
-    putchar('"');
-    for (; *text; text++) {
-        if (*text == '"' || *text == '\\')
-            printf("\\%c", *text);
-        else if ((unsigned char)*text < 0x20)
-            printf("\\u%04x", *text);
-        else
-            putchar(*text);
-    }
-    putchar('"');
-}
-
-static void print_json(const options *o, const gfrt_model *model, const gfrt_context *context,
-                       uint32_t inferences, const double *ms) {
-    printf("{\"device\": ");
-    print_string(rt.device(model));
-    printf(", \"runtime\": \"%s\", \"inferences\": %u, \"threads\": %ld, \"runs\": %ld", rt.version(),
-           inferences, o->threads, o->runs);
-    if (o->runs > 0)
-        printf(", \"median_ms\": %.6f, \"min_ms\": %.6f, \"p90_ms\": %.6f", median(ms, o->runs),
-               ms[0], ms[o->runs * 9 / 10]);
-    if (o->profile) {
-        printf(", \"profile\": [");
-        for (size_t i = 0; i < rt.step_count(model); i++) {
-            gfrt_step_profile p;
-            check(rt.profile_get(context, i, &p));
-            printf("%s{\"kernel\": ", i ? ", " : "");
-            print_string(p.kernel);
-            printf(", \"label\": ");
-            print_string(p.label);
-            printf(", \"calls\": %llu, \"seconds\": %.9f}", (unsigned long long)p.calls, p.seconds);
-        }
-        printf("]");
-    }
-    printf("}\n");
-}
-
-static void print_text(const options *o, const gfrt_model *model, const gfrt_context *context,
-                       uint32_t inferences, const double *ms) {
-    printf("%s: %u inference%s\n", rt.device(model), inferences, inferences == 1 ? "" : "s");
-    if (o->runs > 0)
-        printf("median %.3f ms, min %.3f ms, p90 %.3f ms (%ld runs)\n", median(ms, o->runs),
-               ms[0], ms[o->runs * 9 / 10], o->runs);
-    for (size_t i = 0; o->profile && i < rt.step_count(model); i++) {
-        gfrt_step_profile p;
-        check(rt.profile_get(context, i, &p));
-        printf("%10.3f us  %s  %s\n", 1e6 * p.seconds / (double)(p.calls ? p.calls : 1), p.kernel,
-               p.label);
-    }
 }
 
 int main(int argc, char **argv) {
     (void)argc;
     options o = parse(argv);
+    int cpus[MAX_PINNED];
+    size_t pinned = o.pin ? pin(o.pin, cpus) : 0; /* before threads are started */
     load_library(o.bundle);
-    gfrt_model *model;
-    gfrt_context *context;
-    check(rt.open(o.bundle, o.flags, &model));
-    check(rt.context_create(model, (uint32_t)o.threads, &context));
-    buffers inputs = make_buffers(model, rt.input_count(model), rt.input_info);
-    buffers outputs = make_buffers(model, rt.output_count(model), rt.output_info);
-    uint32_t inferences = run_inputs(&o, model, context, &inputs, &outputs);
-    double *ms = time_runs(&o, context, &inputs, &outputs);
-    (o.json ? print_json : print_text)(&o, model, context, inferences, ms);
-    rt.context_destroy(context);
-    rt.close(model);
+    subject s = {0};
+    double start = now_us();
+    check(rt.open(o.bundle, o.flags, &s.model));
+    check(rt.context_create(s.model, (uint32_t)o.threads, &s.context));
+    s.load_ms = (now_us() - start) / 1e3;
+    s.inputs = make_buffers(s.model, rt.input_count(s.model), rt.input_info);
+    s.outputs = make_buffers(s.model, rt.output_count(s.model), rt.output_info);
+    run_inputs(&o, &s);
+    timing t = take_times(&o, &s);
+    if (o.json)
+        print_json(&o, &s, &t, cpus, pinned);
+    else
+        print_text(&o, &s, &t);
+    close_written(stdout);
+    rt.context_destroy(s.context);
+    rt.close(s.model);
+    free_buffers(&s.inputs);
+    free_buffers(&s.outputs);
+    free(t.samples);
+    free(t.steps);
     return 0;
 }

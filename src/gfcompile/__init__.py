@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING
 
 from gfcompile.runtime.engines import register_engine
+from gfcompile.runtime.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["CompileConfig", "__version__", "compile_model"]
 
 if TYPE_CHECKING:

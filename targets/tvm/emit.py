@@ -19,6 +19,7 @@ from gfcompile.runtime.errors import CompileError
 from gfcompile.targets.target import Cpu, Target
 from gfcompile.targets.tvm import cuda, link
 from gfcompile.targets.tvm.choices import Choice, to_json
+from gfcompile.targets.tvm.cost import costs
 from gfcompile.targets.tvm.kernel import (
     ActStorage,
     Array,
@@ -181,7 +182,7 @@ def emit(
     return Artifact(
         plan=plan,
         arena=arena,
-        kernels=_kernel_records(program, functions, module, tuned),
+        kernels=_kernel_records(program, scheduled, functions, module, target, tuned),
         cuda_source="" if module is None else module.source,
     )
 
@@ -300,8 +301,10 @@ def _workspace_bytes(functions: Mapping[Kernel, Sequence[_Function]]) -> int:
 
 def _kernel_records(
     program: Program,
+    scheduled: Mapping[Kernel, Scheduled],
     functions: Mapping[Kernel, Sequence[_Function]],
     module: cuda.CudaModule | None,
+    target: Target,
     tuned: Mapping[Kernel, Tuned],
 ) -> tuple[Mapping[str, Any], ...]:
     uses: dict[Kernel, int] = {}
@@ -309,8 +312,9 @@ def _kernel_records(
         uses[call.kernel] = uses.get(call.kernel, 0) + 1
     records = []
     for kernel, steps in functions.items():
-        for function in steps:
+        for function, cost in zip(steps, costs(kernel, scheduled[kernel], target), strict=True):
             record: dict[str, Any] = {"name": function.name, "calls": uses[kernel]}
+            record |= dataclasses.asdict(cost)
             if module is not None:
                 record |= dataclasses.asdict(module.kernels[function.name])
             if kernel in tuned:

@@ -28,7 +28,7 @@ _RUNTIME_SOURCES = (
     "gfrt_sha256.c",
 )
 _CUDA_SOURCES = ("gfrt_cuda.c",)
-_BENCH_SOURCES = ("gfbench.c",)
+_BENCH_SOURCES = ("gfbench.c", "gfbench_print.c", "gfbench_time.c")
 
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 # No contraction: a * b + c rounds twice everywhere, so that every architecture agrees.
@@ -153,7 +153,7 @@ def link_library(
 def link_bench(cpu: Cpu, output: Path) -> None:
     """Writes the executable gfbench, which loads the library of the bundle it is given."""
     sources = (str(_RUNTIME / name) for name in _BENCH_SOURCES)
-    _link(cpu, output, "-fPIE", "-pie", *sources, "-ldl")
+    _link(cpu, output, "-fPIE", "-pie", *sources, "-lm", "-ldl")
 
 
 def kernel_table(kernels: Sequence[str], *, library_id: str, cuda: bool) -> str:

@@ -1,16 +1,20 @@
 """gfbench, the program in each bundle, on its own."""
 
 import json
+import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_bundle import MEAN, STD, Toy, toy_images, toy_reference
+from toy_bundle import MEAN, RUNTIME, STD, Toy, toy_images, toy_reference
 
 from gfcompile.runtime.device.gfrt import TensorInfo
 from gfcompile.runtime.errors import DeviceError
+from gfcompile.runtime.results import Latencies
 from gfcompile.runtime.trace import read_trace
+from tools import need
 
 
 def bench(toy: Toy, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -23,8 +27,9 @@ def test_it_times_a_bundle_without_being_told_more(toy: Toy) -> None:
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == "cpu: 1 inference"
-    assert lines[1].startswith("median ")
-    assert lines[1].endswith("(10 runs)")
+    assert lines[1].startswith("loaded in ")
+    assert lines[2].startswith("median ")
+    assert "(10 runs after " in lines[2]
 
 
 def test_it_reports_json(toy: Toy) -> None:
@@ -32,9 +37,84 @@ def test_it_reports_json(toy: Toy) -> None:
     report = json.loads(result.stdout)
     assert report["device"] == "cpu"
     assert (report["runs"], report["threads"], report["inferences"]) == (9, 2, 1)
-    assert report["min_ms"] <= report["median_ms"] <= report["p90_ms"]
     assert [step["calls"] for step in report["profile"]] == [9] * 4
     assert [step["label"] for step in report["profile"]] == [s.label for s in toy.plan.steps]
+    assert all(step["median_us"] >= 0 for step in report["profile"])
+    assert min(report["load_ms"], report["first_ms"], report["peak_memory_mb"]) > 0
+    assert (report["rule"], report["timer"], report["pinned"]) == ("runs", "whole", [])
+    samples = report["samples_us"]
+    assert len(samples) == 9
+    statistics = Latencies.of(samples)
+    for key, value in (
+        ("min_ms", statistics.min_us),
+        ("median_ms", statistics.median_us),
+        ("mean_ms", statistics.mean_us),
+        ("p90_ms", statistics.p90_us),
+        ("p99_ms", statistics.p99_us),
+        ("max_ms", statistics.max_us),
+    ):
+        assert 1e3 * report[key] == pytest.approx(value, abs=0.01), key
+    assert report["cv"] == pytest.approx(statistics.cv, abs=1e-3)
+
+
+def test_it_runs_for_as_long_as_it_is_told(toy: Toy) -> None:
+    report = json.loads(bench(toy, "--json", "--runs", 3, "--seconds", 1, "--warmup", 5).stdout)
+    assert report["duration_s"] >= 1
+    assert report["runs"] == len(report["samples_us"]) > 3
+    assert (report["warmup_runs"], report["stable"]) == (5, False)
+
+
+def test_the_kernels_can_be_timed_without_copies(toy: Toy) -> None:
+    report = json.loads(bench(toy, "--json", "--runs", 5, "--kernels-only").stdout)
+    assert (report["timer"], len(report["samples_us"])) == ("kernels", 5)
+    assert "without copies" in bench(toy, "--runs", 1, "--kernels-only").stdout
+
+
+def test_threads_stay_on_the_cpus_they_are_pinned_to(toy: Toy) -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    first = allowed[0]
+    report = json.loads(bench(toy, "--json", "--runs", 1, "--pin", f"{first}").stdout)
+    assert report["pinned"] == [first]
+    big = json.loads(bench(toy, "--json", "--runs", 1, "--pin", "big").stdout)
+    assert set(big["pinned"]) <= set(allowed)
+    for wrong in ("middle", "3-1", "0,", "99999", "0-", "-1"):
+        result = bench(toy, "--pin", wrong)
+        assert (result.returncode, "--pin takes big" in result.stderr) == (1, True), wrong
+    assert "may not run on these CPUs" in bench(toy, "--pin", "1000").stderr
+
+
+def test_every_way_to_run_it_is_clean_under_sanitizers(toy: Toy, tmp_path: Path) -> None:
+    program = tmp_path / "gfbench"
+    options = ["-std=c11", "-D_GNU_SOURCE", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]
+    options += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    sources = sorted(RUNTIME.glob("gfbench*.c"))
+    command = [need("gcc"), *options, *sources, "-lm", "-ldl", "-o", program]
+    subprocess.run(list(map(str, command)), check=True)
+    (tmp_path / "in").write_bytes(toy_images(3).tobytes())
+    for arguments in (
+        ("--json", "--profile", "--runs", 5, "--seconds", 1, "--pin", "big"),
+        ("--profile", "--warmup", 0, "--runs", 1, "--threads", 2),
+        ("--input", tmp_path / "in", "--output", tmp_path / "out", "--trace", tmp_path / "t"),
+        ("--kernels-only", "--single-stream", "--runs", "x"),
+    ):
+        result = subprocess.run(
+            list(map(str, [program, toy.folder, *arguments])),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == ("x" in arguments), result.stderr
+        assert "Sanitizer" not in result.stderr
+
+
+def test_a_bundle_for_another_machine_has_an_exit_code_of_its_own(
+    toy: Toy, arm_toy: Toy, tmp_path: Path
+) -> None:
+    toy = toy.copy(tmp_path / "toy")
+    shutil.copy(arm_toy.library, toy.folder)
+    result = bench(toy)
+    assert result.returncode == 3
+    assert result.stderr.startswith("gfbench: ")
 
 
 def test_pixels_are_normalized_in_c_as_in_numpy(toy: Toy, tmp_path: Path) -> None:

@@ -1,22 +1,23 @@
 """What a candidate costs: measured on a device, or estimated where there is none."""
 
 import json
-import re
+import os
 import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import ClassVar
 
-from gfcompile.runtime.bench import BENCH_NAME, qemu_command
-from gfcompile.runtime.errors import DeviceError
+from gfcompile.runtime.bench import BENCH_NAME
+from gfcompile.runtime.devices import Device
+from gfcompile.runtime.devices.qemu import QemuDevice
+from gfcompile.runtime.errors import DeviceError, NoVerdictError
 from gfcompile.targets.target import Gpu
 from gfcompile.targets.tvm.tuning.builders import Built, CandidateError
 from gfcompile.targets.tvm.tuning.database import How, Unit
 
-_PLUGIN_SOURCE = Path(__file__).with_name("count_instructions.c")
+_BUNDLE = ("plan.bin", "weights.bin", "kernels.ptx", "kernels.cubin", BENCH_NAME)
+_SETUP_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,91 +33,122 @@ class Outcome:
     outputs: bytes | None
 
 
-class Runner(Protocol):
+class Runner(ABC):
     """Runs a candidate and says what it costs.
 
     Attributes:
-        how, unit, device: as the database records them.
+        device: in words, as the database records it.
+
+    Class attributes:
+        how, unit: as the database records them.
+        computes: whether a run gives outputs.
     """
 
-    how: How
-    unit: Unit
-    device: str
+    how: ClassVar[How]
+    unit: ClassVar[Unit]
+    computes: ClassVar[bool] = True
 
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    @abstractmethod
     def run(self, built: Built, inputs: bytes, *, runs: int, limit_s: float) -> Outcome:
         """What the candidate costs, over `runs` runs.
 
         Raises:
             CandidateError: it fails, or takes longer than `limit_s`.
-            DeviceError: the device cannot be used at all.
+            DeviceError, NoVerdictError: the device cannot be used any more.
         """
 
-    def computes(self) -> bool:
-        """Whether `run` gives outputs; a GPU's kernels are run behind a stand-in if it does not."""
+    def forget(self, built: Built) -> None:  # noqa: B027 - most keep nothing
+        """The candidate will not be run again."""
 
 
-class GfbenchRunner:
-    """Measures on this machine, by the candidate's own gfbench in a process of its own."""
+class MeasuringRunner(Runner):
+    """Measures on a device, by gfbench: nothing but a C library is needed there.
 
-    how: How = "measured"
-    unit: Unit = "ms"
+    Each candidate keeps a folder of its own on the device, so that it can take turns with others
+    without being copied again.
+    """
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    how = "measured"
+    unit = "ms"
 
-    def computes(self) -> bool:
-        return True
+    def __init__(self, device: Device, name: str) -> None:
+        super().__init__(name)
+        self._device = device
+        self._folders: dict[Path, str] = {}
+        self._count = 0
 
     def run(self, built: Built, inputs: bytes, *, runs: int, limit_s: float) -> Outcome:
-        report, outputs, _ = run_gfbench(
-            (), built.folder, inputs, runs=runs, warmup=1, limit_s=limit_s
-        )
-        return Outcome(cost=float(report["median_ms"]), outputs=outputs)
+        folder = self._folders.get(built.folder)
+        if folder is None:
+            folder = self._folders[built.folder] = self._place(built, inputs)
+        command = [f"./{folder}/{BENCH_NAME}", folder, "--json", "--threads", "1"]
+        command += ["--input", f"{folder}/in", "--output", "out"]
+        command += ["--runs", str(runs), "--warmup", "1"]
+        report = _run(self._device, command, limit_s)
+        return Outcome(cost=_median(report), outputs=self._device.fetch("out"))
+
+    def forget(self, built: Built) -> None:
+        folder = self._folders.pop(built.folder, None)
+        if folder is not None:
+            self._device.run(("rm", "-rf", folder), timeout_s=_SETUP_S)
+
+    def _place(self, built: Built, inputs: bytes) -> str:
+        """Copies the candidate to the device; the folder's name there."""
+        self._count += 1
+        folder = f"candidate{self._count}"
+        files = _files(built, inputs)
+        self._device.send(files)
+        for command in (("mkdir", folder), ("mv", *files, folder)):
+            done = self._device.run(command, timeout_s=_SETUP_S)
+            if done.status:
+                raise DeviceError(f"{self._device.url}: {done.reason}")
+        return folder
 
 
-class InstructionRunner:
+class InstructionRunner(Runner):
     """Counts the instructions that an arm64 candidate retires under QEMU: an estimate of time.
 
     The count is exact and the same in every run, but says nothing of caches, of latencies, or of
     instructions that take longer than others.
     """
 
-    how: How = "static"
-    unit: Unit = "instructions"
+    how = "static"
+    unit = "instructions"
 
-    def __init__(self, cpu: str, plugin: Path) -> None:
-        self.device = f"qemu {cpu}"
-        command = qemu_command(cpu=cpu, env={})
-        self._prefix = [*command, "-plugin", str(plugin), "-d", "plugin"]
-
-    def computes(self) -> bool:
-        return True
+    def __init__(self, device: QemuDevice) -> None:
+        super().__init__(f"{device.name}, instructions")
+        self._qemu = device
 
     def run(self, built: Built, inputs: bytes, *, runs: int, limit_s: float) -> Outcome:  # noqa: ARG002
+        self._qemu.send(_files(built, inputs))
+        command = [f"./{BENCH_NAME}", ".", "--json", "--input", "in", "--warmup", "0"]
+        _run(self._qemu, [*command, "--output", "out", "--runs", "0"], limit_s)
         counts = []
-        for timed in (0, 1):
-            _, outputs, log = run_gfbench(
-                self._prefix, built.folder, inputs, runs=timed, warmup=0, limit_s=limit_s
+        for runs_more in ("0", "1"):
+            count = self._qemu.count_instructions(
+                [*command, "--output", "/dev/null", "--runs", runs_more], timeout_s=limit_s
             )
-            found = re.search(r"instructions: (\d+)", log)
-            if found is None:
-                raise DeviceError(f"QEMU does not count instructions: {log.strip()[-200:]}")
-            counts.append(int(found[1]))
-        return Outcome(cost=float(counts[1] - counts[0]), outputs=outputs)
+            if count is None:
+                raise DeviceError(
+                    f"{self._qemu.url} does not count instructions: a newer QEMU does"
+                )
+            counts.append(count)
+        return Outcome(cost=float(counts[1] - counts[0]), outputs=self._qemu.fetch("out"))
 
 
-class CudaRunner:
+class CudaRunner(Runner):
     """Estimates a GPU's cycles from the PTX of a candidate and what ptxas says of it."""
 
-    how: How = "static"
-    unit: Unit = "cycles"
+    how = "static"
+    unit = "cycles"
+    computes = False
 
     def __init__(self, gpu: Gpu) -> None:
-        self.device = f"{gpu.arch}, instructions and occupancy"
+        super().__init__(f"{gpu.arch}, instructions and occupancy")
         self._gpu = gpu
-
-    def computes(self) -> bool:
-        return False
 
     def run(self, built: Built, inputs: bytes, *, runs: int, limit_s: float) -> Outcome:  # noqa: ARG002
         from gfcompile.targets.tvm.tuning.ptx import estimate_cycles
@@ -129,55 +161,70 @@ class CudaRunner:
         return Outcome(cost=cost, outputs=None)
 
 
-def run_gfbench(
-    prefix: Sequence[str], folder: Path, inputs: bytes, *, runs: int, warmup: int, limit_s: float
-) -> tuple[dict[str, Any], bytes, str]:
-    """gfbench's report, the outputs' bytes, and what was printed besides.
-
-    Raises:
-        CandidateError: it crashes, fails, or takes longer than `limit_s`.
-    """
-    with tempfile.TemporaryDirectory(prefix="gfcompile-tune-") as scratch:
-        source, target = Path(scratch, "in"), Path(scratch, "out")
-        source.write_bytes(inputs)
-        command = [*prefix, str(folder / BENCH_NAME), str(folder), "--json", "--threads", "1"]
-        command += ["--input", str(source), "--output", str(target)]
-        command += ["--runs", str(runs), "--warmup", str(warmup)]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=limit_s, check=False
-            )
-        except subprocess.TimeoutExpired:
-            raise CandidateError(f"did not end within {limit_s:.0f} s") from None
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["no message"]
-            raise CandidateError(f"failed (exit status {done.returncode}): {lines[-1][:300]}")
-        return json.loads(done.stdout), target.read_bytes(), done.stderr
-
-
 def run_behind_stand_in(built: Built, inputs: bytes, limit_s: float) -> bytes:
-    """The outputs of a GPU's kernels, computed on this machine's CPU.
+    """The outputs of a GPU's kernels, computed on this machine's CPU behind a stand-in driver.
 
     Raises:
-        CandidateError: see `run_gfbench`; the stand-in also sees accesses out of bounds.
+        CandidateError: it fails, which an access out of bounds also makes it do.
     """
-    prefix = ("env", f"LD_LIBRARY_PATH={built.driver}")
-    return run_gfbench(prefix, built.folder, inputs, runs=0, warmup=0, limit_s=limit_s)[1]
-
-
-def build_plugin(folder: Path) -> Path:
-    """The QEMU plugin that counts instructions, compiled for this machine.
-
-    Raises:
-        DeviceError: the C compiler fails.
-    """
-    plugin = folder / "count_instructions.so"
-    # QEMU itself has the functions that the plugin calls.
-    command = [
-        *(sys.executable, "-m", "ziglang", "cc", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra"),
-        *("-fvisibility=hidden", "-Wl,-z,undefs", str(_PLUGIN_SOURCE), "-o", str(plugin)),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    source, target = built.folder / "in", built.folder / "out"
+    source.write_bytes(inputs)
+    command = [str(built.folder / BENCH_NAME), str(built.folder), "--json", "--runs", "0"]
+    command += ["--input", str(source), "--output", str(target)]
+    try:
+        done = subprocess.run(
+            command,
+            env={**os.environ, "LD_LIBRARY_PATH": str(built.driver)},
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise CandidateError(f"did not end within {limit_s:.0f} s") from None
     if done.returncode:
-        raise DeviceError(f"the QEMU plugin cannot be compiled: {done.stderr.strip()[-300:]}")
-    return plugin
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise CandidateError(f"failed (exit status {done.returncode}): {lines[-1][:300]}")
+    return target.read_bytes()
+
+
+def _files(built: Built, inputs: bytes) -> dict[str, Path]:
+    """What gfbench needs, by name; the inputs are called "in"."""
+    source = built.folder / "in"
+    source.write_bytes(inputs)
+    paths = [source, *built.folder.glob("*.so"), *(built.folder / name for name in _BUNDLE)]
+    return {path.name: path for path in paths if path.exists()}
+
+
+def _run(device: Device, command: list[str], limit_s: float) -> str:
+    """What gfbench prints.
+
+    Raises:
+        CandidateError: it fails, or takes longer than `limit_s`.
+        NoVerdictError: the device is gone.
+    """
+    try:
+        done = device.run(command, timeout_s=limit_s)
+    except NoVerdictError as error:
+        # A candidate that hangs was killed; a device that is gone has no answer to this either.
+        if "alive" not in device.script("echo alive"):
+            raise
+        raise CandidateError(str(error)) from error
+    if done.status:
+        raise CandidateError(f"failed (exit status {done.status}): {done.reason[:300]}")
+    return done.stdout
+
+
+def _median(report: str) -> float:
+    """The median of gfbench's report.
+
+    Raises:
+        CandidateError: it is no such report.
+    """
+    try:
+        median = float(json.loads(report)["median_ms"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CandidateError(f"gfbench printed {report[:100]!r}") from error
+    if not median > 0:
+        raise CandidateError(f"gfbench measured {median} ms")
+    return median

@@ -297,6 +297,8 @@ class Tuner:
             why = str(failures[choice]) if choice in failures else ""
             self._log.add(task, self._runner.device, choice, ratio, why)
             self._progress.trial(task.name, self._done, state.best, self._model_ratio())
+        for candidate in built.values():
+            self._runner.forget(candidate)
         for job in jobs:  # weights take space
             shutil.rmtree(job.folder, ignore_errors=True)
 
@@ -315,7 +317,7 @@ class Tuner:
                 del ratios[choice]
                 return
             ratios[choice] = again[choice]
-        if not self._runner.computes() and not self._computes_the_same(state, choice, failures):
+        if not self._runner.computes and not self._computes_the_same(state, choice, failures):
             del ratios[choice]
             return
         if ratios[choice] < min(state.best, _GAIN[self._runner.how]):
