@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from gfcompile.targets.tvm.tuning.tuner import Budget, Finding
     from gfcompile.targets.tvm.tuning.tuner import Progress as TrialProgress
 
-_BUILD_LIMIT_S = 120.0
 # Calls in a bundle that is measured: with fewer, weights would stay in a cache nearer than the
 # one that they come from in a model.
 _MEASURED_CALLS = 8
@@ -77,7 +76,7 @@ def tune_model(
     database = load(config.path) if config.path.exists() else Database()
     with (
         open_runner(config.device, target) as runner,
-        Builders(len(os.sched_getaffinity(0)), limit_s=_BUILD_LIMIT_S) as builders,
+        Builders(len(os.sched_getaffinity(0))) as builders,
     ):
         with open_cache(note=progress.note) as cache:
             graph = lowered_graph(compilation, cache, progress)

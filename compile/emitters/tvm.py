@@ -1,6 +1,7 @@
 """A static plan of kernels, which the C runtime of this project executes."""
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -9,7 +10,8 @@ from gfcompile.compile.emission import Emission, EmissionRequest
 from gfcompile.compile.verify import verify
 from gfcompile.runtime.bundle import TensorSpec
 from gfcompile.targets.target import Target, peaks
-from gfcompile.targets.tvm.emit import emit
+from gfcompile.targets.tvm.emit import Tuned, emit
+from gfcompile.targets.tvm.kernel import Kernel
 from gfcompile.targets.tvm.partition import partition
 from gfcompile.targets.tvm.tuning import database
 
@@ -33,7 +35,7 @@ def emit_plan(
     with request.progress.stage("compile the kernels"):
         program = partition(graph.model)
         kernels = dict.fromkeys(call.kernel for call in program.calls)
-        tuned = _tuning(tuning_db).tuned(kernels, target)
+        tuned = _tuned(tuning_db, kernels, target)
         library = f"lib{request.model}.so"
         artifact = emit(
             program,
@@ -88,13 +90,16 @@ def emit_plan(
     )
 
 
-def _tuning(tuning_db: Path | Literal["shipped", "none"]) -> database.Database:
+def _tuned(
+    tuning_db: Path | Literal["shipped", "none"], kernels: Iterable[Kernel], target: Target
+) -> Mapping[Kernel, Tuned]:
+    """What the databases know of `kernels`; a user's own comes before the shipped one."""
     if tuning_db == "none":
-        return database.Database()
-    if tuning_db == "shipped":
-        return database.shipped()
-    assert isinstance(tuning_db, Path)
-    return database.load(tuning_db).over(database.shipped())
+        return {}
+    tuned = dict(database.shipped().tuned(kernels, target))
+    if isinstance(tuning_db, Path):
+        tuned |= database.load(tuning_db).tuned(kernels, target)
+    return tuned
 
 
 def _storage(graph: "Graph", packed_bytes: int) -> str:

@@ -53,7 +53,7 @@ def tuned_database(path: Path, kernel: Dense, place: int) -> object:
 def test_a_tuned_kernel_is_in_the_manifest_and_computes_the_same(tmp_path: Path) -> None:
     plain = compiled(tmp_path, "plain", "none")
     assert plain.manifest.extra["tuned_kernels"] == {}
-    head = Dense(m=1, n=SPEC.num_classes, k=SPEC.embed_dim)
+    head = Dense(m=1, n=SPEC.num_classes, k=SPEC.dims[-1])
     assert kernel_name(head) in {kernel["name"] for kernel in plain.manifest.kernels}
     choice = tuned_database(tmp_path / "db.json", head, place=-1)
     tuned = compiled(tmp_path, "tuned", tmp_path / "db.json")

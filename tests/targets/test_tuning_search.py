@@ -33,7 +33,7 @@ def target(name: str) -> Target:
 
 @pytest.fixture(scope="module")
 def builders() -> Iterator[Builders]:
-    with Builders(1, limit_s=60) as made:
+    with Builders(1) as made:
         yield made
 
 
@@ -153,7 +153,9 @@ def test_proposals_are_new_and_exhaust_the_space() -> None:
     assert set(tried) == set(space[1:])
 
 
-def test_a_candidate_that_crashes_or_hangs_the_compiler_is_just_a_failure(tmp_path: Path) -> None:
+def test_a_candidate_that_crashes_or_hangs_the_compiler_is_just_a_failure(
+    tmp_path: Path, builders: Builders
+) -> None:
     on = target("raspberry-pi-5")
     fields = {f.name: getattr(dense_task(on), f.name) for f in dataclasses.fields(Task)}
     task = TrickyTask(**fields)
@@ -163,14 +165,13 @@ def test_a_candidate_that_crashes_or_hangs_the_compiler_is_just_a_failure(tmp_pa
         folder = tmp_path / str(len(jobs))
         folder.mkdir()
         jobs.append(Job(task=task, choice=choice, folder=folder))
-    with Builders(1, limit_s=60) as builders:
-        builders.build(jobs[1:2])  # TVM is loaded, and the limit is for what is built
-    with Builders(1, limit_s=20) as builders:
-        crashed, good, hung, other = builders.build(jobs)
+    crashed, good = builders.build(jobs[:2])
+    (hung,) = builders.build(jobs[2:3], limit_s=3)
+    (other,) = builders.build(jobs[3:])
     assert isinstance(crashed, CandidateError)
     assert "crashed" in str(crashed)
     assert isinstance(hung, CandidateError)
-    assert "within 20 s" in str(hung)
+    assert "within 3 s" in str(hung)
     assert isinstance(good, Built)
     assert isinstance(other, Built)
     assert (good.folder / "plan.bin").is_file()
@@ -228,19 +229,21 @@ def test_instructions_are_counted_exactly_under_qemu(tmp_path: Path, builders: B
     need("qemu-aarch64")
     need_arm64_sysroot()
     on = target("raspberry-pi-4")
-    task = dense_task(on)
+    kernel = Dense(m=48, n=128, k=128)
+    task = dense_task(on, kernel)
     built = built_alone(task, None, tmp_path / "built", builders)
     with open_runner(None, on) as runner:
         assert (runner.how, runner.unit) == ("static", "instructions")
         first, second = (runner.run(built, task.inputs(), runs=1, limit_s=60) for _ in range(2))
-    assert first == second
-    # At least a fused multiply-add of four for every four products; twice that and the runtime's
-    # own some thousand instructions bound it from above.
-    products = DENSE.m * DENSE.n * DENSE.k
-    assert products / 4 < first.cost < products / 4 * 2 + 10_000
-    call = program().calls[0]
-    x = np.frombuffer(task.inputs(), np.float32).reshape(DENSE.m, DENSE.k)
-    y = np.frombuffer(first.outputs or b"", np.float32).reshape(DENSE.m, DENSE.n)
+    # The C library's start takes some hundred instructions more or fewer, by where it is loaded.
+    assert abs(first.cost - second.cost) < 5_000
+    assert first.outputs == second.outputs
+    # A fused multiply-add for every four products, and less than that again besides.
+    products = kernel.m * kernel.n * kernel.k
+    assert products / 4 < first.cost < products / 2
+    call = program(kernel).calls[0]
+    x = np.frombuffer(task.inputs(), np.float32).reshape(kernel.m, kernel.k)
+    y = np.frombuffer(first.outputs or b"", np.float32).reshape(kernel.m, kernel.n)
     np.testing.assert_allclose(y, x @ call.constants["w"] + call.constants["bias"], atol=1e-4)
 
 

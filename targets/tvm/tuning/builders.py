@@ -14,6 +14,8 @@ from typing import Any, Self, cast
 from gfcompile.targets.tvm.choices import Choice
 from gfcompile.targets.tvm.tuning.tasks import Task
 
+_LIMIT_S = 120.0
+
 
 class CandidateError(Exception):
     """A candidate that cannot be built, does not run, or computes something else."""
@@ -51,14 +53,9 @@ class Job:
 
 
 class Builders:
-    """Up to `count` processes that build; one that dies or takes too long is replaced.
+    """Up to `count` processes that build; one that dies or takes too long is replaced."""
 
-    Args:
-        limit_s: how long one candidate may take.
-    """
-
-    def __init__(self, count: int, *, limit_s: float) -> None:
-        self._limit_s = limit_s
+    def __init__(self, count: int) -> None:
         self._workers = [_Worker() for _ in range(count)]
 
     def __enter__(self) -> Self:
@@ -68,8 +65,14 @@ class Builders:
         for worker in self._workers:
             worker.stop()
 
-    def build(self, jobs: Sequence[Job]) -> list[Built | CandidateError]:
-        """What became of each of `jobs`."""
+    def build(
+        self, jobs: Sequence[Job], *, limit_s: float = _LIMIT_S
+    ) -> list[Built | CandidateError]:
+        """What became of each of `jobs`.
+
+        Args:
+            limit_s: how long one may take.
+        """
         results: dict[int, Built | CandidateError] = {}
         waiting = list(enumerate(jobs))
         busy: dict[Connection, tuple[int, _Worker, float]] = {}
@@ -78,7 +81,7 @@ class Builders:
             while waiting and idle:
                 index, job = waiting.pop(0)
                 worker = idle.pop()
-                busy[worker.begin(job)] = (index, worker, time.monotonic() + self._limit_s)
+                busy[worker.begin(job)] = (index, worker, time.monotonic() + limit_s)
             ready = wait(
                 list(busy), timeout=min(end for _, _, end in busy.values()) - time.monotonic()
             )
@@ -88,7 +91,7 @@ class Builders:
                     results[index] = worker.result()
                 elif time.monotonic() >= ends:
                     worker.stop()
-                    results[index] = CandidateError(f"was not built within {self._limit_s:.0f} s")
+                    results[index] = CandidateError(f"was not built within {limit_s:.0f} s")
                 else:
                     continue
                 del busy[connection]

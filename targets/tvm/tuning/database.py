@@ -126,14 +126,6 @@ class Database:
         """Adds `entry`, in place of one for the same."""
         self._entries[entry.key] = entry
 
-    def remove(self, entry: Entry) -> None:
-        """Takes the entry for the same away, if there is one."""
-        self._entries.pop(entry.key, None)
-
-    def over(self, other: "Database") -> "Database":
-        """These entries, and those of `other` for whatever is not among them."""
-        return Database((*other.entries, *self.entries), self._source)
-
     def save(self, path: Path) -> None:
         """Writes the database: the file is the old one or the new one, never half of it."""
         # A line for each entry: what a tuning changed shows in a diff.
