@@ -145,7 +145,7 @@ def test_tune_from_the_command_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = ["tune", "--model", "gfnet_ti", "--target", "jetson-tx2", "--image-size", "32"]
+    arguments = ["tune", "--model", "gfnet_ti", "--target", "jetson-tx2", "--image-size", "64"]
     assert cli.main([*arguments, "--trials", "4"]) == 0
     printed = capsys.readouterr().out
     assert "static: an estimate, nothing was measured" in printed
