@@ -1,15 +1,17 @@
 """What int8 and int4 cost in accuracy, calibrated and trained, measured with compiled bundles.
 
-    python benchmarks/accuracy.py [--seeds 5] [--quick] [--json FILE]
+    python benchmarks/accuracy.py [--seeds 5] [--only deit] [--quick] [--json FILE]
 
-Small models of the two architectures learn scikit-learn's digits, several times with other seeds.
+Small models of three architectures learn scikit-learn's digits, several times with other seeds.
 Each is compiled for this machine in float32 and from quantized checkpoints, and each bundle
 classifies the same test images. "outliers" is the same float function with a few channels of every
-MLP's input scaled up, and their weights down, which is what ranges per tensor suffer from.
+MLP's input scaled up, and their weights down, which is what ranges per tensor suffer from. A DeiT
+becomes a DynamicViT by fine-tuning, and that an int8 one; each takes the one before for its parent.
 
 Exits with 1 if a bound is missed:
     trained int8 is at most 0.3 points under float, trained int4 at most 1.5;
     where calibration alone loses more than 1 point, training wins back at least two thirds of it;
+    the fine-tuned model is at most 0.5 points under its parent, and so is int8 under that;
     fake quantization, QDQ graph and bundle agree on at least 99.9% of the predictions.
 """
 
@@ -27,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,13 +42,20 @@ from torch import nn
 from torch.nn import functional as F
 
 import gfcompile
-from gfcompile.compile.models import gfnet
+from gfcompile.compile.finetuning import PruningConfig
+from gfcompile.compile.models import dynamicvit, gfnet
+from gfcompile.compile.models.dynamicvit_specs import ViTSpec
 from gfcompile.compile.models.gfnet_specs import GFNetSpec
-from gfcompile.compile.models.spec import Paper
+from gfcompile.compile.models.spec import ModelSpec, Paper
+from gfcompile.compile.models.weights import start_weights
+from gfcompile.compile.prune import freeze
+from gfcompile.compile.pruning_task import finetune
 from gfcompile.compile.quantization import QuantizeConfig, quantize_model
 from gfcompile.compile.trace import session
 from gfcompile.quantize import TrainConfig, read_quantized
 from gfcompile.quantize.checkpoint import settle_as
+from gfcompile.quantize.data import Images, read_images
+from gfcompile.quantize.distributed import open_group
 from gfcompile.quantize.prepared import prepare_training
 from gfcompile.quantize.qparams import QParams
 from gfcompile.runtime import load
@@ -53,7 +63,7 @@ from gfcompile.runtime.images import imagenet_transform, preprocess
 from gfcompile.targets.target import find_target
 
 Array = npt.NDArray[Any]
-Kind = Literal["gfnet", "pyramid"]
+Kind = Literal["gfnet", "pyramid", "deit"]
 
 SIZE = 32  # pixels; 8x8 tokens of the first stage
 TRAIN_IMAGES = 1000
@@ -61,9 +71,23 @@ MAX_LOSS = {8: 0.3, 4: 1.5}  # points of top-1 that training may leave lost
 WORTH_TRAINING = 1.0  # points
 WON_BACK = 2 / 3
 MIN_AGREEMENT = 0.999
+KEEP_RATIO = 0.7
+MAX_STEP_LOSS = 0.5  # points of top-1, from a DeiT to a pruned one, and from that to int8
 PACKAGES = ("gfcompile", "torch", "torchao", "apache-tvm", "onnxruntime", "scikit-learn", "numpy")
 
-SPECS: dict[Kind, GFNetSpec] = {
+DEIT = ViTSpec(
+    name="deit_digits",
+    family="dynamicvit",
+    kind="deit",
+    paper=Paper(title="DynamicViT", arxiv="2106.02034"),
+    image_size=SIZE,
+    num_classes=10,
+    patch_size=4,
+    dims=(32,),
+    depths=(4,),
+    heads=4,
+)
+SPECS: dict[Kind, ModelSpec] = {
     "gfnet": GFNetSpec(
         name="gfnet_digits",
         family="gfnet",
@@ -84,7 +108,11 @@ SPECS: dict[Kind, GFNetSpec] = {
         dims=(24, 48),
         depths=(1, 2),
     ),
+    "deit": DEIT,
 }
+PRUNED_SPEC = replace(
+    DEIT, prune_before=(1, 2, 3), keep_ratios=tuple(KEEP_RATIO**s for s in (1, 2, 3))
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +129,18 @@ class Variant:
         return f"int{self.bits} {how}" + (", outliers" if self.outliers else "")
 
 
+PRUNED = f"pruned to {KEEP_RATIO}"
 VARIANTS = (
     *(Variant(bits=bits, trained=trained) for bits in (8, 4) for trained in (False, True)),
     *(Variant(bits=8, trained=trained, outliers=True) for trained in (False, True)),
 )
+
+PRUNED_VARIANTS = tuple(Variant(bits=8, trained=trained) for trained in (False, True))
+ROWS: dict[Kind, tuple[str, ...]] = {
+    "gfnet": ("float32", *(variant.name for variant in VARIANTS)),
+    "pyramid": ("float32", *(variant.name for variant in VARIANTS)),
+    "deit": ("float32", PRUNED, *(f"{PRUNED}, {variant.name}" for variant in PRUNED_VARIANTS)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +148,7 @@ class Result:
     """One bundle on the test images.
 
     Attributes:
-        variant: "float32", or a variant's name.
+        variant: what was done to the model, as in `ROWS`.
         top1: percent.
         graph_agreement, fake_agreement: of the predictions, the fraction that the QDQ graph in
             ONNX Runtime and the fake-quantized torch model make as well.
@@ -132,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         write_digits(folder / "digits")
-        jobs = [(kind, seed) for seed in range(options.seeds) for kind in SPECS]
+        jobs = [(kind, seed) for seed in range(options.seeds) for kind in options.only or SPECS]
         results: list[Result] = []
         # The models are too small for two threads; two at a time keep two cores busy. Tracing and
         # TVM keep what they allocate, so each measurement has a process of its own.
@@ -204,41 +240,106 @@ def measure(kind: Kind, seed: int, folder: Path, quick: bool) -> list[Result]:
     """Float and every variant of one model, trained from one seed."""
     torch.set_num_threads(1)
     training, test = (read(folder / "digits" / part) for part in ("train", "test"))
-    module = train_float(SPECS[kind], seed, *training, epochs=8 if quick else 40)
-    place = folder / f"{kind}-{seed}"
-    place.mkdir()
-    logits, _ = run_bundle(kind, module, place / "float32", test[0], checkpoint=None)
-    results = [_result(kind, seed, "float32", logits, test[1])]
+    spec = SPECS[kind]
+    module = train_float(spec, seed, *training, epochs=8 if quick else 40)
+    run = Run(kind=kind, seed=seed, place=folder / f"{kind}-{seed}", quick=quick, test=test)
+    run.place.mkdir()
+    results = [run.floating(module, "float32")]
+    if kind == "deit":
+        pruned = prune(module, seed, folder / "digits" / "train", quick)
+        results.append(run.floating(pruned, PRUNED))
+        # Quantized as it is compiled, as the zoo's models are.
+        frozen, kept = freeze(pruned), PRUNED_SPEC.float_layers
+        for variant in PRUNED_VARIANTS:
+            name = f"{PRUNED}, {variant.name}"
+            results.append(run.quantized(frozen, variant, name, keep_float=kept))
+        return results
     for variant in VARIANTS:
         subject = with_outliers(module) if variant.outliers else module
-        path = place / f"{variant.name}.safetensors"
+        results.append(run.quantized(subject, variant, variant.name))
+    return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One model from one seed.
+
+    Attributes:
+        test: images and labels.
+    """
+
+    kind: Kind
+    seed: int
+    place: Path
+    quick: bool
+    test: tuple[torch.Tensor, torch.Tensor]
+
+    def floating(self, module: nn.Module, name: str) -> Result:
+        """The module compiled in float32."""
+        logits, _ = run_bundle(self.kind, module, self.place / name, self.test[0], checkpoint=None)
+        return _result(self.kind, self.seed, name, logits, self.test[1])
+
+    def quantized(
+        self, module: nn.Module, variant: Variant, name: str, *, keep_float: tuple[str, ...] = ()
+    ) -> Result:
+        """The module quantized and compiled."""
+        place, images = self.place, self.test[0]
+        path = place / f"{name}.safetensors"
         config = QuantizeConfig(
-            model=SPECS[kind].name,
-            train_data=folder / "digits" / "train",
+            model=SPECS[self.kind].name,
+            train_data=place.parent / "digits" / "train",
             output=path,
             image_size=SIZE,
             num_classes=10,
             weight_bits=variant.bits,
-            training=recipe(variant, seed, quick),
+            keep_float=keep_float,
+            training=recipe(variant, self.seed, self.quick),
             device="cpu",
         )
-        quantize_model(config, module=subject)
-        logits, graph = run_bundle(kind, subject, place / variant.name, test[0], checkpoint=path)
-        fake = run_fake_quantized(subject, path, test[0])
-        result = _result(kind, seed, variant.name, logits, test[1])
+        quantize_model(config, module=module)
+        logits, graph = run_bundle(self.kind, module, place / name, images, checkpoint=path)
+        fake = run_fake_quantized(module, path, images)
+        result = _result(self.kind, self.seed, name, logits, self.test[1])
         predicted = logits.argmax(1)
-        results.append(
-            replace(
-                result,
-                graph_agreement=float((graph.argmax(1) == predicted).mean()),
-                fake_agreement=float((fake.argmax(1) == predicted).mean()),
-            )
+        return replace(
+            result,
+            graph_agreement=float((graph.argmax(1) == predicted).mean()),
+            fake_agreement=float((fake.argmax(1) == predicted).mean()),
         )
-    return results
+
+
+def prune(parent: nn.Module, seed: int, data: Path, quick: bool) -> nn.Module:
+    """The DynamicViT that a DeiT becomes by the paper's fine-tuning.
+
+    The backbone is trained at a third of the learning rate, not a hundredth: it has 400 steps, not
+    the 40,000 of the paper.
+    """
+    state = {**start_weights(PRUNED_SPEC, seed), **parent.state_dict()}
+    config = PruningConfig(
+        epochs=4 if quick else 24,
+        lr=1e-3,
+        own_rate=0.3,
+        ema=0.99,
+        augment="none",  # mirrored digits are no digits
+        seed=seed,
+    )
+    images = Images(
+        files=read_images(data, classes=10), transform=imagenet_transform(SIZE), threads=1
+    )
+    with open_group("cpu") as group:
+        trained = finetune(
+            dynamicvit.build(PRUNED_SPEC, state),
+            parent,
+            images,
+            keep_ratios=PRUNED_SPEC.keep_ratios,
+            config=config,
+            group=group,
+        )
+    return dynamicvit.build(PRUNED_SPEC, trained.state)
 
 
 def recipe(variant: Variant, seed: int, quick: bool) -> TrainConfig:
-    """The same for both widths and both models: nothing is tuned to one of them."""
+    """The same for both widths and all models: nothing is tuned to one of them."""
     if not variant.trained:
         return TrainConfig(epochs=0, augment="none", seed=seed)
     return TrainConfig(
@@ -260,10 +361,11 @@ def read(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train_float(
-    spec: GFNetSpec, seed: int, images: torch.Tensor, labels: torch.Tensor, epochs: int
+    spec: ModelSpec, seed: int, images: torch.Tensor, labels: torch.Tensor, epochs: int
 ) -> nn.Module:
     """A model trained from random weights by the usual means."""
-    module = gfnet.build(spec, gfnet.random_weights(spec, seed))
+    family: Any = {"gfnet": gfnet, "dynamicvit": dynamicvit}[spec.family]
+    module: nn.Module = family.build(spec, family.random_weights(spec, seed))
     optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.01)
     steps = epochs * -(-len(images) // 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
@@ -277,7 +379,8 @@ def train_float(
             schedule.step()
     # As any checkpoint is loaded: filters Hermitian.
     state = {name: value.detach() for name, value in module.state_dict().items()}
-    return gfnet.build(spec, state)
+    trained: nn.Module = family.build(spec, state)
+    return trained
 
 
 def with_outliers(module: nn.Module) -> nn.Module:
@@ -326,7 +429,7 @@ def run_fake_quantized(module: nn.Module, path: Path, images: torch.Tensor) -> A
     own = _copy(module, checkpoint.state)
     prepared = prepare_training(own, images[:2], checkpoint.scheme, learn_scales=False)
     ranges = [QParams(x.activation_scale, x.activation_zero_point) for x in checkpoint.layers]
-    settle_as(prepared, ranges, checkpoint.scales)
+    settle_as(prepared, ranges, checkpoint.scales, checkpoint.factors)
     for fake in prepared.fake_quants():
         fake.freeze(torch.device("cpu"))
     with torch.no_grad():
@@ -340,13 +443,12 @@ def _result(kind: Kind, seed: int, variant: str, logits: Array, labels: torch.Te
 
 def by_variant(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
     """The results of all seeds, by model and variant, in the order of the table."""
-    names = ["float32", *(variant.name for variant in VARIANTS)]
-    models = [spec.name for spec in SPECS.values()]
-    return {
+    keys = [(SPECS[kind].name, name) for kind, names in ROWS.items() for name in names]
+    groups = {
         (model, name): [r for r in results if (r.model, r.variant) == (model, name)]
-        for model in models
-        for name in names
+        for model, name in keys
     }
+    return {key: group for key, group in groups.items() if group}
 
 
 def misses(results: Sequence[Result]) -> Sequence[str]:
@@ -354,7 +456,12 @@ def misses(results: Sequence[Result]) -> Sequence[str]:
     found = []
     groups = by_variant(results)
     mean = {key: statistics.mean(r.top1 for r in group) for key, group in groups.items()}
-    for model in dict.fromkeys(model for model, _ in groups):
+    steps = ("float32", PRUNED, f"{PRUNED}, {PRUNED_VARIANTS[-1].name}")
+    for before, after in pairwise(steps if (DEIT.name, PRUNED) in mean else ()):
+        lost = mean[DEIT.name, before] - mean[DEIT.name, after]
+        if lost > MAX_STEP_LOSS:
+            found.append(f"{DEIT.name}, {after}: {lost:.2f} points under {before}")
+    for model in dict.fromkeys(model for model, _ in groups if model != DEIT.name):
         expected = mean[model, "float32"]
         for variant in (variant for variant in VARIANTS if variant.trained):
             lost = expected - mean[model, variant.name]
@@ -366,7 +473,7 @@ def misses(results: Sequence[Result]) -> Sequence[str]:
                     f"{model}, {variant.name}: wins back {calibrated - lost:.2f} of "
                     f"{calibrated:.2f} points"
                 )
-    quantized = [result for result in results if result.variant != "float32"]
+    quantized = [result for result in results if result.variant not in ("float32", PRUNED)]
     for what in ("graph_agreement", "fake_agreement"):
         agreement = statistics.mean(getattr(result, what) for result in quantized)
         if agreement < MIN_AGREEMENT:
@@ -404,6 +511,9 @@ def print_table(results: Sequence[Result]) -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, default=5, metavar="N")
+    parser.add_argument(
+        "--only", action="append", choices=list(SPECS), help="this model; may be repeated"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument(
         "--quick",

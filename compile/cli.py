@@ -3,6 +3,7 @@
 The only place that prints and exits.
 """
 
+import _thread
 import argparse
 import errno
 import json
@@ -23,6 +24,12 @@ from gfcompile.compile.device_commands import (
     profile_command,
     validate_arguments,
     validate_command,
+)
+from gfcompile.compile.report_commands import (
+    compare_arguments,
+    compare_command,
+    report_arguments,
+    report_command,
 )
 from gfcompile.compile.tables import print_table
 from gfcompile.compile.training_options import (
@@ -106,7 +113,8 @@ def _compile(options: argparse.Namespace) -> None:
         options.checkpoint = _train(options, progress, output=None).path
         if not _is_first_process():
             return
-        options.weight_bits, options.keep_float = 8, []  # as the checkpoint says
+        # As the checkpoint says.
+        options.weight_bits, options.group_size, options.keep_float = 8, None, []
     is_coreml = options.target == "coreml"
     config = CompileConfig(
         model=options.model,
@@ -119,6 +127,7 @@ def _compile(options: argparse.Namespace) -> None:
         fft=options.fft,
         calibration_data=options.calibration_data,
         weight_bits=options.weight_bits,
+        group_size=options.group_size,
         keep_float=tuple(options.keep_float),
         output=options.output,
         dump=options.dump,
@@ -146,6 +155,8 @@ def _compile(options: argparse.Namespace) -> None:
 
 
 def _print_bundle(bundle: "Bundle", target: "AnyTarget", notes: Sequence[str], took: float) -> None:
+    from gfcompile.compile.format_summary import format_summary
+
     manifest = bundle.manifest
     precision = manifest.precision
     print(f"\n{manifest.model} for {target.name}: {target.description}")
@@ -157,6 +168,8 @@ def _print_bundle(bundle: "Bundle", target: "AnyTarget", notes: Sequence[str], t
     if manifest.ledger:
         print()
         _print_ledger(manifest.ledger)
+    for line in format_summary(manifest):
+        print(line)
     count = len(manifest.files) + 1
     print(f"\n{bundle.path}: {bundle.size_bytes / 1e6:.1f} MB in {count} files, {took:.1f} s")
     print(f"next: {_next_step(bundle, target)}")
@@ -201,6 +214,9 @@ def _next_step(bundle: "Bundle", target: "AnyTarget") -> str:
     if target.gpu is not None:
         name = bundle.path.name
         return f"copy {bundle.path} to the board, and there: {name}/gfbench {name}"
+    if target.cpu.android_api is not None:
+        there = f"/data/local/tmp/{bundle.path.name}"
+        return f"adb push {bundle.path} /data/local/tmp/, then: adb shell {there}/gfbench {there}"
     if target.cpu.arch == platform.machine():
         return f"gfcompile run {bundle.path} PHOTO"
     return f"gfcompile run {bundle.path} PHOTO --device qemu"
@@ -356,7 +372,12 @@ def _run(options: argparse.Namespace) -> None:
     from gfcompile.runtime.session import load
 
     results = []
-    with load(options.bundle, device=options.device, threads=options.threads) as session:
+    with load(
+        options.bundle,
+        device=options.device,
+        threads=options.threads,
+        compute_units=options.compute_units,
+    ) as session:
         weights = session.manifest.weights
         if weights.startswith("random"):
             _complain(f"note: weights are {weights}, the classes mean nothing")
@@ -481,6 +502,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], int | None]]] = {
     "run": ("classify images with a bundle", _run),
     "validate": ("measure a bundle on a device, against a budget", validate_command),
     "profile": ("time each kernel of a bundle on a device", profile_command),
+    "report": ("write a page about a bundle, measured or estimated", report_command),
+    "compare": ("put bundles and results side by side", compare_command),
     "models": ("list the models", _models),
     "targets": ("list the targets, and what int8 means there", _targets),
 }
@@ -650,6 +673,12 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top", type=_positive, default=5, metavar="N", help="classes to print")
     parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="default: 1")
+    parser.add_argument(
+        "--compute-units",
+        choices=("all", "cpu", "cpu-gpu", "cpu-ane"),
+        default="all",
+        help="what Core ML may use, on a Mac (default: all)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -665,6 +694,8 @@ _ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "run": _run_arguments,
     "validate": validate_arguments,
     "profile": profile_arguments,
+    "report": report_arguments,
+    "compare": compare_arguments,
     "models": _list_arguments,
     "targets": _list_arguments,
 }
@@ -698,6 +729,12 @@ def _unknown_command(word: str) -> str:
     return f"unknown command {word!r}{hint} (known: {', '.join(_COMMANDS)})"
 
 
+class _Interrupted(KeyboardInterrupt):
+    """By its own name, for one that passes through exec() makes CPython end itself by SIGINT at
+    exit if it is a KeyboardInterrupt precisely, handled or not (run_eval_code_obj in pythonrun.c).
+    """
+
+
 @contextmanager
 def _ending_by_signal() -> Iterator[list[int]]:
     """SIGTERM ends the command as Ctrl-C does, and a second Ctrl-C does not disturb the clean-up.
@@ -714,12 +751,24 @@ def _ending_by_signal() -> Iterator[list[int]]:
         came.append(number)
         for caught in previous:
             signal.signal(caught, signal.SIG_IGN)
-        raise KeyboardInterrupt
+        raise _Interrupted
+
+    def deliver_again(unraisable: "sys.UnraisableHookArgs") -> None:
+        # Python drops what is raised in a destructor or a weak reference's callback.
+        if unraisable.exc_type is _Interrupted:
+            number = signal.Signals(came[0])
+            signal.signal(number, handle)
+            # Later, since what this hook raises is dropped as well.
+            threading.Timer(0.05, _thread.interrupt_main, (number,)).start()
+        else:
+            previous_hook(unraisable)
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous_hook, sys.unraisablehook = sys.unraisablehook, deliver_again
     try:
         yield came
     finally:
+        sys.unraisablehook = previous_hook
         for number, handler in previous.items():
             signal.signal(number, handler)
 

@@ -76,7 +76,8 @@ def _device_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def validate_command(options: argparse.Namespace) -> int:
-    """Validates, keeps the result, prints it, and returns the exit code."""
+    """Validates, keeps result and report, prints the result, and returns the exit code."""
+    from gfcompile.compile.report_commands import write_validation_report
     from gfcompile.runtime.validate import keep
 
     budget = Budget(
@@ -87,11 +88,13 @@ def validate_command(options: argparse.Namespace) -> int:
     )
     result = _validated(options, budget, options.against, quiet=options.quiet or options.json)
     path = keep(result, options.bundle)
+    report = path.with_suffix(".html")
+    write_validation_report(result, options.bundle, report)
     if options.json:
         print(json.dumps(result.to_dict(), indent=1, allow_nan=False))
     else:
         print_result(result, brief=options.quiet)
-        print(f"{path}: the result" if not options.quiet else path)
+        print(f"{path}: the result\n{report}: the report" if not options.quiet else path)
     return 0 if result.verdict.passed else MISSED
 
 

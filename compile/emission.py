@@ -29,7 +29,7 @@ class Golden:
 
 @dataclass(frozen=True, kw_only=True)
 class Pruning:
-    """How a model prunes: patches kept per stage; see `kept_patches.places_in_grid`."""
+    """How a model prunes: patches kept by each stage that drops any; see `places_in_grid`."""
 
     kept: tuple[int, ...]
     chosen_anew: bool

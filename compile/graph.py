@@ -47,6 +47,17 @@ class Graph:
     calibration_images: int = 0
     training: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def has_int4(self) -> bool:
+        """Whether weights were quantized to 4 bits."""
+        return bool(self.scheme) and self.scheme["weight"]["high"] <= 7
+
+    @property
+    def group_size(self) -> int | None:
+        """How many weights of four bits share a factor; None where none do."""
+        size: int | None = self.scheme["weight"]["group_size"] if self.scheme else None
+        return size
+
     def write(self, folder: Path) -> None:
         """Writes the graph into an empty folder, for `read`."""
         save(self.model, folder / "graph.onnx")

@@ -26,7 +26,9 @@ from gfcompile.compile.emission import (
     RequestedPrecision,
 )
 from gfcompile.compile.models import KeepRatio, LoadedModel, load_model, model_spec
+from gfcompile.compile.models.spec import ModelSpec
 from gfcompile.compile.progress import Progress, SilentProgress
+from gfcompile.compile.pruning_gain import note_on_gain
 from gfcompile.quantize import QuantScheme, is_quantized
 from gfcompile.runtime.bundle import Manifest, Precision
 from gfcompile.runtime.errors import UserError
@@ -73,7 +75,8 @@ class CompileConfig:
             as published.
         fft: the form of the global filters; "auto" chooses by cost on the target.
         calibration_data: a folder of images for int8; None for the photos that gfcompile ships.
-        weight_bits, keep_float: see `QuantizeConfig`; a quantized checkpoint has them decided.
+        weight_bits, group_size, keep_float: see `QuantizeConfig`; a quantized checkpoint has them
+            decided.
         output: the bundle's folder; None for one named after model, target and precision.
         dump: a folder for the graph after each stage, as ONNX files.
         labels: a text file with one class name per line, copied into the bundle.
@@ -94,6 +97,7 @@ class CompileConfig:
     fft: Literal["auto", "native", "dft", "circular"] = "auto"
     calibration_data: Path | None = None
     weight_bits: int = 8
+    group_size: int | None = None
     keep_float: tuple[str, ...] = ()
     output: Path | None = None
     dump: Path | None = None
@@ -196,17 +200,17 @@ class _Job:
             if self.precision != "int8":
                 raise UserError("--calibration-data is for --int8; add it or leave this out")
             self.calibration_files()
-        default = (config.weight_bits, config.keep_float) == (8, ())
+        default = (config.weight_bits, config.group_size, config.keep_float) == (8, None, ())
         if self.precision != "int8" and not default:
-            raise UserError("--weight-bits and --keep-float are for --int8")
-        QuantScheme.with_weight_bits(config.weight_bits)
+            raise UserError("--weight-bits, --group-size and --keep-float are for --int8")
+        QuantScheme.with_weight_bits(config.weight_bits, group_size=config.group_size)
         if self.is_quantized:
             if self.precision != "int8":
                 raise UserError(f"{config.checkpoint} is a quantized checkpoint: add --int8")
             if config.calibration_data is not None or not default:
                 raise UserError(
                     f"{config.checkpoint} is a quantized checkpoint, which has its scales: leave "
-                    "out --calibration-data, --weight-bits and --keep-float"
+                    "out --calibration-data, --weight-bits, --group-size and --keep-float"
                 )
 
     @property
@@ -282,6 +286,7 @@ class _Job:
             "seed": config.seed,
             "calibration": self.calibration_files() if self.is_calibrated else None,
             "weight_bits": config.weight_bits,
+            "group_size": config.group_size,
             "keep_float": config.keep_float,
         }
 
@@ -352,7 +357,7 @@ class _Job:
             keep_ratio=config.keep_ratio,
             seed=config.seed,
         )
-        kept = model.spec.kept_patches
+        kept = model.spec.dropping
         return _Loaded(
             module=model.module,
             transform=model.transform,
@@ -361,6 +366,7 @@ class _Job:
             filters=model.spec.filters,
             float_layers=model.spec.float_layers,
             pruning=Pruning(kept=kept, chosen_anew=model.spec.chooses_anew) if kept else None,
+            spec=model.spec,
         )
 
     def graph(self, loaded: "_Loaded", golden: Golden) -> "Graph":
@@ -379,6 +385,7 @@ class _Job:
                 module,
                 self.calibration(loaded),
                 weight_bits=config.weight_bits,
+                group_size=config.group_size,
                 keep_float=(*loaded.float_layers, *config.keep_float),
             )
 
@@ -476,6 +483,12 @@ class _Job:
                 f"weights are {loaded.weights}: speed and size are real, classes mean nothing; "
                 "give --checkpoint"
             )
+        spec = loaded.spec
+        if spec is not None and spec.parent is not None:
+            parent = model_spec(spec.parent).resized(
+                image_size=spec.image_size, num_classes=spec.num_classes
+            )
+            notes.append(note_on_gain(spec, parent, target, int8=self.precision == "int8"))
         if self.precision == "int8":
             if graph.training:
                 notes.append(
@@ -518,6 +531,7 @@ class _Loaded:
     filters: tuple[tuple[int, int, int], ...] = ()
     float_layers: tuple[str, ...] = ()
     pruning: Pruning | None = None
+    spec: ModelSpec | None = None  # of a model of the zoo
 
 
 class _Dump:

@@ -34,12 +34,15 @@ class QuantizeConfig(TrainingJob):
     Attributes:
         checkpoint: the trained float weights.
         weight_bits: 8 or 4.
+        group_size: of 4 bits, how many weights share a factor of their channel's scale; None for
+            none.
         keep_float: layers that are not quantized, by name, or "auto:K" for the K that quantization
             alone hurts most.
     """
 
     checkpoint: Path | None = None
     weight_bits: int = 8
+    group_size: int | None = None
     keep_float: tuple[str, ...] = ()
     training: TrainConfig = field(default_factory=TrainConfig)
 
@@ -69,6 +72,7 @@ def calibrate_model(
     images: "Sequence[npt.NDArray[np.float32]]",
     *,
     weight_bits: int,
+    group_size: int | None,
     keep_float: tuple[str, ...],
 ) -> "Calibrated":
     """The module with the ranges that the images bring about, `keep_float` as in `QuantizeConfig`.
@@ -82,7 +86,7 @@ def calibrate_model(
     from gfcompile.quantize.sensitivity import choose_float, explain
 
     batches = [torch.from_numpy(image) for image in images]
-    scheme = QuantScheme.with_weight_bits(weight_bits, keep_float=keep_float)
+    scheme = QuantScheme.with_weight_bits(weight_bits, group_size=group_size, keep_float=keep_float)
     scheme, results = choose_float(scheme, module, batches[:ANALYSED_IMAGES])
     calibrated = calibrate(module, batches, scheme)
     return replace(calibrated, kept_float=explain(calibrated.kept_float, results))
@@ -208,7 +212,9 @@ class _Subject:
         """
         named = [name for name in config.keep_float if chosen or not name.startswith("auto:")]
         return QuantScheme.with_weight_bits(
-            config.weight_bits, keep_float=(*self.float_layers, *named)
+            config.weight_bits,
+            group_size=config.group_size,
+            keep_float=(*self.float_layers, *named),
         )
 
     def sample(self) -> list[Any]:

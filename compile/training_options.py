@@ -49,6 +49,12 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
         "--weight-bits", type=int, default=8, metavar="8|4", help="of weights (default: 8)"
     )
     group.add_argument(
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="of 4 bits: so many weights share a factor of their channel's scale (default: all)",
+    )
+    group.add_argument(
         "--keep-float",
         action="append",
         default=[],
@@ -157,6 +163,7 @@ def quantize_config(options: argparse.Namespace, output: Path | None) -> "Quanti
         num_classes=options.num_classes,
         keep_ratio=options.keep_ratio,
         weight_bits=options.weight_bits,
+        group_size=options.group_size,
         keep_float=tuple(options.keep_float),
         training=TrainConfig(seed=options.seed, **_given(options, _TRAINING)),  # type: ignore[arg-type]
         **_given(options, _OTHERS),  # type: ignore[arg-type]

@@ -151,9 +151,11 @@ def _place(artifact: Artifact, target: Target, folder: Path) -> Iterator[_Place]
             raise DeviceError(f"this CPU lacks {', '.join(sorted(missing))}")
         yield _Place(folder=folder, how="native", images=4)
     else:
+        # An Android library needs Android's loader: the same objects run in the bundle's gfbench.
+        what = "library" if cpu.android_api is None else "runner"
         yield _Place(
             folder=folder,
-            how=f"{cpu.arch} library under qemu -cpu {cpu.qemu_cpu}",
+            how=f"{cpu.arch} {what} under qemu -cpu {cpu.qemu_cpu}",
             images=2,
             prefix=qemu_command(cpu=cpu.qemu_cpu, env={}),
         )

@@ -1,7 +1,8 @@
 """Quantized checkpoints: a safetensors file with integers, scales, and how they came about.
 
 A quantized weight W is stored as integers under its own name and as scales, one per output channel,
-under `W.scale`. Integers of 4 bits lie two to a byte, the earlier one in the low half. Everything
+under `W.scale`. Integers of 4 bits lie two to a byte, the earlier one in the low half; where they
+have groups, `W.factor` (channels, groups) says what the scale is multiplied by for each. Everything
 else is float32 under its own name. The rest is JSON in the file's metadata.
 """
 
@@ -23,7 +24,7 @@ from gfcompile.quantize.files import write_atomically
 from gfcompile.quantize.int4 import pack_int4, unpack_int4
 from gfcompile.quantize.metadata import KEY, read_header
 from gfcompile.quantize.prepared import LayerQuant, Prepared, one_thread, prepare
-from gfcompile.quantize.qparams import QParams, dequantize, quantize
+from gfcompile.quantize.qparams import QParams, dequantize, quantize, steps_of, with_factors
 from gfcompile.quantize.quantizer import KeptFloat
 from gfcompile.quantize.scheme import QuantScheme
 from gfcompile.runtime.errors import UserError
@@ -35,8 +36,9 @@ __all__ = [
     "write_quantized",
 ]
 
-_FORMAT = 1
+_FORMAT = 2  # 1 knows no groups; checkpoints without any are of that
 _SCALE = ".scale"
+_FACTOR = ".factor"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,8 @@ class QuantizedCheckpoint:
     Attributes:
         state: float32, by name; every quantized weight is a multiple of its scales.
         scales: of each quantized weight, by its name: one per output channel.
+        factors: the same where the scheme has groups: (channels, groups), that scales are
+            multiplied by.
         layers: the quantized layers in the order in which they run, with the scale and zero point
             of their inputs.
         kept_float: layers with weights that are not quantized, and why.
@@ -59,6 +63,7 @@ class QuantizedCheckpoint:
     layers: tuple[LayerQuant, ...]
     kept_float: tuple[KeptFloat, ...]
     images: int
+    factors: Mapping[str, npt.NDArray[np.uint8]] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -74,15 +79,17 @@ def write_quantized(checkpoint: QuantizedCheckpoint, path: Path) -> None:
         if name not in checkpoint.scales:
             tensors[name] = values
             continue
-        scales = checkpoint.scales[name]
-        integers = quantize(
-            values.numpy(), _column(scales, values.ndim), 0, checkpoint.scheme.weight
-        ).astype(np.int8)
+        scales, factors = checkpoint.scales[name], checkpoint.factors.get(name)
+        weight = checkpoint.scheme.weight
+        steps = steps_of(scales, factors, values.shape, weight)
+        integers = quantize(values.numpy(), steps, 0, weight).astype(np.int8)
         stored = pack_int4(integers) if bits == 4 else integers
         tensors[name] = torch.from_numpy(stored)
         tensors[name + _SCALE] = torch.from_numpy(scales.copy())
+        if factors is not None:
+            tensors[name + _FACTOR] = torch.from_numpy(factors.copy())
     header = {
-        "format": _FORMAT,
+        "format": _FORMAT if checkpoint.factors else 1,
         "scheme": checkpoint.scheme.to_dict(),
         "weights": {name: list(checkpoint.state[name].shape) for name in checkpoint.scales},
         "layers": [asdict(layer) for layer in checkpoint.layers],
@@ -113,25 +120,29 @@ def read_quantized(path: Path) -> QuantizedCheckpoint:
             raise UserError(f"{path}: written by a newer gfcompile (format {header['format']})")
         tensors = safetensors.torch.load_file(path)
         scheme = QuantScheme.from_dict(header["scheme"])
-        scales, state = {}, {}
+        weights = header["weights"]
+        scales = {name: tensors.pop(name + _SCALE).numpy() for name in weights}
+        factors = {}
+        if scheme.weight.group_size is not None:
+            factors = {name: tensors.pop(name + _FACTOR).numpy() for name in weights}
+        state = {}
         for name, tensor in tensors.items():
-            base = name.removesuffix(_SCALE)
-            if base != name and base in header["weights"]:
-                scales[base] = tensor.numpy()
-        for name, tensor in tensors.items():
-            if name in header["weights"]:
-                shape = tuple(header["weights"][name])
-                integers = tensor.numpy()
-                if scheme.weight_bits == 4:
-                    integers = unpack_int4(integers, shape)
-                column = _column(scales[name], len(shape))
-                values = dequantize(integers.reshape(shape).astype(np.int32), column, 0)
-                state[name] = torch.from_numpy(values)
-            elif name.removesuffix(_SCALE) not in scales:
+            if name not in weights:
                 state[name] = tensor
+                continue
+            shape = tuple(weights[name])
+            codes = tensor.numpy()
+            if scheme.weight_bits == 4:
+                codes = unpack_int4(codes, shape)
+            integers = with_factors(
+                codes.reshape(shape).astype(np.int32), factors.get(name), scheme.weight
+            )
+            column = steps_of(scales[name], None, shape, scheme.weight)
+            state[name] = torch.from_numpy(dequantize(integers, column, 0))
         return QuantizedCheckpoint(
             state=state,
             scales=scales,
+            factors=factors,
             scheme=scheme,
             layers=tuple(LayerQuant(**layer) for layer in header["layers"]),
             kept_float=tuple(KeptFloat(**layer) for layer in header["kept_float"]),
@@ -169,7 +180,7 @@ def load_quantized(path: Path, module: nn.Module, example: torch.Tensor) -> Cali
         names = [layer.name for layer in checkpoint.layers]
         if [layer.name for layer in prepared.layers] != names:
             raise UserError(f"{path}: quantizes other layers than {type(module).__name__} has")
-        settle_as(prepared, ranges, checkpoint.scales)
+        settle_as(prepared, ranges, checkpoint.scales, checkpoint.factors)
         return Calibrated(
             module=prepared.convert(),
             scheme=checkpoint.scheme,
@@ -184,13 +195,11 @@ def settle_as(
     prepared: Prepared,
     ranges: list[QParams],
     scales: Mapping[str, npt.NDArray[np.float32]],
+    factors: Mapping[str, npt.NDArray[np.uint8]],
 ) -> None:
-    """Settles every layer on what is given: ranges by position, weight scales by name."""
+    """Settles every layer on what is given: ranges by position, weights' scales by name."""
     for layer, chosen in zip(prepared.layers, ranges, strict=True):
         prepared.activation(layer).settle_as(chosen)
     for layer in prepared.weighted:
-        prepared.weight(layer).settle_as(scales[prepared.constant_name(layer, 1)])
-
-
-def _column(scales: npt.NDArray[np.float32], ndim: int) -> npt.NDArray[np.float32]:
-    return scales.reshape(-1, *[1] * (ndim - 1))
+        name = prepared.constant_name(layer, 1)
+        prepared.weight(layer).settle_as(scales[name], factors.get(name))

@@ -68,7 +68,10 @@ def open_group(device: str = "auto") -> Iterator[Group]:
     if world == 1:
         yield Group(rank=0, world=1, device=chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    if chosen.type == "cuda":
+        dist.init_process_group("nccl", device_id=chosen)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield Group(rank=dist.get_rank(), world=world, device=chosen)
     finally:
@@ -78,8 +81,10 @@ def open_group(device: str = "auto") -> Iterator[Group]:
 def choose_device(name: str) -> torch.device:
     """The device called `name`; "auto" is a GPU if there is one.
 
+    Of several processes on a machine each takes the GPU of its own number there.
+
     Raises:
-        UserError: there is none of that name.
+        UserError: there is none of that name, or not one for each process.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -91,6 +96,12 @@ def choose_device(name: str) -> torch.device:
         raise UserError("--device cuda: torch finds no GPU here; install a torch built for CUDA")
     # cuBLAS computes deterministically only with a workspace of its own, fixed before its start.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= count:
+        raise UserError(
+            f"process {number + 1} of this machine has no GPU, which has {count}; lower "
+            "--nproc-per-node of torchrun, or take --device cpu"
+        )
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device

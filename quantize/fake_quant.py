@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from gfcompile.quantize.observers import ActivationObserver, FixedObserver, WeightObserver
-from gfcompile.quantize.qparams import QParams
+from gfcompile.quantize.qparams import Factors, Float32Array, QParams
 from gfcompile.quantize.scheme import RangeRule, TensorScheme
 
 __all__ = ["ActivationFakeQuant", "BiasFakeQuant", "FixedFakeQuant", "WeightFakeQuant"]
@@ -79,6 +79,7 @@ class WeightFakeQuant(WeightObserver):
 
     scale: Tensor
     zero_point: Tensor
+    factors: Tensor | None
 
     def __init__(
         self, scheme: TensorScheme, rule: RangeRule, *, learn: bool = False, **_spec: object
@@ -89,6 +90,7 @@ class WeightFakeQuant(WeightObserver):
         # Theirs is a value per channel, so they come with the first weight.
         self.register_buffer("scale", None)
         self.register_buffer("zero_point", None)
+        self.register_buffer("factors", None)
         self.growth: nn.Parameter | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -97,14 +99,19 @@ class WeightFakeQuant(WeightObserver):
             watched: Tensor = super().forward(weight)
             return watched
         low, high = self.scheme.low, self.scheme.high
-        if self.growth is None:
+        if self.growth is None and self.factors is None:
             return torch.fake_quantize_per_channel_affine(
                 weight.float(), self.scale, self.zero_point, self.ch_axis, low, high
             )
         shape = [1] * weight.ndim
         shape[self.ch_axis] = -1
+        steps = self.step().reshape(shape)
+        if self.factors is not None:
+            assert self.scheme.group_size is not None
+            spread = self.factors.repeat_interleave(self.scheme.group_size, dim=1)
+            steps = steps * spread[:, : weight[0].numel()].reshape(weight.shape)
         bounds = self.scale.new_tensor([low, high])
-        return _learned(weight.float(), self.step().reshape(shape), bounds[0], bounds[1])
+        return _learned(weight.float(), steps, bounds[0], bounds[1])
 
     def step(self) -> Tensor:
         """The scales as they are now: (channels,)."""
@@ -120,13 +127,16 @@ class WeightFakeQuant(WeightObserver):
         scale, zero_point = self.calculate_qparams()
         self.scale = scale.to(device)
         self.zero_point = zero_point.to(device, torch.int32)
+        if self.chosen_factors is not None:
+            self.factors = torch.from_numpy(self.chosen_factors).to(device)
         if self.learn and self.growth is None:
             self.growth = nn.Parameter(torch.zeros_like(self.scale))
         self.frozen = True
 
-    def trained(self) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-        """The scales that it rounds to."""
-        return np.asarray(self.step().detach().cpu().numpy(), np.float32)
+    def trained(self) -> tuple[Float32Array, Factors | None]:
+        """The scales, and factors of groups, that it rounds to."""
+        scales = np.asarray(self.step().detach().cpu().numpy(), np.float32)
+        return scales, None if self.factors is None else self.factors.cpu().numpy()
 
 
 class BiasFakeQuant(nn.Module):

@@ -1,16 +1,40 @@
-"""Integers of four bits, two to a byte."""
+"""Integers of four bits, two to a byte, and such that have factors."""
 
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["fits_int4", "pack_int4", "unpack_int4"]
+from gfcompile.quantize.scheme import MAX_FACTOR
+
+__all__ = ["factored", "fits_int4", "pack_int4", "unpack_int4"]
+
+_MAX_CODE = 7
 
 
 def fits_int4(values: npt.NDArray[np.signedinteger[Any]]) -> bool:
     """Whether all values are in [-8, 7]."""
     return values.size == 0 or bool(values.min() >= -8 and values.max() <= 7)
+
+
+def factored(
+    values: npt.NDArray[np.int8], axes: tuple[int, ...]
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.uint8]] | None:
+    """Codes of four bits and the factors that make `values` of them; None if there are none.
+
+    Of all factors that do, the smallest.
+
+    Args:
+        axes: along these a factor is the same; it has size 1 there.
+    """
+    factors = np.zeros(np.abs(values).max(axis=axes, keepdims=True).shape, np.uint8)
+    largest = np.abs(values.astype(np.int16)).max(axis=axes, keepdims=True)
+    for factor in range(1, MAX_FACTOR + 1):
+        fits = (values % factor == 0).all(axis=axes, keepdims=True)
+        factors[(factors == 0) & fits & (largest <= _MAX_CODE * factor)] = factor
+    if not factors.all():
+        return None
+    return (values // factors.astype(np.int8)).astype(np.int8), factors
 
 
 def pack_int4(values: npt.NDArray[np.signedinteger[Any]]) -> npt.NDArray[np.uint8]:

@@ -7,12 +7,17 @@ import torch
 from gfcompile.quantize._pt2e import ObserverBase
 from gfcompile.quantize.qparams import (
     SMALLEST_SCALE,
+    Factors,
     Float32Array,
     Float64Array,
     QParams,
+    dequantize,
     from_range,
+    group_scales,
+    integers_of,
     minimize_squared_error,
     mse_scales,
+    steps_of,
     symmetric_scales,
 )
 from gfcompile.quantize.scheme import RangeRule, TensorScheme
@@ -167,7 +172,7 @@ class FixedObserver(ObserverBase):  # type: ignore[misc]  # torchao is untyped
 
 
 class WeightObserver(ObserverBase):  # type: ignore[misc]  # torchao is untyped
-    """Symmetric scales of a constant weight, one per output channel."""
+    """Symmetric scales of a constant weight, one per output channel, and factors of its groups."""
 
     def __init__(
         self,
@@ -183,25 +188,35 @@ class WeightObserver(ObserverBase):  # type: ignore[misc]  # torchao is untyped
         self.rule = rule
         # Read by convert_pt2e.
         self.qscheme = torch.per_channel_symmetric
-        self.quant_min, self.quant_max = scheme.low, scheme.high
+        self.quant_min, self.quant_max = -scheme.stored_high, scheme.stored_high
         self.ch_axis = channel_axis
         self.scales: Float32Array | None = None
+        self.chosen_factors: Factors | None = None
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight itself; a constant, so its scales are taken the first time only."""
         if self.scales is None:
-            choose = mse_scales if self.rule == "mse" else symmetric_scales
             values = weight.detach().cpu().numpy()
-            self.scales = choose(values, self.ch_axis, self.scheme)
+            if self.scheme.group_size is not None:
+                self.scales, self.chosen_factors = group_scales(values, self.scheme, self.rule)
+            else:
+                choose = mse_scales if self.rule == "mse" else symmetric_scales
+                self.scales = choose(values, self.ch_axis, self.scheme)
         return weight
 
-    def settle_as(self, scales: Float32Array) -> None:
-        """Takes these scales, whatever the weight is."""
-        self.scales = scales
+    def settle_as(self, scales: Float32Array, factors: Factors | None = None) -> None:
+        """Takes these scales and factors, whatever the weight is."""
+        self.scales, self.chosen_factors = scales, factors
 
     def forget(self) -> None:
         """Takes the scales anew the next time."""
-        self.scales = None
+        self.scales = self.chosen_factors = None
+
+    def rounded(self, weight: Float32Array) -> Float32Array:
+        """The values that the weight is rounded to."""
+        assert self.scales is not None, "the weight was never observed"
+        integers = integers_of(weight, self.scales, self.chosen_factors, self.scheme)
+        return dequantize(integers, steps_of(self.scales, None, weight.shape, self.scheme), 0)
 
     def make_room_for_bias(
         self, bias: npt.NDArray[np.float32], input_scale: float, limit: int

@@ -18,7 +18,6 @@ from gfcompile.quantize.fake_quant import (
     WeightFakeQuant,
 )
 from gfcompile.quantize.observers import ActivationObserver, WeightObserver
-from gfcompile.quantize.qparams import dequantize, quantize
 from gfcompile.quantize.quantizer import KeptFloat, QuantNode, SchemeQuantizer, find_layers
 from gfcompile.quantize.scheme import OpKind, QuantScheme
 from gfcompile.runtime.errors import CompileError
@@ -98,8 +97,21 @@ class Prepared:
         # Layers that share a weight settle its scales together, so this comes after all have.
         return tuple(self._record(layer) for layer in self.layers)
 
+    def rounded_weight(self, layer: QuantNode) -> Array:
+        """The values that the layer's weight is rounded to."""
+        return self.weight(layer).rounded(self.constant(layer, 1))
+
     def convert(self) -> nn.Module:
         """The module in QDQ form, for the scales that were settled."""
+        if self.scheme.weight.group_size is not None:
+            # PT2E knows scales of channels alone: what it rounds to those is rounded already.
+            rounded = {
+                self.constant_name(layer, 1): self.rounded_weight(layer) for layer in self.weighted
+            }
+            for name, values in rounded.items():
+                owner, _, attribute = name.rpartition(".")
+                weight = nn.Parameter(torch.from_numpy(values), requires_grad=False)
+                setattr(self.graph.get_submodule(owner), attribute, weight)
         converted: nn.Module = convert_pt2e(self.graph)
         # convert_pt2e leaves the module in training mode, with eval() made to raise: the graph has
         # no modes left. Exporters ask for eval mode all the same.
@@ -168,12 +180,7 @@ class Prepared:
         )
 
     def _weight_sqnr_db(self, layer: QuantNode) -> float:
-        values, scales = self.constant(layer, 1), self.weight(layer).scales
-        assert scales is not None
-        column = scales.reshape(-1, *[1] * (values.ndim - 1))
-        return sqnr_db(
-            values, dequantize(quantize(values, column, 0, self.scheme.weight), column, 0)
-        )
+        return sqnr_db(self.constant(layer, 1), self.rounded_weight(layer))
 
 
 def prepare(module: nn.Module, example: torch.Tensor, scheme: QuantScheme) -> Prepared:
@@ -207,7 +214,8 @@ def prepare_training(
         quantizer = SchemeQuantizer(
             scheme, ActivationFakeQuant, WeightFakeQuant, FixedFakeQuant, learn=learn_scales
         )
-        graph = prepare_qat_pt2e(exported, quantizer)
+        # With what was put into it on the device of the rest: ranges, and scales that are learned.
+        graph = prepare_qat_pt2e(exported, quantizer).to(example.device)
     prepared = Prepared(graph=graph, scheme=scheme, layers=layers, kept_float=kept_float)
     for layer in prepared.weighted:
         if layer.bias is not None:

@@ -6,22 +6,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gfcompile.quantize.scheme import TensorScheme
+from gfcompile.quantize.scheme import MAX_FACTOR, TensorScheme
 
 __all__ = [
     "QParams",
     "dequantize",
     "from_range",
+    "group_scales",
+    "integers_of",
     "minimize_squared_error",
     "mse_scales",
     "quantize",
+    "steps_of",
     "symmetric_scales",
+    "with_factors",
 ]
 
 FloatArray = npt.NDArray[np.floating[Any]]
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int32]
+Factors = npt.NDArray[np.uint8]
 
 # A channel of zeros needs some scale. The product of two of these, the scale of a bias, is still a
 # normal float32: devices flush denormals to zero.
@@ -98,6 +103,68 @@ def mse_scales(weight: FloatArray, axis: int, scheme: TensorScheme) -> Float32Ar
         best = np.where(squared < least, scales, best)
         least = np.minimum(squared, least)
     return np.asarray(best, np.float32)
+
+
+def group_scales(
+    weight: FloatArray, scheme: TensorScheme, rule: str
+) -> tuple[Float32Array, Factors]:
+    """One scale per output channel, and the factors of its groups, (channels, groups).
+
+    The group that needs the widest steps has the largest factor; the others are as much finer as
+    whole factors allow.
+
+    Args:
+        weight: output channels first; a group is of neighbours among the rest, flattened.
+        rule: as in `QuantScheme.weight_range`.
+    """
+    assert scheme.group_size is not None, scheme
+    channels = weight.reshape(len(weight), -1).astype(np.float32)
+    # Zeros fill up the last group: they are represented whatever its scale.
+    padded = np.pad(channels, ((0, 0), (0, -channels.shape[1] % scheme.group_size)))
+    choose = mse_scales if rule == "mse" else symmetric_scales
+    wanted = choose(padded.reshape(-1, scheme.group_size), 0, scheme).reshape(len(weight), -1)
+    scales = np.maximum(wanted.max(axis=1) / np.float32(MAX_FACTOR), SMALLEST_SCALE)
+    # A range that must not be clipped is not rounded down either.
+    rounded = np.rint if rule == "mse" else np.ceil
+    factors = np.clip(rounded(wanted / scales[:, np.newaxis]), 1, MAX_FACTOR)
+    return np.asarray(scales, np.float32), np.asarray(factors, np.uint8)
+
+
+def steps_of(
+    scales: Float32Array, factors: Factors | None, shape: tuple[int, ...], scheme: TensorScheme
+) -> Float32Array:
+    """How far apart the values are that each weight can have; broadcasts against `shape`.
+
+    Args:
+        scales: (channels,), of the first axis.
+        factors: None where there are no groups.
+    """
+    column = scales.reshape(-1, *[1] * (len(shape) - 1))
+    if factors is None:
+        return column
+    return np.asarray(column * _spread(factors, shape, scheme), np.float32)
+
+
+def integers_of(
+    weight: FloatArray, scales: Float32Array, factors: Factors | None, scheme: TensorScheme
+) -> IntArray:
+    """The weight in steps of its channels' scales, factors of groups multiplied in."""
+    codes = quantize(weight, steps_of(scales, factors, weight.shape, scheme), 0, scheme)
+    return with_factors(codes, factors, scheme)
+
+
+def with_factors(codes: IntArray, factors: Factors | None, scheme: TensorScheme) -> IntArray:
+    """Integers in steps of their channels' scales, from such in steps of their groups'."""
+    if factors is None:
+        return codes
+    return np.asarray(codes * _spread(factors, codes.shape, scheme).astype(np.int32), np.int32)
+
+
+def _spread(factors: Factors, shape: tuple[int, ...], scheme: TensorScheme) -> Factors:
+    """The factor of each weight."""
+    assert scheme.group_size is not None, scheme
+    size = int(np.prod(shape[1:]))
+    return np.repeat(factors, scheme.group_size, axis=1)[:, :size].reshape(shape)
 
 
 def minimize_squared_error(

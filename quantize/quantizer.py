@@ -150,8 +150,8 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]  # torchao is untyped
         )
         self._weight = QuantizationSpec(
             dtype=torch.int8,
-            quant_min=weight.low,
-            quant_max=weight.high,
+            quant_min=-weight.stored_high,
+            quant_max=weight.stored_high,
             observer_or_fake_quant_ctr=weight_observer.with_args(
                 scheme=weight, rule=scheme.weight_range, **options
             ),

@@ -11,10 +11,15 @@ from typing import Any, Literal, Self
 
 from gfcompile.runtime.errors import UserError
 
-__all__ = ["OpKind", "QuantScheme", "TensorScheme"]
+__all__ = ["MAX_FACTOR", "OpKind", "QuantScheme", "TensorScheme"]
 
 OpKind = Literal["linear", "patch_conv2d", "attention"]
 RangeRule = Literal["mse", "minmax"]
+
+# Of a group of 4-bit weights (VS-Quant, arXiv:2102.04503): 7 * 18 fits a weight of [-127, 127].
+# With factors that are integers, a weight is an integer times the scale of its channel, whatever
+# its group: products add up in integers as those of int8 weights do, exactly and as fast.
+MAX_FACTOR = 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,18 +30,31 @@ class TensorScheme:
         low, high: the smallest and largest integer.
         symmetric: zero_point is 0; otherwise it is chosen within [low, high].
         per_channel: one scale per output channel; otherwise one for the whole tensor.
+        group_size: of a weight: as many neighbouring weights of a channel share a factor that their
+            scale is multiplied by; None for none. See `MAX_FACTOR`.
     """
 
     low: int
     high: int
     symmetric: bool
     per_channel: bool
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         if not self.low <= 0 < self.high:
             raise UserError(f"integer range [{self.low}, {self.high}] does not span zero")
         if self.symmetric and self.low != -self.high:
             raise UserError(f"[{self.low}, {self.high}] is not symmetric")
+        if self.group_size is not None and (self.group_size < 1 or self.group_size % 16 != 0):
+            # So that no product in integers, which take up to 16 at a time, spans two groups.
+            raise UserError(
+                f"--group-size {self.group_size} is no multiple of 16; 32 and 64 are usual"
+            )
+
+    @property
+    def stored_high(self) -> int:
+        """The largest of the integers that products are computed with, factors included."""
+        return self.high if self.group_size is None else self.high * MAX_FACTOR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,17 +101,27 @@ class QuantScheme:
     softmax_zero_point: int = -128
 
     @classmethod
-    def with_weight_bits(cls, bits: int, *, keep_float: tuple[str, ...] = ()) -> Self:
+    def with_weight_bits(
+        cls, bits: int, *, group_size: int | None = None, keep_float: tuple[str, ...] = ()
+    ) -> Self:
         """The scheme for weights of 8 or 4 bits; activations have 8 either way.
 
+        Args:
+            group_size: of 4 bits, how many weights share a factor of their channel's scale; None
+                for the whole channel.
+
         Raises:
-            UserError: another number of bits.
+            UserError: another number of bits, or groups that cannot be.
         """
+        if group_size is not None and bits != 4:
+            raise UserError("--group-size is for --weight-bits 4; add that")
         if bits == 8:
             return cls(keep_float=keep_float)
         if bits == 4:
             # With 15 values for a channel, room for its rare large weights is dear.
-            weight = TensorScheme(low=-7, high=7, symmetric=True, per_channel=True)
+            weight = TensorScheme(
+                low=-7, high=7, symmetric=True, per_channel=True, group_size=group_size
+            )
             return cls(keep_float=keep_float, weight=weight, weight_range="mse")
         raise UserError(f"weights of {bits} bits; choose 4 or 8")
 

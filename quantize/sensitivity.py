@@ -291,10 +291,7 @@ def _rounded_layer(layer: QuantNode, activation: ActivationObserver, scheme: Qua
     def run(x: Tensor, weight: Tensor, *rest: Any, **kwargs: Any) -> Any:
         observer = WeightObserver(scheme.weight, scheme.weight_range)
         observer(weight)
-        scales, zeros = observer.calculate_qparams()
-        rounded = torch.fake_quantize_per_channel_affine(
-            weight, scales, zeros.int(), 0, scheme.weight.low, scheme.weight.high
-        )
+        rounded = torch.from_numpy(observer.rounded(weight.numpy()))
         return _call(layer.node)(_round(activation, x, layer.name), rounded, *rest, **kwargs)
 
     return run

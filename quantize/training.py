@@ -29,7 +29,6 @@ from gfcompile.quantize.loop import (
     divergence,
 )
 from gfcompile.quantize.prepared import one_thread, prepare, prepare_training
-from gfcompile.quantize.qparams import dequantize, quantize
 from gfcompile.quantize.scheme import QuantScheme
 from gfcompile.quantize.train_config import TrainConfig
 from gfcompile.quantize.training_state import fingerprint
@@ -146,7 +145,8 @@ class _QuantizedTraining:
         self.prepared.settle()
         for fake in fakes:
             fake.freeze(self.group.device)
-            self.group.agree([fake.scale, fake.zero_point])
+            shared = (fake.scale, fake.zero_point, getattr(fake, "factors", None))
+            self.group.agree(tensor for tensor in shared if tensor is not None)
 
     def outputs(self, forward: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         """The logits of the module and of its teacher."""
@@ -184,10 +184,12 @@ class _QuantizedTraining:
         """The weights as they are now, rounded, and what they were rounded to."""
         watched = self.prepared
         ranges = [watched.activation_fake_quant(layer).trained() for layer in watched.layers]
-        scales = {
+        trained = {
             watched.constant_name(layer, 1): watched.weight_fake_quant(layer).trained()
             for layer in watched.weighted
         }
+        scales = {name: found for name, (found, _) in trained.items()}
+        factors = {name: found for name, (_, found) in trained.items() if found is not None}
         weights = {name: p.detach().cpu().clone() for name, p in self.module.named_parameters()}
         state = {
             name: weights.get(name, value.detach().cpu().clone())
@@ -200,7 +202,7 @@ class _QuantizedTraining:
             prepared = prepare(own, self.sample[0].unsqueeze(0), scheme)
             for image in self.sample:
                 prepared.graph(image.unsqueeze(0))
-            settle_as(prepared, ranges, scales)
+            settle_as(prepared, ranges, scales, factors)
             prepared.make_room_for_biases()
             records = prepared.records()
             for layer in prepared.weighted:
@@ -208,13 +210,11 @@ class _QuantizedTraining:
                 final = prepared.weight(layer).scales
                 assert final is not None
                 scales[name] = final
-                values = prepared.constant(layer, 1)
-                column = final.reshape(-1, *[1] * (values.ndim - 1))
-                rounded = dequantize(quantize(values, column, 0, scheme.weight), column, 0)
-                state[name] = torch.from_numpy(rounded)
+                state[name] = torch.from_numpy(prepared.rounded_weight(layer))
         return QuantizedCheckpoint(
             state=state,
             scales=scales,
+            factors=factors,
             scheme=scheme,
             layers=records,
             kept_float=prepared.kept_float,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,8 @@ import numpy.typing as npt
 from gfcompile.runtime.device.gfrt import StepProfile, TraceRecord
 
 Array = npt.NDArray[Any]
+# What Core ML may use on a Mac.
+ComputeUnits = Literal["all", "cpu", "cpu-gpu", "cpu-ane"]
 
 
 @dataclass(frozen=True, kw_only=True)

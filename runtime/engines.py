@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gfcompile.runtime.bundle import Manifest
-    from gfcompile.runtime.engine import Engine
+    from gfcompile.runtime.engine import ComputeUnits, Engine
 
-Opener = Callable[[Path, "Manifest", int], "Engine"]
+Opener = Callable[[Path, "Manifest", int, "ComputeUnits"], "Engine"]
 
 _OPENERS: dict[str, Opener] = {}
 
 
 def register_engine(kind: str, opener: Opener) -> None:
-    """Bundles of this kind are opened by `opener`, from folder, manifest and threads."""
+    """Bundles of this kind are opened by `opener`, from folder, manifest, threads and units."""
     assert kind not in _OPENERS, f"bundles of kind {kind} have an engine"
     _OPENERS[kind] = opener
 

@@ -14,9 +14,11 @@ def places_in_grid(
 ) -> tuple[Indices, ...]:
     """Where in the grid of patches those are that each pruning stage kept, ascending, (B, kept).
 
+    Patch number i is in row i // columns of the grid, and in column i % columns.
+
     Args:
-        selections: of each stage, indices (B, K) into the patches that it was given, of which
-            the first kept[stage] are kept.
+        selections: of each stage that drops any, indices (B, K) into the patches that it was
+            given, of which the first kept[stage] are kept.
         kept: how many patches each stage keeps.
         chosen_anew: whether each stage was given all patches, in the order of the grid; otherwise
             those that the stage before kept, in its order.

@@ -4,6 +4,7 @@ A number without its protocol is worthless, so the file holds the protocol, the 
 board before and after, and every sample beside the verdict.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from gfcompile.runtime.bundle import MANIFEST_NAME
 from gfcompile.runtime.errors import UserError
 from gfcompile.runtime.records import from_json, to_json
 
@@ -372,3 +374,18 @@ def history_folder(bundle: Path) -> Path:
 def history(bundle: Path) -> list[Path]:
     """The files of earlier validations of the bundle in this folder, oldest first."""
     return sorted(history_folder(bundle).glob("*.json"))
+
+
+def newest(bundle: Path) -> ValidationResult | None:
+    """The newest result of the bundle in this folder; None if there is none of it as it is now."""
+    digest = manifest_sha256(bundle)
+    for path in reversed(history(bundle)):
+        result = read_result(path)
+        if result.bundle.manifest_sha256 == digest:
+            return result
+    return None
+
+
+def manifest_sha256(bundle: Path) -> str:
+    """What tells the bundle from every other one."""
+    return hashlib.sha256((bundle / MANIFEST_NAME).read_bytes()).hexdigest()

@@ -1,8 +1,10 @@
 """The least time that a kernel can take: its operations at the peak, or its bytes at the bandwidth.
 
-Peaks are those that the bundle's manifest has of its target, its maker's figures.
+Peaks are those that the bundle's manifest has of its target, its maker's figures. The estimate of a
+kernel's time knows the instructions of its schedule as well; it is an estimate, never a result.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +22,7 @@ class Peaks:
     Attributes:
         float32_gflops, float16_gflops, int8_gops: of one core, or of the whole GPU.
         cores: that threads can use; 1 for a GPU.
+        call_us: between two kernels that wait for each other.
     """
 
     float32_gflops: float
@@ -27,6 +30,7 @@ class Peaks:
     int8_gops: float
     bandwidth_gb_s: float
     cores: int = 1
+    call_us: float = 0.0
 
     def rate(self, arithmetic: str, threads: int = 1) -> float:
         """Giga-operations per second of so many threads (0: one for each core)."""
@@ -48,11 +52,40 @@ class Peaks:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelCost:
-    """What one call of a kernel takes, as the manifest has it; None where it is not known."""
+    """What one call of a kernel takes, as the manifest has it; None where it is not known.
+
+    Attributes:
+        issue_us: the least time to issue its instructions, of one core or of the whole GPU.
+    """
 
     flops: int | None = None
     bytes: int | None = None
     arithmetic: Literal["float32", "float16", "int8"] = "float32"
+    issue_us: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """The time of one call, estimated, and what it waits for."""
+
+    us: float
+    bound: Bound
+
+
+def estimate(peaks: Peaks, cost: KernelCost, threads: int = 1) -> Estimate | None:
+    """The time of one call with so many threads; None where too little is known.
+
+    The roofline's time, or that of the kernel's instructions if they take longer: polynomials,
+    conversions and lanes without work keep a unit as busy as products do.
+    """
+    if cost.bytes is None or (cost.flops is None and cost.issue_us is None):
+        return None
+    us, bound = peaks.least_us(cost.flops or 0, cost.bytes, cost.arithmetic, threads)
+    if cost.issue_us is not None:
+        issue_us = cost.issue_us / min(threads or peaks.cores, peaks.cores)
+        if issue_us > us:
+            us, bound = issue_us, "compute"
+    return Estimate(us=us + peaks.call_us, bound=bound) if math.isfinite(us) else None
 
 
 def target_peaks(manifest: Manifest) -> Peaks | None:

@@ -13,9 +13,10 @@ from gfcompile.runtime.bench import BenchResult, qemu_command, run_bench
 from gfcompile.runtime.bundle import Manifest, TensorSpec, check_bundle
 from gfcompile.runtime.device import gfrt
 from gfcompile.runtime.device.gfrt import StepProfile, TensorInfo, TraceRecord
-from gfcompile.runtime.engine import Engine, Latency, measure
+from gfcompile.runtime.engine import ComputeUnits, Engine, Latency, measure
 from gfcompile.runtime.engines import find_opener
 from gfcompile.runtime.errors import BundleError, DeviceError, UserError
+from gfcompile.runtime.placement import Placement, PlacingEngine
 from gfcompile.runtime.trace import logical_values
 
 if TYPE_CHECKING:
@@ -103,6 +104,10 @@ class Session:
         """Time of each step, in order, over `runs` runs."""
         return self._engine.profile(self._sample(array), runs)
 
+    def placements(self) -> list[Placement]:
+        """The unit that runs each operation, in order; empty where the runtime does not say."""
+        return self._engine.placements() if isinstance(self._engine, PlacingEngine) else []
+
     def benchmark(self, array: Array | None = None, *, runs: int = 20, warmup: int = 3) -> Latency:
         """Time of one inference over `runs` runs."""
         return self._engine.benchmark(self._sample(array), runs, warmup)
@@ -145,6 +150,7 @@ def load(
     device: Device = "local",
     threads: int = 1,
     env: Mapping[str, str] | None = None,
+    compute_units: ComputeUnits = "all",
 ) -> Session:
     """The bundle in folder `bundle`, ready to run, every file of it checked.
 
@@ -153,6 +159,7 @@ def load(
             the same for an arm64 bundle under QEMU.
         threads: that the kernels run on; 0 is one for each CPU.
         env: environment variables for gfbench; not for "local".
+        compute_units: what Core ML may use; for its bundles, on a Mac.
 
     Raises:
         BundleError: the bundle is damaged, of a newer format, or for another machine.
@@ -162,10 +169,16 @@ def load(
         raise UserError(f"unknown device {device!r}; choose from {', '.join(get_args(Device))}")
     folder = Path(bundle)
     manifest = check_bundle(folder, local=device != "qemu")
+    if compute_units not in get_args(ComputeUnits):
+        known = ", ".join(get_args(ComputeUnits))
+        raise UserError(f"unknown compute units {compute_units!r}; choose from {known}")
+    if compute_units != "all" and manifest.kind != "coreml":
+        raise UserError(f"compute units are for coreml, this bundle is for {manifest.target}")
     if manifest.kind != "gfrt":
         if device != "local":
             raise DeviceError(f"bundles of kind {manifest.kind!r} run with --device local alone")
-        return Session(folder, manifest, _format_engine(folder, manifest, threads), threads)
+        engine = _format_engine(folder, manifest, threads, compute_units)
+        return Session(folder, manifest, engine, threads)
     if device == "local":
         return Session(folder, manifest, _Local(folder, threads), threads)
     prefix: list[str] = []
@@ -178,7 +191,9 @@ def load(
     return Session(folder, manifest, _Process(folder, manifest, prefix, env, threads), threads)
 
 
-def _format_engine(folder: Path, manifest: Manifest, threads: int) -> "Engine":
+def _format_engine(
+    folder: Path, manifest: Manifest, threads: int, compute_units: ComputeUnits
+) -> "Engine":
     """What runs a model file of others on this machine."""
     if manifest.kind == "tflite":
         from gfcompile.runtime.tflite import TfliteEngine
@@ -187,7 +202,7 @@ def _format_engine(folder: Path, manifest: Manifest, threads: int) -> "Engine":
     opener = find_opener(manifest.kind)
     if opener is None:
         raise BundleError(f"a bundle of kind {manifest.kind!r} does not run on this machine")
-    return opener(folder, manifest, threads)
+    return opener(folder, manifest, threads, compute_units)
 
 
 class _Local:

@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from gfcompile.runtime.device.gfrt import StepProfile, TensorInfo, TraceRecord
 from gfcompile.runtime.engine import Latency, measure
 from gfcompile.runtime.errors import BundleError, DeviceError
+from gfcompile.runtime.placement import Placement
 
 Array = npt.NDArray[Any]
 
@@ -27,6 +29,7 @@ _PACKAGES: Mapping[str, str] = {
     "tensorflow": "tensorflow.lite",
 }
 _DELEGATE = "DELEGATE"
+XNNPACK, INTERPRETER = "XNNPACK", "interpreter"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,30 +131,44 @@ class TfliteInterpreter:
             records.append(TraceRecord(len(records), detail["name"], info, values.tobytes()))
         return records
 
-    def delegation(self) -> Delegation:
-        """What the delegate has taken.
+    def placements(self) -> list[Placement]:
+        """What runs each operator: XNNPACK, or the interpreter's own kernels.
 
-        An operator was taken if its results are those of a delegate, or are nowhere: within a
+        An operator was delegated if its results are those of a delegate, or are nowhere: within a
         delegate, tensors of the file have no memory.
         """
         operators = self._interpreter._get_ops_details()
-        taken = {
+        names = {d["index"]: d["name"] for d in self._interpreter.get_tensor_details()}
+        delegated = {
             int(index)
             for operator in operators
             if operator["op_name"] == _DELEGATE
             for index in operator["outputs"]
         }
-        counts: dict[str, int] = {}
-        left: dict[str, int] = {}
+        placements = []
         for operator in operators:
-            name = str(operator["op_name"])
-            if name == _DELEGATE:
+            if operator["op_name"] == _DELEGATE:
                 continue
-            counts[name] = counts.get(name, 0) + 1
-            if any(int(i) not in taken and self._has_memory(int(i)) for i in operator["outputs"]):
-                left[name] = left.get(name, 0) + 1
-        partitions = sum(operator["op_name"] == _DELEGATE for operator in operators)
-        return Delegation(operators=counts, left=left, partitions=partitions)
+            results = [int(index) for index in operator["outputs"]]
+            left = any(i not in delegated and self._has_memory(i) for i in results)
+            placements.append(
+                Placement(
+                    kind=str(operator["op_name"]),
+                    name=str(names.get(results[0], "")),
+                    unit=INTERPRETER if left else XNNPACK,
+                )
+            )
+        return placements
+
+    def delegation(self) -> Delegation:
+        """How much of the model XNNPACK has taken."""
+        placements = self.placements()
+        operators = self._interpreter._get_ops_details()
+        return Delegation(
+            operators=Counter(p.kind for p in placements),
+            left=Counter(p.kind for p in placements if p.unit == INTERPRETER),
+            partitions=sum(operator["op_name"] == _DELEGATE for operator in operators),
+        )
 
     def _has_memory(self, index: int) -> bool:
         try:
@@ -195,6 +212,9 @@ class TfliteEngine:
         for _ in range(runs):
             self._interpreter.run(batch)
         return [StepProfile("model", self._model.name, runs, perf_counter() - start)]
+
+    def placements(self) -> list[Placement]:
+        return self._interpreter.placements()
 
     def benchmark(self, batch: Array, runs: int, warmup: int) -> Latency:
         return measure(lambda: self._interpreter.run(batch), runs, warmup)

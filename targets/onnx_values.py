@@ -8,6 +8,9 @@ from gfcompile.runtime.errors import CompileError
 
 Array = npt.NDArray[np.generic]
 
+# What a user can do about a node that a model format does not have.
+OTHER_TARGET = "compile for a target of kernels (gfcompile targets), or change the model there"
+
 VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
 
 

@@ -10,7 +10,14 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from gfcompile.targets.target import AnyTarget, Cpu, Gpu, ModelFormat, Target
+from gfcompile.targets.target import (
+    GPU_LAUNCH_US,
+    AnyTarget,
+    Cpu,
+    Gpu,
+    ModelFormat,
+    Target,
+)
 
 Matrix = npt.NDArray[np.float64]
 FilterForm = Literal["dft", "circular", "native"]
@@ -25,7 +32,6 @@ _CPU_DFT_OPERATIONS_PER_ELEMENT = 16
 # On GPUs an estimate, not measured on a board: half the fp32 peak, all of the bandwidth, and the
 # time between two dependent kernels.
 _GPU_EFFICIENCY = 0.5
-_GPU_LAUNCH_US = 5.0
 _GPU_DFT_LAUNCHES = 3
 
 
@@ -132,7 +138,7 @@ def _gpu_costs_us(gpu: Gpu, bandwidth_gb_s: float, h: int, w: int, c: int) -> tu
     # Input, output and K once; the spectrum is written and read twice between the three kernels.
     dft = plain_dft_macs(h, w) / macs_per_us + (2 * image + 5 * spectrum) / elements_per_us
     circular = circular_macs(h, w) / macs_per_us + 3 * image / elements_per_us
-    return c * dft + _GPU_DFT_LAUNCHES * _GPU_LAUNCH_US, c * circular + _GPU_LAUNCH_US
+    return c * dft + _GPU_DFT_LAUNCHES * GPU_LAUNCH_US, c * circular + GPU_LAUNCH_US
 
 
 def _folded_line(n: int) -> int:

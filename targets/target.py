@@ -19,7 +19,8 @@ class Cpu:
         vector_registers: how many of them.
         int8_dot: the instruction that multiplies 4 int8 pairs into an int32, if there is one.
         in_order: whether instructions issue in program order (Cortex-A53).
-        glibc: the oldest glibc that the library must load on.
+        glibc: the oldest glibc that the library must load on, unless it is for Android.
+        android_api: the oldest API level of Android that the library must load on; None for glibc.
         cores, clock_ghz: of the (big) cluster.
         fp32_gflops, int8_gops: peak of one core, multiply and add counted as two.
         qemu_cpu: what `qemu-aarch64 -cpu` calls it, where it can stand in.
@@ -33,11 +34,20 @@ class Cpu:
     int8_dot: Literal["vnni", "sdot"] | None
     in_order: bool = False
     glibc: str = "2.27"
+    android_api: int | None = None
     cores: int
     clock_ghz: float
     fp32_gflops: float
     int8_gops: float
     qemu_cpu: str | None = None
+
+    @property
+    def llvm_triple(self) -> str:
+        if self.android_api is None:
+            return f"{self.arch}-linux-gnu"
+        # LLVM then leaves x18 alone, which Android keeps for itself; it does not understand the
+        # name without its second part, and says nothing.
+        return f"{self.arch}-unknown-linux-android{self.android_api}"
 
     @property
     def float_lanes(self) -> int:
@@ -126,6 +136,9 @@ AnyTarget = Target | ModelFormat
 # Short names for what most users of a format want.
 ALIASES = {"tflite": "tflite-xnnpack"}
 
+# Between two dependent kernels of one stream: an estimate, not measured on a board.
+GPU_LAUNCH_US = 5.0
+
 _TARGETS: dict[str, AnyTarget] = {}
 
 
@@ -140,6 +153,7 @@ def peaks(target: Target) -> Peaks:
             float16_gflops=1e3 * target.gpu.fp16_tflops,
             int8_gops=1e3 * target.gpu.int8_tops,
             bandwidth_gb_s=target.bandwidth_gb_s,
+            call_us=GPU_LAUNCH_US,
         )
     return Peaks(
         float32_gflops=target.cpu.fp32_gflops,
@@ -187,4 +201,4 @@ def all_targets() -> tuple[AnyTarget, ...]:
 
 
 def _import_all() -> None:
-    from gfcompile.targets import jetson, phones, raspberry_pi, x86  # noqa: F401 - they register
+    from gfcompile.targets import android, jetson, phones, raspberry_pi, x86  # noqa: F401 - they register

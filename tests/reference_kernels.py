@@ -10,6 +10,7 @@ import torch
 from gfcompile.targets.tvm.kernel import (
     Attention,
     CircularFilter,
+    Conv,
     Dense,
     Dequantize,
     DftFilter,
@@ -59,12 +60,35 @@ def _dense(kernel: Dense, a: Mapping[str, Array]) -> Array:
         y = total.astype(np.float32) * a["scale"]
     else:
         y = x @ a["w"] + a["bias"]
-    if kernel.gelu:
-        y = torch.nn.functional.gelu(torch.from_numpy(y)).numpy()
+    residual: Array = np.zeros((1, kernel.n), np.float32)
     if kernel.residual_rows:
         residual = _weights(a["residual"]).reshape(kernel.residual_rows, kernel.n)
-        y = y + np.tile(residual, (kernel.m // kernel.residual_rows, 1))
+    residual = np.tile(residual, (kernel.m // len(residual), 1))
+    y = y + residual if kernel.residual_first else y
+    if kernel.gelu:
+        y = torch.nn.functional.gelu(torch.from_numpy(y)).numpy()
+    y = y if kernel.residual_first else y + residual
     return _finish(y, kernel.out, a)
+
+
+def convolution(kernel: Conv, a: Mapping[str, Array], dtype: torch.dtype = torch.float32) -> Array:
+    """By torch, from the arguments as the kernel has them: (batch, out_h, out_w, n)."""
+    x = torch.from_numpy(a["x"]).to(dtype)
+    if kernel.layout == "nhwc":
+        x = x.reshape(kernel.batch, kernel.h, kernel.w, kernel.c).permute(0, 3, 1, 2)
+    depth = 1 if kernel.depthwise else kernel.c
+    w = torch.from_numpy(a["w"]).to(dtype)
+    w = w.reshape(kernel.kernel_h, kernel.kernel_w, depth, kernel.n).permute(3, 2, 0, 1)
+    y = torch.nn.functional.conv2d(
+        x,
+        w,
+        torch.from_numpy(a["bias"]).to(dtype),
+        (kernel.stride_h, kernel.stride_w),
+        (kernel.pad_h, kernel.pad_w),
+        groups=kernel.c if kernel.depthwise else 1,
+    )
+    y = y.relu() if kernel.relu else y
+    return np.ascontiguousarray(y.permute(0, 2, 3, 1).numpy())
 
 
 def _layer_norm(kernel: LayerNorm, a: Mapping[str, Array]) -> Array:
@@ -98,11 +122,7 @@ def _circular_filter(kernel: CircularFilter, a: Mapping[str, Array]) -> Array:
 
 def _patchify(kernel: Patchify, a: Mapping[str, Array]) -> Array:
     grid, patch = (kernel.grid_h, kernel.grid_w), (kernel.patch_h, kernel.patch_w)
-    height, width = grid[0] * patch[0], grid[1] * patch[1]
-    x = a["x"]
-    if kernel.layout == "nhwc":
-        x = x.reshape(kernel.batch, height, width, kernel.channels).transpose(0, 3, 1, 2)
-    x = x.reshape(kernel.batch, kernel.channels, grid[0], patch[0], grid[1], patch[1])
+    x = a["x"].reshape(kernel.batch, kernel.channels, grid[0], patch[0], grid[1], patch[1])
     return _finish(x.transpose(0, 2, 4, 1, 3, 5), kernel.out, a)
 
 
@@ -163,6 +183,7 @@ def _dequantize(_kernel: Dequantize, a: Mapping[str, Array]) -> Array:
 
 _KERNELS: dict[type[Kernel], Callable[[Any, Mapping[str, Array]], Array]] = {
     Dense: _dense,
+    Conv: convolution,
     LayerNorm: _layer_norm,
     DftFilter: _dft_filter,
     CircularFilter: _circular_filter,

@@ -103,7 +103,7 @@ def tvm_target(cpu: Cpu) -> Any:
 
     description: dict[str, Any] = {
         "kind": "llvm",
-        "mtriple": f"{cpu.arch}-linux-gnu",
+        "mtriple": cpu.llvm_triple,
         "mcpu": cpu.mcpu,
         "num-cores": 1,
     }

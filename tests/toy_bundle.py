@@ -17,7 +17,7 @@ import numpy.typing as npt
 from gfcompile.runtime.bundle import FileEntry, Manifest, Precision, TensorSpec
 from gfcompile.runtime.device import gfrt
 from gfcompile.targets.target import Cpu
-from gfcompile.targets.tvm.link import link_bench, link_library
+from gfcompile.targets.tvm.link import link_bench, link_library, link_static_bench
 from gfcompile.targets.tvm.plan import Plan, PlanIO, PlanStep, PlanTensor, serialize
 
 Arch = Literal["x86_64", "aarch64"]
@@ -101,12 +101,12 @@ def toy_kernels() -> dict[str, Any]:
     }
 
 
-def toy_object(arch: Arch, folder: Path) -> Path:
+def toy_object(arch: Arch, folder: Path, cpu: Cpu | None = None) -> Path:
     """The kernels as an object file."""
     import tvm
 
-    cpu = toy_cpu(arch)
-    target = tvm.target.Target({"kind": "llvm", "mtriple": f"{arch}-linux-gnu", "mcpu": cpu.mcpu})
+    cpu = cpu or toy_cpu(arch)
+    target = tvm.target.Target({"kind": "llvm", "mtriple": cpu.llvm_triple, "mcpu": cpu.mcpu})
     path = folder / f"toy-{arch}.o"
     module = tvm.compile(tvm.IRModule(toy_kernels()), target=target).mod
     module.write_to_file(str(path), "o")
@@ -233,8 +233,17 @@ def write_manifest(toy: Toy, **changes: Any) -> None:
     (toy.folder / "manifest.json").write_text(json.dumps(values, indent=1))
 
 
-def build_toy(folder: Path, kernels: Path, arch: Arch, *, name: str = "toy", seed: int = 0) -> Toy:
+def build_toy(
+    folder: Path,
+    kernels: Path,
+    arch: Arch,
+    *,
+    name: str = "toy",
+    seed: int = 0,
+    cpu: Cpu | None = None,
+) -> Toy:
     """Writes a bundle into the new folder `folder`; `kernels` is what `toy_object` made."""
+    cpu = cpu or toy_cpu(arch)
     folder.mkdir()
     gain, mix = toy_weights(seed)
     weights = gain.tobytes() + mix.tobytes()
@@ -243,8 +252,11 @@ def build_toy(folder: Path, kernels: Path, arch: Arch, *, name: str = "toy", see
     library_id = hashlib.sha256(name.encode()).hexdigest()[:16]
     plan = toy_plan(arch, library=library, library_id=library_id, weights=weights)
     (folder / "plan.bin").write_bytes(serialize(plan))
-    link_library([kernels], KERNELS, toy_cpu(arch), folder / library, library_id=library_id)
-    link_bench(toy_cpu(arch), folder / "gfbench")
+    link_library([kernels], KERNELS, cpu, folder / library, library_id=library_id)
+    if cpu.android_api is None:
+        link_bench(cpu, folder / "gfbench")
+    else:
+        link_static_bench([kernels], KERNELS, cpu, folder / "gfbench", library_id=library_id)
     for file in ("gfrt.h", "gfrt.py"):
         shutil.copy(RUNTIME / file, folder)
     toy = Toy(folder=folder, plan=plan)

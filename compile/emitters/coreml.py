@@ -71,7 +71,7 @@ def emit_coreml(request: EmissionRequest, options: CoremlOptions) -> Emission:
     other = dataclasses.replace(options, layout="plain" if options.layout == "ane" else "ane")
     return Emission(
         kind="coreml",
-        storage=_storage(request, options),
+        storage=_storage(request, options, program),
         compute="float16" if half else "float32",
         arch="any",
         inputs=(_input(emitted),),
@@ -116,6 +116,7 @@ def _emit(
             version=gfcompile.__version__,
             license=options.license or f"not stated; that of the weights ({weights})",
         ),
+        group_size=request.graph.group_size,
     )
 
 
@@ -141,12 +142,14 @@ def _input(emitted: Emitted) -> TensorSpec:
     )
 
 
-def _storage(request: EmissionRequest, options: CoremlOptions) -> str:
+def _storage(request: EmissionRequest, options: CoremlOptions, program: MilProgram) -> str:
     if request.precision != "int8":
         return request.precision
     if options.ios == 15:
         return "float16, on the grid of int8"
-    return "int8 weights and activations, float16" if options.ios >= 17 else "int8 weights, float16"
+    stored = {kind.dtype for op in program.operations for kind in op.literal_types.values()}
+    weights = " and ".join(name for name in ("int4", "int8") if name in stored) + " weights"
+    return f"{weights}, int8 activations, float16" if options.ios >= 17 else f"{weights}, float16"
 
 
 # What the package is held against
@@ -192,6 +195,10 @@ def _reference(
                 "iOS 15 stores no int8 in a program: the weights are the int8 values in float16, "
                 "so the package is no smaller than in float16; --ios 16 stores them in int8"
             )
+    if request.graph.has_int4 and options.ios < 18:
+        notes.append(
+            f"iOS {options.ios} stores no int4, so weights of 4 bits take 8; --ios 18 does"
+        )
     reference = _Reference(
         stage=stage,
         graph=model,

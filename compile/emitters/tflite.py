@@ -73,14 +73,14 @@ def emit_tflite(request: EmissionRequest, target: ModelFormat, options: TfliteOp
     delegation = interpreter.delegation()
     return Emission(
         kind="tflite",
-        storage=_storage(request.precision),
+        storage=_storage(request, target),
         compute=target.int8_compute if int8 else "float32",
         arch="any",
         inputs=(input_spec,),
         outputs=(output_spec,),
         library=library,
         ledger=(*ledger, entry),
-        notes=tuple(notes_on_patches(entry)),
+        notes=(*_notes(request), *notes_on_patches(entry)),
         extra={
             "operators": dict(sorted(delegation.operators.items())),
             "not_delegated": dict(sorted(delegation.left.items())),
@@ -187,12 +187,17 @@ def _spec(name: str, tensor: Tensor, *, pixels: bool = False) -> TensorSpec:
     )
 
 
-def _storage(precision: str) -> str:
-    return {
-        "float32": "float32",
-        "float16": "float16 weights",
-        "int8": "int8 products, float16 filters",
-    }[precision]
+def _storage(request: EmissionRequest, target: ModelFormat) -> str:
+    if request.precision != "int8":
+        return {"float32": "float32", "float16": "float16 weights"}[request.precision]
+    products = "weights of 4 bits as int8" if request.graph.has_int4 else "int8 products"
+    return products if target.integer_only else f"{products}, float16 filters"
+
+
+def _notes(request: EmissionRequest) -> Sequence[str]:
+    if not request.graph.has_int4:
+        return ()
+    return ("weights of 4 bits are stored in 8 in this .tflite file",)
 
 
 def _max_logit_steps(activations: int, *, integer_only: bool) -> float:

@@ -4,15 +4,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from gfcompile.compile.emission import Emission, EmissionRequest
+from gfcompile.compile.emission import Emission, EmissionRequest, Pruning
 from gfcompile.compile.verify import verify
 from gfcompile.runtime.bundle import TensorSpec
 from gfcompile.targets.target import Target, peaks
 from gfcompile.targets.tvm.emit import Tuned, emit
-from gfcompile.targets.tvm.kernel import Kernel
-from gfcompile.targets.tvm.partition import partition
+from gfcompile.targets.tvm.kernel import Kernel, SelectTokens
+from gfcompile.targets.tvm.partition import Program, partition
 from gfcompile.targets.tvm.tuning import database
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def emit_plan(
             library=library,
             mean=transform.mean,
             std=transform.std,
+            group_size=graph.group_size,
             tuned=tuned,
         )
     with request.progress.stage("verify the artifact"):
@@ -83,11 +84,32 @@ def emit_plan(
             "mcpu": target.cpu.mcpu,
             "qemu_cpu": target.cpu.qemu_cpu,
             "peaks": asdict(peaks(target)),
+            "pruning": _pruning(request.pruning, program),
             "arena_bytes": artifact.arena.size_bytes,
             "arena_lower_bound_bytes": artifact.arena.lower_bound_bytes,
             "tuned_kernels": dict(Counter(found.how for found in tuned.values())),
         },
     )
+
+
+def _pruning(pruning: Pruning | None, program: Program) -> Mapping[str, Any]:
+    """How a report finds the patches that were kept, in a trace of the bundle; JSON values."""
+    if pruning is None:
+        return {}
+    chooses = {
+        call.writes["y"]: call.kernel.tokens
+        for call in program.calls
+        if isinstance(call.kernel, SelectTokens)
+    }
+    return {
+        "patches": chooses[program.selections[0].tensor],
+        "kept": list(pruning.kept),
+        "chosen_anew": pruning.chosen_anew,
+        "selections": [
+            {"tensor": s.tensor, "leading": s.leading, "offset": s.offset}
+            for s in program.selections
+        ],
+    }
 
 
 def _tuned(
@@ -104,10 +126,14 @@ def _tuned(
 
 def _storage(graph: "Graph", packed_bytes: int) -> str:
     """What an int8 bundle holds."""
-    four_bits = graph.scheme["weight"]["high"] <= 7
-    if four_bits and packed_bytes:
+    if graph.has_int4 and packed_bytes and graph.group_size is not None:
+        weights = (
+            f"int4 weights in groups of {graph.group_size} (expanded to int8 when loaded), "
+            "int8 activations"
+        )
+    elif graph.has_int4 and packed_bytes:
         weights = "int4 weights (expanded to int8 when loaded), int8 activations"
-    elif four_bits:
+    elif graph.has_int4:
         weights = "weights of 4 bits as int8, int8 activations"
     else:
         weights = "int8 products"

@@ -105,13 +105,22 @@ class ModelSpec(ABC):
         return kept_patches(self.prunable_patches, self.keep_ratios)
 
     @property
+    def dropping(self) -> tuple[int, ...]:
+        """How many patches are kept by each stage that drops any, of those that it is given."""
+        found, given = [], self.prunable_patches
+        for kept in self.kept_patches:
+            if kept < given:
+                found.append(kept)
+                given = given if self.chooses_anew else kept
+        return tuple(found)
+
+    @property
     def float_layers(self) -> tuple[str, ...]:
         """Layers, as shell patterns, that int8 leaves in float.
 
         Score predictors: rounding their near-ties would keep other patches.
         """
-        drops = any(kept < self.prunable_patches for kept in self.kept_patches)
-        return ("*score_predictor.*",) if drops else ()
+        return ("*score_predictor.*",) if self.dropping else ()
 
     @property
     def transform(self) -> Transform:

@@ -25,7 +25,10 @@ def convolve_global_filters(model: ir.Model) -> bool:
         if parsed is not None:
             form, h, w = parsed
             if form != "circular":
-                raise CompileError(f"{node.name}: in integers a filter needs --fft circular")
+                raise CompileError(
+                    f"{node.op_type} (node {node.name}) has no integer form: a spectrum is in "
+                    "floating point; compile with --fft circular, or for tflite-xnnpack"
+                )
             _rewrite(node, h, w)
             found = True
     return found

@@ -1,9 +1,12 @@
 /* gfbench: runs and times a bundle through its own library, as any program on the device would.
  *
- * It is linked against libc, libm and libdl alone and loads whatever library the bundle has. It
- * ends with 0, with 1 if it could not be done, with 2 if it was asked for wrongly, and with 3 if
- * this device cannot run the bundle. */
+ * It is linked against libc, libm and libdl alone and loads whatever library the bundle has. With
+ * GFBENCH_STATIC it loads nothing: runtime and kernels of one bundle are linked in. It ends with 0,
+ * with 1 if it could not be done, with 2 if it was asked for wrongly, and with 3 if this device
+ * cannot run the bundle. */
+#ifndef GFBENCH_STATIC
 #include <dlfcn.h>
+#endif
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -144,6 +147,16 @@ static options parse(char **argv) {
     return o;
 }
 
+#ifdef GFBENCH_STATIC
+
+static void load_library(const char *bundle) {
+    (void)bundle;
+#define LINKED(name) rt.name = gfrt_##name;
+    FUNCTIONS(LINKED)
+}
+
+#else
+
 static void load_library(const char *bundle) {
     char path[4096];
     gfi_header header;
@@ -170,6 +183,8 @@ static void load_library(const char *bundle) {
             die(1, "%s has no %s: is it older than this gfbench?", path, functions[i].name);
     }
 }
+
+#endif
 
 typedef gfrt_status (*describe)(const gfrt_model *, size_t, gfrt_tensor_info *);
 

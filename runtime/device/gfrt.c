@@ -6,25 +6,23 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "gfrt_internal.h"
 
-static _Thread_local char last_error[512];
-
 gfrt_status gfi_fail(gfrt_status status, const char *format, ...) {
-    char message[sizeof last_error]; /* an argument may be last_error itself */
+    gfi_thread *thread = gfi_this_thread();
+    char message[sizeof thread->last_error]; /* an argument may be last_error itself */
     va_list args;
     va_start(args, format);
     vsnprintf(message, sizeof message, format, args);
     va_end(args);
-    memcpy(last_error, message, sizeof last_error);
+    memcpy(thread->last_error, message, sizeof message);
     return status;
 }
 
-const char *gfrt_last_error(void) { return last_error; }
+const char *gfrt_last_error(void) { return gfi_this_thread()->last_error; }
 
 const char *gfrt_version(void) { return "1.0"; }
 
@@ -42,8 +40,25 @@ static size_t stored_bytes(const gfi_header *header) {
     return (size_t)(plain + (header->packed_bytes + 1) / 2);
 }
 
+/* Multiplies weights by the factors of their groups. */
+static void scale_groups(int8_t *weights, const gfi_grouped *grouped) {
+    size_t row_bytes = grouped->row_bytes, runs = row_bytes / grouped->run;
+    const uint8_t *factors = (const uint8_t *)weights + grouped->factors;
+    int8_t *row = weights + grouped->offset, *end = row + grouped->bytes;
+    while (row < end) {
+        for (uint32_t r = 0; r < grouped->rows; r++, row += row_bytes) {
+            if (r > 0 && r % grouped->shared == 0)
+                factors += runs;
+            for (size_t i = 0; i < row_bytes; i++)
+                row[i] = (int8_t)(row[i] * factors[i / grouped->run]);
+        }
+        factors += runs;
+    }
+}
+
 /* The weights in their size: from `stored`, whose end holds two integers of four bits a byte. */
-static void *expand_weights(const gfi_header *header, const uint8_t *stored) {
+static void *expand_weights(const gfi_plan *plan, const uint8_t *stored) {
+    const gfi_header *header = plan->header;
     size_t plain = (size_t)(header->weights_bytes - header->packed_bytes);
     int8_t *weights = mmap(NULL, (size_t)header->weights_bytes, PROT_READ | PROT_WRITE,
                          MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -54,6 +69,8 @@ static void *expand_weights(const gfi_header *header, const uint8_t *stored) {
         int half = stored[plain + i / 2] >> (i % 2 * 4) & 15;
         weights[plain + i] = (int8_t)((half ^ 8) - 8); /* bit 3 is the sign */
     }
+    for (uint32_t i = 0; i < header->grouped; i++)
+        scale_groups(weights, &plan->grouped[i]);
     mprotect(weights, (size_t)header->weights_bytes, PROT_READ);
     return weights;
 }
@@ -69,15 +86,15 @@ static gfrt_status map_weights(gfrt_model *model, uint32_t flags) {
     int file = open(path, O_RDONLY | O_CLOEXEC);
     if (file < 0)
         return gfi_fail(GFRT_NOT_FOUND, "%s: %s; copy the bundle again", path, strerror(errno));
-    struct stat status;
     size_t size = stored_bytes(header);
+    long long found = lseek(file, 0, SEEK_END);
     void *stored = NULL;
     gfrt_status result = GFRT_OK;
-    if (fstat(file, &status) != 0) {
+    if (found < 0) {
         result = gfi_fail(GFRT_NOT_FOUND, "%s: %s", path, strerror(errno));
-    } else if ((uint64_t)status.st_size != size) {
+    } else if ((uint64_t)found != size) {
         result = gfi_fail(GFRT_DAMAGED, "%s has %lld bytes instead of %zu; copy the bundle again",
-                          path, (long long)status.st_size, size);
+                          path, found, size);
     } else if (size > 0) {
         stored = mmap(NULL, size, PROT_READ, MAP_SHARED, file, 0);
         if (stored == MAP_FAILED) {
@@ -94,7 +111,7 @@ static gfrt_status map_weights(gfrt_model *model, uint32_t flags) {
                                             "again", path);
     }
     if (result == GFRT_OK && header->packed_bytes > 0) {
-        model->weights = expand_weights(header, stored);
+        model->weights = expand_weights(&model->plan, stored);
         if (!model->weights)
             result = gfi_fail(GFRT_NO_MEMORY, "no memory for the %llu bytes of the weights",
                               (unsigned long long)header->weights_bytes);

@@ -1,13 +1,13 @@
 /* Whether this CPU has what the kernels of a bundle need: a clear refusal instead of SIGILL. */
 #include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include "gfrt_internal.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #define THIS_ARCH GFI_X86_64
 

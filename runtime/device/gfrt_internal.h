@@ -14,6 +14,18 @@
 gfrt_status gfi_fail(gfrt_status status, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
 
+/* ---- threads (gfrt_thread.c) ---- */
+
+typedef struct gfi_caller gfi_caller;
+
+/* What each thread has of its own. */
+typedef struct {
+    char last_error[512];
+    gfi_caller *caller; /* of the kernel that the thread runs */
+} gfi_thread;
+
+gfi_thread *gfi_this_thread(void);
+
 /* ---- SHA-256 (gfrt_sha256.c) ---- */
 
 #define GFI_HASH_BYTES 32
@@ -22,7 +34,7 @@ void gfi_sha256(const void *data, size_t size, uint8_t hash[GFI_HASH_BYTES]);
 /* ---- the plan (gfrt_plan.c) ----
  * The records of plan.bin as they lie in the file; plan.py writes them. */
 
-#define GFI_PLAN_FORMAT 1
+#define GFI_PLAN_FORMAT 2
 #define GFI_ALIGNMENT 64
 #define GFI_MAX_ARGS 32
 
@@ -48,6 +60,8 @@ typedef struct {
     char library[120];
     uint32_t tensors, steps, args, kernels, inputs, outputs, string_bytes;
     uint32_t cpu_features; /* a string: names with spaces between */
+    uint32_t grouped;
+    uint32_t reserved;
 } gfi_header;
 
 typedef struct {
@@ -93,7 +107,21 @@ typedef struct {
     uint32_t reserved;
 } gfi_io;
 
-_Static_assert(sizeof(gfi_header) == 360, "as in plan.py");
+/* Packed weights whose groups have factors, uint8 among the weights that are stored as they are.
+ * They lie in panels of `rows` rows; `shared` rows have their factors in common, one for each run
+ * of `run` bytes. */
+typedef struct {
+    uint64_t offset;
+    uint64_t bytes;
+    uint64_t factors;
+    uint32_t row_bytes;
+    uint32_t rows;
+    uint32_t shared;
+    uint32_t run;
+} gfi_grouped;
+
+_Static_assert(sizeof(gfi_header) == 368, "as in plan.py");
+_Static_assert(sizeof(gfi_grouped) == 40, "as in plan.py");
 _Static_assert(sizeof(gfi_tensor) == 88, "as in plan.py");
 _Static_assert(sizeof(gfi_step) == 48, "as in plan.py");
 _Static_assert(sizeof(gfi_arg) == 8, "as in plan.py");
@@ -111,6 +139,7 @@ typedef struct {
     const gfi_kernel *kernels;
     const gfi_io *inputs;
     const gfi_io *outputs;
+    const gfi_grouped *grouped;
     const char *strings;
 } gfi_plan;
 
@@ -138,7 +167,6 @@ typedef struct {
 
 typedef int (*gfi_task)(int task, gfi_parallel *group, void *closure);
 
-typedef struct gfi_caller gfi_caller;
 struct gfi_caller {
     int (*launch)(gfi_caller *caller, gfi_task task, void *closure, int tasks);
     void *(*allocate)(gfi_caller *caller, uint64_t size);

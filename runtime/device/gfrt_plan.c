@@ -137,6 +137,25 @@ static gfrt_status check_io(const gfi_plan *plan, const gfi_io *io, const char *
     return GFRT_OK;
 }
 
+static gfrt_status check_grouped(const gfi_header *header, const gfi_grouped *grouped,
+                                 uint32_t i) {
+    uint64_t plain = header->weights_bytes - header->packed_bytes;
+    if (grouped->offset < plain || grouped->offset > header->weights_bytes ||
+        grouped->bytes > header->weights_bytes - grouped->offset)
+        return DAMAGED("the place of grouped weights %u", i);
+    if (grouped->run < 1 || grouped->row_bytes < 1 || grouped->row_bytes % grouped->run != 0 ||
+        grouped->rows < 1 || grouped->shared < 1 ||
+        grouped->bytes % ((uint64_t)grouped->row_bytes * grouped->rows) != 0)
+        return DAMAGED("the shape of grouped weights %u", i);
+    uint64_t panels = grouped->bytes / ((uint64_t)grouped->row_bytes * grouped->rows);
+    uint64_t groups = ((uint64_t)grouped->rows + grouped->shared - 1) / grouped->shared;
+    /* No more than there are weights, which cannot overflow. */
+    uint64_t factors = panels * groups * (grouped->row_bytes / grouped->run);
+    if (grouped->factors > plain || factors > plain - grouped->factors)
+        return DAMAGED("the factors of grouped weights %u", i);
+    return GFRT_OK;
+}
+
 static gfrt_status check_header(const gfi_header *header, size_t size) {
     if (size < sizeof *header || memcmp(header->magic, "GFRTPLAN", 8) != 0)
         return DAMAGED("it is not a plan");
@@ -145,6 +164,11 @@ static gfrt_status check_header(const gfi_header *header, size_t size) {
                         "the bundle was written by a newer gfcompile (plan format %u, this runtime "
                         "reads up to %u): use the library and gfrt.py of the bundle itself",
                         header->format, GFI_PLAN_FORMAT);
+    if (header->format == 1)
+        return gfi_fail(GFRT_UNSUPPORTED,
+                        "the bundle was written by an older gfcompile (plan format 1, this runtime "
+                        "reads %u): use the library and gfrt.py of the bundle itself",
+                        GFI_PLAN_FORMAT);
     if (header->format < 1 || header->header_bytes != sizeof *header)
         return DAMAGED("its header");
     if (header->plan_bytes != size)
@@ -166,7 +190,7 @@ static gfrt_status check_header(const gfi_header *header, size_t size) {
         return DAMAGED("the name of its library");
     if (header->tensors > COUNT_LIMIT || header->steps > COUNT_LIMIT ||
         header->args > COUNT_LIMIT || header->kernels > COUNT_LIMIT || header->inputs < 1 ||
-        header->inputs > COUNT_LIMIT || header->outputs < 1 || header->outputs > COUNT_LIMIT ||
+        header->inputs > COUNT_LIMIT || header->outputs < 1 || header->outputs > COUNT_LIMIT || header->grouped > COUNT_LIMIT ||
         header->string_bytes < 1 || header->cpu_features >= header->string_bytes)
         return DAMAGED("its counts");
     return GFRT_OK;
@@ -183,7 +207,8 @@ static gfrt_status check_plan(gfi_plan *plan, size_t size) {
     uint64_t kernels_at = args_at + (uint64_t)header->args * sizeof(gfi_arg);
     uint64_t inputs_at = kernels_at + (uint64_t)header->kernels * sizeof(gfi_kernel);
     uint64_t outputs_at = inputs_at + (uint64_t)header->inputs * sizeof(gfi_io);
-    uint64_t strings_at = outputs_at + (uint64_t)header->outputs * sizeof(gfi_io);
+    uint64_t grouped_at = outputs_at + (uint64_t)header->outputs * sizeof(gfi_io);
+    uint64_t strings_at = grouped_at + (uint64_t)header->grouped * sizeof(gfi_grouped);
     if (strings_at + header->string_bytes != size)
         return DAMAGED("its sections");
     const char *data = plan->data;
@@ -195,6 +220,7 @@ static gfrt_status check_plan(gfi_plan *plan, size_t size) {
     plan->kernels = (const gfi_kernel *)(data + kernels_at);
     plan->inputs = (const gfi_io *)(data + inputs_at);
     plan->outputs = (const gfi_io *)(data + outputs_at);
+    plan->grouped = (const gfi_grouped *)(data + grouped_at);
     plan->strings = data + strings_at;
 
     for (uint32_t i = 0; i < header->tensors && !status; i++)
@@ -209,6 +235,8 @@ static gfrt_status check_plan(gfi_plan *plan, size_t size) {
         status = check_io(plan, &plan->inputs[i], "input", i);
     for (uint32_t i = 0; i < header->outputs && !status; i++)
         status = check_io(plan, &plan->outputs[i], "output", i);
+    for (uint32_t i = 0; i < header->grouped && !status; i++)
+        status = check_grouped(header, &plan->grouped[i], i);
     return status;
 }
 

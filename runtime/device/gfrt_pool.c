@@ -190,7 +190,9 @@ const char *gfi_pool_message(const gfi_pool *pool) {
 
 gfrt_status gfi_pool_create(uint32_t threads, size_t workspace, const gfi_table *table,
                             gfi_pool **result) {
-    gfi_pool *pool = aligned_alloc(CACHE_LINE, sizeof *pool);
+    gfi_pool *pool = NULL;
+    if (posix_memalign((void **)&pool, CACHE_LINE, sizeof *pool) != 0)
+        pool = NULL;
     worker *workers = calloc(threads, sizeof *workers);
     size_t each = (workspace + 4095) / 4096 * 4096;
     char *workspaces = NULL;

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from gfcompile.compile.pipeline import CompileConfig, compile_model
     from gfcompile.runtime.bundle import Manifest
-    from gfcompile.runtime.engine import Engine
+    from gfcompile.runtime.engine import ComputeUnits, Engine
 
 
 def __getattr__(name: str) -> object:
@@ -25,10 +25,12 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module 'gfcompile' has no attribute {name!r}")
 
 
-def _open_coreml(folder: "Path", manifest: "Manifest", threads: int) -> "Engine":
+def _open_coreml(
+    folder: "Path", manifest: "Manifest", threads: int, compute_units: "ComputeUnits"
+) -> "Engine":
     from gfcompile.targets.coreml.engine import open_engine
 
-    return open_engine(folder, manifest, threads)
+    return open_engine(folder, manifest, threads, compute_units=compute_units)
 
 
 register_engine("coreml", _open_coreml)

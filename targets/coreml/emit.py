@@ -63,6 +63,7 @@ def emit(
     std: Sequence[float],
     labels: Sequence[str] = (),
     description: Description,
+    group_size: int | None = None,
 ) -> Emitted:
     """Writes `model` as the folder `package`; the same arguments give the same bytes.
 
@@ -71,6 +72,7 @@ def emit(
         half: compute in float16 instead of float32.
         mean, std: of the normalization, in units of 0 to 1.
         labels: class names; without them classes are called by their numbers.
+        group_size: how many weights of four bits share a factor; None where none do.
 
     Raises:
         CompileError: an operator that Core ML does not have.
@@ -88,7 +90,13 @@ def emit(
     classifies = logits_shape == (1, len(classes))
     with quiet():
         program, places = _program(
-            model, options, half=half, mean=mean, std=std, classifies=classifies
+            model,
+            options,
+            half=half,
+            mean=mean,
+            std=std,
+            classifies=classifies,
+            group_size=group_size,
         )
         write_package(
             program,
@@ -115,6 +123,7 @@ def _program(
     mean: Sequence[float],
     std: Sequence[float],
     classifies: bool,
+    group_size: int | None,
 ) -> tuple[Any, Mapping[str, Place]]:
     """The MIL program, and where it has the graph's values."""
     ct = coremltools()
@@ -123,7 +132,9 @@ def _program(
 
     (source,), (sink,) = model.graph.inputs, model.graph.outputs
     has_int8 = any(quantized_weight(value) for node in model.graph for value in node.outputs)
-    emitter = Emitter(options, half=half, is_compact=has_int8 and options.ios >= 16)
+    emitter = Emitter(
+        options, half=half, is_compact=has_int8 and options.ios >= 16, group_size=group_size
+    )
     emitter.unique(INPUT)
     for name in (LOGITS, PROBABILITIES):  # the features that apps ask for: no other takes them
         emitter.unique(name)

@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from gfcompile.runtime.errors import CompileError
 from gfcompile.targets.coreml.options import CoremlOptions
-from gfcompile.targets.coreml.values import Arranger, Array, Template, Value, natural
-from gfcompile.targets.onnx_values import constant, shape_of
+from gfcompile.targets.coreml.values import Arranger, Array, Template, UnfitError, Value, natural
+from gfcompile.targets.onnx_values import OTHER_TARGET, constant, shape_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +30,23 @@ class Emitter:
         options: what was asked for.
         is_compact: whether size counts more than a few operations, as it does where weights are
             int8.
+        group_size: how many weights of four bits share a factor; None where none do.
         float_type: NumPy's dtype of all that is computed in floating point.
         values: the tensors that have been emitted, by the graph's values.
         covered: nodes that an earlier one took along.
         normalizations: convolutions that read pixels, and what their weights must take along.
     """
 
-    def __init__(self, options: CoremlOptions, *, half: bool, is_compact: bool = False) -> None:
+    def __init__(
+        self,
+        options: CoremlOptions,
+        *,
+        half: bool,
+        is_compact: bool = False,
+        group_size: int | None = None,
+    ) -> None:
         self.options = options
+        self.group_size = group_size
         self.is_compact = is_compact
         self.float_type: type[np.floating[Any]] = np.float16 if half else np.float32
         self.values: dict[ir.Value, Value] = {}
@@ -79,14 +88,15 @@ class Emitter:
         """`array` in the program's precision.
 
         Raises:
-            CompileError: it does not fit.
+            UnfitError: it does not fit.
         """
         with np.errstate(over="ignore"):
             result = array.astype(self.float_type)
         if not np.isfinite(result).all():
-            raise CompileError(
+            raise UnfitError(
                 f"a constant of {np.abs(array).max():.3g} does not fit float16, whose largest "
-                "value is 65504; compile with --fp32"
+                "value is 65504",
+                "compile with --fp32",
             )
         return result
 
@@ -158,9 +168,8 @@ class Emitter:
         return preferred if kept == value.order else (*missing, *value.order)
 
 
-def refuse(node: ir.Node, why: str) -> CompileError:
+def refuse(node: ir.Node, why: str, remedy: str = OTHER_TARGET) -> CompileError:
     """The error for a node that has no equivalent."""
     return CompileError(
-        f"Core ML: {node.op_type} (node {node.name or node.outputs[0].name}): {why}; "
-        "compile for a target of kernels (gfcompile targets), or change the model there"
+        f"Core ML: {node.op_type} (node {node.name or node.outputs[0].name}): {why}; {remedy}"
     )

@@ -1,24 +1,29 @@
 """Runs a bundle's .mlpackage: through Core ML on a Mac, through our evaluator elsewhere."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gfcompile.runtime.bundle import Manifest
 from gfcompile.runtime.device.gfrt import StepProfile, TensorInfo, TraceRecord
-from gfcompile.runtime.engine import Engine, Latency, measure
+from gfcompile.runtime.engine import ComputeUnits, Engine, Latency, measure
 from gfcompile.runtime.errors import BundleError, DeviceError
+from gfcompile.runtime.placement import Placement
 from gfcompile.targets.coreml.evaluate import Evaluator
 from gfcompile.targets.coreml.tools import coremltools, quiet
 
 Array = npt.NDArray[Any]
-ComputeUnits = Literal["all", "cpu", "cpu-gpu", "cpu-ane"]
 
-_UNITS = {"all": "ALL", "cpu": "CPU_ONLY", "cpu-gpu": "CPU_AND_GPU", "cpu-ane": "CPU_AND_NE"}
+_UNITS: Mapping[ComputeUnits, str] = {
+    "all": "ALL",
+    "cpu": "CPU_ONLY",
+    "cpu-gpu": "CPU_AND_GPU",
+    "cpu-ane": "CPU_AND_NE",
+}
 EVALUATED = "evaluated, not Apple's runtime"
 
 
@@ -30,10 +35,16 @@ def open_engine(
     Args:
         threads: of the evaluator; Core ML chooses for itself.
         compute_units: what Core ML may use on a Mac.
+
+    Raises:
+        DeviceError: units were chosen, and this is no Mac.
+        BundleError: Core ML cannot load the package.
     """
     package = folder / manifest.library
     if platform.system() == "Darwin":
         return CoremlEngine(package, manifest, compute_units)
+    if compute_units != "all":
+        raise DeviceError(f"compute units {compute_units}: only a Mac has units to choose from")
     return EvaluatedEngine(package, manifest, threads)
 
 
@@ -91,7 +102,7 @@ class CoremlEngine:
     stand_in = ""
 
     def __init__(self, package: Path, manifest: Manifest, compute_units: ComputeUnits) -> None:
-        self._manifest, self._units = manifest, compute_units
+        self._package, self._manifest, self._units = package, manifest, compute_units
         ct = coremltools()
         try:
             with quiet():
@@ -119,6 +130,10 @@ class CoremlEngine:
     def benchmark(self, batch: Array, runs: int, warmup: int) -> Latency:
         return measure(lambda: self._run(batch), runs, warmup)
 
+    def placements(self) -> list[Placement]:
+        """The unit that Core ML has planned for each operation; see `compute_plan`."""
+        return compute_plan(self._package, self._units)
+
     def close(self) -> None:
         self._model = None
 
@@ -137,12 +152,8 @@ class CoremlEngine:
         return [np.asarray(results[spec.name], np.float32) for spec in self._manifest.outputs]
 
 
-def compute_plan(
-    package: Path, compute_units: ComputeUnits = "all"
-) -> list[tuple[str, str, str, float]]:
-    """Each operation that Core ML executes: kind, result, unit, and its share of the time.
-
-    The unit is "CPU", "GPU" or "Neural Engine", the share is Core ML's own estimate.
+def compute_plan(package: Path, compute_units: ComputeUnits = "all") -> list[Placement]:
+    """Each operation that Core ML executes, its unit, and Core ML's estimate of its share.
 
     Raises:
         DeviceError: this machine is no Mac, or its system is older than macOS 14.4.
@@ -161,7 +172,7 @@ def compute_plan(
             )
     except Exception as error:
         raise DeviceError(f"Core ML makes no plan for {package}: {error}") from error
-    rows = []
+    placements = []
     for op in plan.model_structure.program.functions["main"].block.operations:
         usage = plan.get_compute_device_usage_for_mlprogram_operation(op)
         if usage is None:  # constants
@@ -173,8 +184,10 @@ def compute_plan(
         )
         # "ios17.conv": the part before the dot is the opset.
         kind = op.operator_name.split(".")[-1]
-        rows.append((kind, op.outputs[0].name, unit, 0.0 if cost is None else float(cost.weight)))
-    return rows
+        share = None if cost is None else float(cost.weight)
+        name = str(op.outputs[0].name)
+        placements.append(Placement(kind=kind, name=name, unit=unit, share=share))
+    return placements
 
 
 def _planes(batch: Array, manifest: Manifest) -> Array:

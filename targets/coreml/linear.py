@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from gfcompile.quantize.int4 import factored, fits_int4
 from gfcompile.targets.coreml.emitter import Emitter, refuse
 from gfcompile.targets.coreml.values import Array, Template, Value, natural, order_of
 from gfcompile.targets.onnx_values import constant, is_standard, quantization, shape_of
@@ -93,16 +94,45 @@ def weight_operand(emitter: Emitter, value: ir.Value, arrange: Any) -> Any:
             zero_point=np.int8(0),
             axis=np.int32(0),
         )
-    if data.min() >= -8 and data.max() <= 7:
+    scale = scale.reshape(-1, *[1] * (data.ndim - 1))
+    codes: npt.NDArray[Any] | None = data if fits_int4(data) else None
+    if codes is None and emitter.group_size is not None:
+        split = _split_groups(data, emitter.group_size)
+        if split is not None:
+            codes, factors = split
+            scale = emitter.rounded(quantized.scale.reshape(scale.shape) * factors)
+    if codes is not None:
         from coremltools.converters.mil.mil import types
 
-        data = data.astype(types.nptype_from_builtin(types.int4))
-    return emitter.op(
-        "constexpr_blockwise_shift_scale",
-        name,
-        data=data,
-        scale=scale.reshape(-1, *[1] * (data.ndim - 1)),
-    )
+        data = codes.astype(types.nptype_from_builtin(types.int4))
+    return emitter.op("constexpr_blockwise_shift_scale", name, data=data, scale=scale)
+
+
+def _split_groups(
+    data: npt.NDArray[np.int8], group_size: int
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.uint8]] | None:
+    """Codes of four bits, and factors whose axes are as many times shorter as a block is long.
+
+    None where a channel's groups are no blocks, or the values not of four bits.
+    """
+    block, left = [1] * data.ndim, group_size
+    for axis in reversed(range(1, data.ndim)):
+        block[axis] = math.gcd(left, data.shape[axis])
+        left //= block[axis]
+        if block[axis] < data.shape[axis]:
+            break
+    if left > 1:
+        return None
+    shape = [
+        size
+        for extent, length in zip(data.shape, block, strict=True)
+        for size in (extent // length, length)
+    ]
+    found = factored(data.reshape(shape), axes=tuple(range(1, 2 * data.ndim, 2)))
+    if found is None:
+        return None
+    codes, factors = found
+    return codes.reshape(data.shape), factors.reshape(shape[::2])
 
 
 def emit_matmul(emitter: Emitter, node: ir.Node) -> None:

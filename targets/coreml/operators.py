@@ -13,6 +13,7 @@ from gfcompile.targets.coreml.linear import emit_conv, emit_matmul, product_axes
 from gfcompile.targets.coreml.values import (
     MAX_RANK,
     Template,
+    UnfitError,
     Value,
     arrange_array,
     natural,
@@ -51,11 +52,15 @@ def emit_node(emitter: Emitter, node: ir.Node) -> None:
         CompileError: nothing in MIL does what it does.
     """
     if node.domain == "gfcompile":
-        emit_filter(emitter, node)
-        return
-    if not is_standard(node, *OPERATORS):
+        emit: Operator | None = emit_filter
+    else:
+        emit = OPERATORS.get(node.op_type) if is_standard(node, node.op_type) else None
+    if emit is None:
         raise refuse(node, f"no such operator there (known: {', '.join(sorted(OPERATORS))})")
-    OPERATORS[node.op_type](emitter, node)
+    try:
+        emit(emitter, node)
+    except UnfitError as error:
+        raise refuse(node, error.why, error.remedy) from None
 
 
 def _name(node: ir.Node) -> str:

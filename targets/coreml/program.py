@@ -41,12 +41,14 @@ class Operation:
         inputs: by argument, the names of values; several where the argument is a list.
         outputs: name and type of each.
         literals: arguments whose values are in the operation itself.
+        literal_types: their types in the file.
     """
 
     kind: str
     inputs: Mapping[str, Sequence[str]]
     outputs: Sequence[tuple[str, TensorType]]
     literals: Mapping[str, Any]
+    literal_types: Mapping[str, TensorType]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,17 +120,21 @@ def read_program(package: Path) -> MilProgram:
             constant_types[name] = outputs[0][1]
             continue
         inputs: dict[str, list[str]] = {}
-        literals = {
-            key: reader.value(value) for key, value in op.attributes.items() if key != "name"
-        }
+        values = {key: value for key, value in op.attributes.items() if key != "name"}
         for key, argument in op.inputs.items():
             for binding in argument.arguments:
                 if binding.WhichOneof("binding") == "name":
                     inputs.setdefault(key, []).append(binding.name)
                 else:
-                    literals[key] = reader.value(binding.value)
+                    values[key] = binding.value
         operations.append(
-            Operation(kind=op.type, inputs=inputs, outputs=outputs, literals=literals)
+            Operation(
+                kind=op.type,
+                inputs=inputs,
+                outputs=outputs,
+                literals={key: reader.value(value) for key, value in values.items()},
+                literal_types={key: reader.type(value.type) for key, value in values.items()},
+            )
         )
     return MilProgram(
         inputs=[(value.name, reader.type(value.type)) for value in function.inputs],

@@ -69,11 +69,10 @@ def measure(program: MilProgram) -> Statistics:
         peaks.append(peak)
     weights = sum(kind.size_bytes for kind in program.constant_types.values())
     weights += sum(
-        array.nbytes
+        kind.size_bytes
         for op in program.operations
         if op.kind.startswith(_FREE)
-        for array in op.literals.values()
-        if hasattr(array, "nbytes")
+        for kind in op.literal_types.values()
     )
     return Statistics(
         operations=dict(sorted(Counter(op.kind for op in executed).items())),

@@ -15,12 +15,25 @@ import numpy as np
 import numpy.typing as npt
 
 from gfcompile.runtime.errors import CompileError
+from gfcompile.targets.onnx_values import OTHER_TARGET
 
 Array = npt.NDArray[Any]
 MAX_RANK = 5
 Dims = tuple[int, ...]
 # For each axis of an arrangement the graph's axis that it holds, or None for one of size 1.
 Template = tuple[int | None, ...]
+
+
+class UnfitError(CompileError):
+    """A node cannot be had in Core ML; whoever knows which one names it (`operators.emit_node`).
+
+    Attributes:
+        why, remedy: as in `emitter.refuse`.
+    """
+
+    def __init__(self, why: str, remedy: str = OTHER_TARGET) -> None:
+        super().__init__(f"Core ML: {why}; {remedy}")
+        self.why, self.remedy = why, remedy
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,8 +203,5 @@ class Arranger:
         if tuple(var.shape) == shape:
             return var
         if len(shape) > MAX_RANK:
-            raise CompileError(
-                f"Core ML: {var.name} would need {len(shape)} axes, its tensors have up to "
-                f"{MAX_RANK}"
-            )
+            raise UnfitError(f"it would need {len(shape)} axes, tensors have up to {MAX_RANK}")
         return self._op("reshape", f"{var.name}_as", x=var, shape=list(shape))

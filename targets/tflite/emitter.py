@@ -15,6 +15,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from gfcompile.runtime.errors import CompileError
 from gfcompile.targets.onnx_values import (
+    OTHER_TARGET,
     constant,
     dtype_of,
     is_standard,
@@ -200,8 +201,8 @@ class Emitter:
         if self.integer_only and self.current is not None and real:
             raise self.refuse(
                 self.current,
-                "it takes integer operators alone, and this would run in floating point; "
-                "tflite-xnnpack takes both",
+                "it takes integer operators alone, and this would run in floating point",
+                "compile for tflite-xnnpack, which takes both",
             )
         self.file.operator(name, inputs, outputs, options)
 
@@ -269,11 +270,11 @@ class Emitter:
             self._real[tensor.index] = widened
         return self._real[tensor.index]
 
-    def refuse(self, node: ir.Node, reason: str) -> CompileError:
+    def refuse(self, node: ir.Node, reason: str, remedy: str = OTHER_TARGET) -> CompileError:
         """The error that says which node the target cannot take, and what can be done."""
         return CompileError(
             f"{self.target} cannot take {node.op_type} (node {node.name or node.outputs[0].name}): "
-            f"{reason}"
+            f"{reason}; {remedy}"
         )
 
     def _constant(self, value: ir.Value) -> Tensor:

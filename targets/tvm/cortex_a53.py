@@ -8,6 +8,8 @@ on, so `link` looks for the pattern and moves the code.
 
 import struct
 
+from gfcompile.targets.tvm.elf import EXECUTE, PT_LOAD, read_segments
+
 _PAGE = 4096
 
 
@@ -16,7 +18,11 @@ def has_erratum_843419(image: bytes) -> bool:
 
     Says yes rather too often: which loads and stores come second is not told apart.
     """
-    for address, code in _executable_segments(image):
+    for segment in read_segments(image):
+        if segment.kind != PT_LOAD or not segment.flags & EXECUTE:
+            continue
+        address = segment.address
+        code = image[segment.offset : segment.offset + segment.file_bytes]
         words = struct.unpack(f"<{len(code) // 4}I", code[: len(code) // 4 * 4])
         first_page = address // _PAGE * _PAGE
         for page in range(first_page, address + len(code), _PAGE):
@@ -38,17 +44,3 @@ def _is_sequence(words: tuple[int, ...]) -> bool:
         word & 0x3B000000 == 0x39000000 and word >> 5 & 31 == register
         for word in words[2:]
     )
-
-
-def _executable_segments(image: bytes) -> list[tuple[int, bytes]]:
-    """Address and content of what the ELF file `image` (64 bits, little-endian) may run."""
-    (table,) = struct.unpack_from("<Q", image, 32)
-    entry_bytes, count = struct.unpack_from("<2H", image, 54)
-    segments = []
-    for i in range(count):
-        kind, flags, offset, address, _, size = struct.unpack_from(
-            "<2I4Q", image, table + i * entry_bytes
-        )
-        if kind == 1 and flags & 1:  # PT_LOAD, PF_X
-            segments.append((address, image[offset : offset + size]))
-    return segments

@@ -20,11 +20,14 @@ from gfcompile.targets.target import Cpu, Target
 from gfcompile.targets.tvm import cuda, link
 from gfcompile.targets.tvm.choices import Choice, to_json
 from gfcompile.targets.tvm.cost import costs
+from gfcompile.targets.tvm.grouped import GroupedRows, find_rows
+from gfcompile.targets.tvm.instructions import count_instructions, issue_us
 from gfcompile.targets.tvm.kernel import (
     ActStorage,
     Array,
     Attention,
     CircularFilter,
+    Conv,
     Dense,
     Dequantize,
     DftFilter,
@@ -42,7 +45,15 @@ from gfcompile.targets.tvm.kernel import (
 )
 from gfcompile.targets.tvm.memory import Arena, Lifetime, align, plan_arena
 from gfcompile.targets.tvm.partition import Call, Program
-from gfcompile.targets.tvm.plan import DType, Plan, PlanIO, PlanStep, PlanTensor, serialize
+from gfcompile.targets.tvm.plan import (
+    DType,
+    Plan,
+    PlanGrouped,
+    PlanIO,
+    PlanStep,
+    PlanTensor,
+    serialize,
+)
 from gfcompile.targets.tvm.schedule import act_storage, schedule
 
 
@@ -91,9 +102,10 @@ class _Weights:
     data: bytearray = field(default_factory=bytearray)
     offsets: dict[tuple[str, bytes], int] = field(default_factory=dict)
 
-    def add(self, array: Array) -> int:
+    def add(self, array: Array, belongs_to: bytes = b"") -> int:
+        """Where it lies; what belongs to something else is another array."""
         raw = np.ascontiguousarray(array).tobytes()
-        key = (str(array.dtype), hashlib.sha256(raw).digest())
+        key = (str(array.dtype), hashlib.sha256(raw + belongs_to).digest())
         if key not in self.offsets:
             self.data.extend(bytes(align(len(self.data)) - len(self.data)))
             self.offsets[key] = len(self.data)
@@ -109,6 +121,7 @@ def emit(
     library: str,
     mean: tuple[float, float, float] | None,
     std: tuple[float, float, float] | None,
+    group_size: int | None = None,
     tuned: Mapping[Kernel, Tuned] | None = None,
 ) -> Artifact:
     """Writes `library`, plan.bin, weights.bin and, for a GPU, kernels.ptx and kernels.cubin.
@@ -117,6 +130,7 @@ def emit(
         folder: exists; the files are written into it.
         library: file name of the shared library.
         mean, std: the normalization of the image input, if it is one.
+        group_size: how many weights of four bits share a factor; None where none do.
         tuned: kernels that a tuning database knows; the schedules' own rules serve the others.
 
     Raises:
@@ -139,7 +153,7 @@ def emit(
         objects = []
         (folder / "kernels.ptx").write_bytes(module.ptx)
         (folder / "kernels.cubin").write_bytes(module.cubin)
-    builder = _PlanBuilder(program, scheduled, functions, storage, module)
+    builder = _PlanBuilder(program, scheduled, functions, storage, module, group_size)
     steps, tensors, arena = builder.build()
     weights = builder.stored_weights()
     (folder / "weights.bin").write_bytes(weights)
@@ -153,9 +167,14 @@ def emit(
         library_id=library_id,
         cuda=target.gpu is not None,
     )
+    if target.cpu.android_api is None:
+        link.link_bench(target.cpu, folder / BENCH_NAME)
+    else:
+        link.link_static_bench(
+            objects, used, target.cpu, folder / BENCH_NAME, library_id=library_id
+        )
     for built in objects:
         built.unlink()
-    link.link_bench(target.cpu, folder / BENCH_NAME)
     for name in ("gfrt.h", "gfrt.py"):  # all that a device needs to use the library
         shutil.copy(Path(runtime_device.__file__).parent / name, folder)
     plan = Plan(
@@ -176,6 +195,7 @@ def emit(
         workspace_bytes=_workspace_bytes(functions),
         weights_bytes=builder.plain_bytes + len(builder.packed.data),
         packed_bytes=len(builder.packed.data),
+        grouped=builder.grouped(),
         weights_sha256=hashlib.sha256(weights).hexdigest(),
     )
     (folder / "plan.bin").write_bytes(serialize(plan))
@@ -193,12 +213,20 @@ def kernel_name(kernel: Kernel) -> str:
     match kernel:
         case Dense():
             parts = [f"dense_{kernel.m}x{kernel.n}x{kernel.k}", _short(kernel.x)]
-            parts += ["gelu"] * kernel.gelu
-            parts += [f"add{kernel.residual_rows}_{_short(kernel.residual_dtype)}"] * bool(
-                kernel.residual_rows
-            )
+            added = f"add{kernel.residual_rows}_{_short(kernel.residual_dtype)}"
+            epilogue = ["gelu"] * kernel.gelu + [added] * bool(kernel.residual_rows)
+            parts += reversed(epilogue) if kernel.residual_first else epilogue
             suffix += f"x{kernel.out_groups}" if kernel.out_groups > 1 else ""
             return "_".join(parts) + suffix
+        case Conv():
+            size = f"{kernel.kernel_h}x{kernel.kernel_w}"
+            if (strides := (kernel.stride_h, kernel.stride_w)) != (1, 1):
+                size += "_stride{}x{}".format(*strides)
+            if (pads := (kernel.pad_h, kernel.pad_w)) != (0, 0):
+                size += "_pad{}x{}".format(*pads)
+            shape = f"{kernel.batch}x{kernel.h}x{kernel.w}x{kernel.c}_{kernel.layout}"
+            form = "depthwise" if kernel.depthwise else f"conv{kernel.n}"
+            return f"{form}_{shape}_{size}" + "_relu" * kernel.relu
         case LayerNorm():
             # Layers that differ in eps alone are rare, but must not share a name.
             eps = re.sub(r"\W", "_", f"{kernel.eps:.6g}")
@@ -210,7 +238,7 @@ def kernel_name(kernel: Kernel) -> str:
         case Patchify():
             grid = f"{kernel.batch}x{kernel.grid_h}x{kernel.grid_w}"
             patch = f"{kernel.channels}x{kernel.patch_h}x{kernel.patch_w}"
-            return f"patchify_{grid}_{patch}_{kernel.layout}{suffix}"
+            return f"patchify_{grid}_{patch}{suffix}"
         case TokenMean():
             return f"token_mean_{kernel.batch}x{kernel.tokens}x{kernel.n}{suffix}"
         case Attention():
@@ -254,7 +282,7 @@ def llvm_target(cpu: Cpu) -> tvm.target.Target:
     """TVM's description of `cpu`."""
     options: dict[str, Any] = {
         "kind": "llvm",
-        "mtriple": f"{cpu.arch}-linux-gnu",
+        "mtriple": cpu.llvm_triple,
         "mcpu": cpu.mcpu,
         "num-cores": cpu.cores,
     }
@@ -313,8 +341,13 @@ def _kernel_records(
     records = []
     for kernel, steps in functions.items():
         for function, cost in zip(steps, costs(kernel, scheduled[kernel], target), strict=True):
-            record: dict[str, Any] = {"name": function.name, "calls": uses[kernel]}
-            record |= dataclasses.asdict(cost)
+            instructions = count_instructions(function.func, target)
+            record: dict[str, Any] = {
+                "name": function.name,
+                "calls": uses[kernel],
+                **dataclasses.asdict(cost),
+                "issue_us": round(issue_us(instructions, target), 4),
+            }
             if module is not None:
                 record |= dataclasses.asdict(module.kernels[function.name])
             if kernel in tuned:
@@ -334,6 +367,7 @@ class _PlanBuilder:
         functions: Mapping[Kernel, Sequence[_Function]],
         storage: ActStorage,
         module: cuda.CudaModule | None,
+        group_size: int | None,
     ) -> None:
         self.program = program
         self.scheduled = scheduled
@@ -342,7 +376,10 @@ class _PlanBuilder:
         self.module = module
         self.weights = _Weights()
         self.packed = _Weights()  # what weights.bin holds in four bits each
+        self.group_size = group_size
         self._packed_tensors: set[int] = set()
+        self._grouped: dict[int, PlanGrouped] = {}  # by offset in `packed`
+        self._rows: dict[Kernel, GroupedRows | None] = {}
         self.index_of: dict[str, int] = {}
         self._tensors: list[PlanTensor] = []
         self._offsets: Mapping[str, int] = {}
@@ -369,6 +406,13 @@ class _PlanBuilder:
         """What weights.bin holds."""
         plain = bytes(self.weights.data).ljust(self.plain_bytes, b"\0")
         return plain + pack_int4(np.frombuffer(self.packed.data, np.int8)).tobytes()
+
+    def grouped(self) -> tuple[PlanGrouped, ...]:
+        """The packed weights that have factors, once everything has its place."""
+        return tuple(
+            dataclasses.replace(grouped, offset=self.plain_bytes + offset)
+            for offset, grouped in self._grouped.items()
+        )
 
     def _lifetimes(self) -> list[Lifetime]:
         first = dict.fromkeys(self.program.inputs, 0)
@@ -421,9 +465,12 @@ class _PlanBuilder:
                     name = _temp_name(position, arg)
                     operands[arg] = self._place(name, dtype, shape, "arena", self._offsets[name])
                 else:
-                    packs = isinstance(call.kernel, Dense) and arg == "w"
-                    operands[arg] = self._constant(
-                        f"{call.label}.{arg}", constants[arg], shape, packs
+                    array = constants[arg]
+                    assert array.size == np.prod(shape), f"{call.label}.{arg}: {array.shape}"
+                    operands[arg] = (
+                        self._weight(call.kernel, array, shape)
+                        if isinstance(call.kernel, Dense) and arg == "w"
+                        else self._constant(array, shape)
                     )
             if not outputs:  # it fills a scratch tensor; which one does not matter to the plan
                 outputs = [operands[arg] for arg in function.args if arg in plan.temps]
@@ -469,16 +516,48 @@ class _PlanBuilder:
             storage_offset=self.storage.offset if quantized else 0,
         )
 
-    def _constant(self, name: str, array: Array, shape: tuple[int, ...], packs: bool) -> int:
-        assert array.size == np.prod(shape), f"{name}: {array.shape} for {shape}"
-        # int8, perhaps four to a word; what does not fit is stored as it is.
-        packs = packs and array.dtype in (np.int8, np.int32)
-        if packs and fits_int4(np.ascontiguousarray(array).view(np.int8)):
-            offset = self.packed.add(array)
-            name = f"{array.dtype}@packed+{offset}"
-            index = self._place(name, str(array.dtype), shape, "weights", offset)
-            self._packed_tensors.add(index)
-            return index
+    def _weight(self, kernel: Dense, array: Array, shape: tuple[int, ...]) -> int:
+        """A matrix of weights: of four bits where they fit, as it is where they do not."""
+        if array.dtype not in (np.int8, np.int32):  # perhaps four to a word
+            return self._constant(array, shape)
+        values = np.ascontiguousarray(array).view(np.int8).reshape(-1)
+        if fits_int4(values):
+            return self._packed(array, shape, self.packed.add(array))
+        rows = self._grouped_rows(kernel)
+        split = None if rows is None else rows.split(values)
+        if rows is None or split is None:
+            return self._constant(array, shape)
+        codes, factors = split
+        # Equal codes with other factors become other weights.
+        offset = self.packed.add(codes, belongs_to=factors.tobytes())
+        self._grouped[offset] = PlanGrouped(
+            offset=0,  # known once all is placed
+            size_bytes=len(codes),
+            factors=self.weights.add(factors),
+            **dataclasses.asdict(rows),
+        )
+        return self._packed(array, shape, offset)
+
+    def _grouped_rows(self, kernel: Dense) -> GroupedRows | None:
+        if self.group_size is None:
+            return None
+        if kernel not in self._rows:
+            pack = self.scheduled[kernel].pack.get("w")
+            self._rows[kernel] = find_rows(
+                lambda w: w if pack is None else pack({"w": w}),
+                kernel.k,
+                kernel.n,
+                self.group_size,
+            )
+        return self._rows[kernel]
+
+    def _packed(self, array: Array, shape: tuple[int, ...], offset: int) -> int:
+        name = f"{array.dtype}@packed+{offset}"
+        index = self._place(name, str(array.dtype), shape, "weights", offset)
+        self._packed_tensors.add(index)
+        return index
+
+    def _constant(self, array: Array, shape: tuple[int, ...]) -> int:
         offset = self.weights.add(array)
         return self._place(f"{array.dtype}@{offset}", str(array.dtype), shape, "weights", offset)
 

@@ -24,7 +24,8 @@ class Dense:
     """y = epilogue(x @ w): (m, k) x (k, n) -> (m, n).
 
     The epilogue, in this order: plus `bias`, times `scale` (int8 only), GELU (exact, erf form),
-    plus `residual` (row r % residual_rows of it), quantized when `out` is int8.
+    plus `residual` (row r % residual_rows of it; with `residual_first` before the GELU), quantized
+    when `out` is int8.
 
     Arguments: x (m, k); w, raw layout (k, n) float32 or int8; with int8 x: scale (n,) float32,
     and bias (n,) int32, which already holds minus zero point times column sums; with float x:
@@ -40,8 +41,45 @@ class Dense:
     gelu: bool = False
     residual_rows: int = 0
     residual_dtype: Half = "float32"
+    residual_first: bool = False
     out: Act = "float32"
     out_groups: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conv:
+    """A convolution of images with channels last: (batch, h, w, c) -> (batch, out_h, out_w, n).
+
+    With `depthwise` n is c, and each channel is convolved with a filter of its own. The image is
+    surrounded by `pad_h` rows and `pad_w` columns of zeros on either side. The epilogue: plus
+    `bias`, ReLU.
+
+    Arguments: x, (batch, c, h, w) where `layout` says so; w (kernel_h * kernel_w * c, n), its rows
+    (dy, dx, channel), or, depthwise, (kernel_h * kernel_w, n); bias (n,); y; all float32.
+    """
+
+    batch: int
+    h: int
+    w: int
+    c: int
+    n: int
+    kernel_h: int
+    kernel_w: int
+    stride_h: int = 1
+    stride_w: int = 1
+    pad_h: int = 0
+    pad_w: int = 0
+    depthwise: bool = False
+    relu: bool = False
+    layout: Literal["nhwc", "nchw"] = "nhwc"
+
+    @property
+    def out_h(self) -> int:
+        return (self.h + 2 * self.pad_h - self.kernel_h) // self.stride_h + 1
+
+    @property
+    def out_w(self) -> int:
+        return (self.w + 2 * self.pad_w - self.kernel_w) // self.stride_w + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +130,10 @@ class CircularFilter:
 class Patchify:
     """Non-overlapping patches as rows: (batch * grid_h * grid_w, channels * patch_h * patch_w).
 
-    A column is (channel, dy, dx), the order of a convolution's weight. The input is
-    (batch, channels, H, W) or, with layout "nhwc", (batch, H, W, channels).
-    Arguments: x float32, quant (4,) if `out` is int8, y.
+    A column is (channel, dy, dx), the order of a convolution's weight. An image whose channels come
+    last is one of a single channel, whose patches are as many times wider.
+
+    Arguments: x (batch, channels, H, W) float32, quant (4,) if `out` is int8, y.
     """
 
     batch: int
@@ -103,7 +142,6 @@ class Patchify:
     grid_w: int
     patch_h: int
     patch_w: int
-    layout: Literal["nchw", "nhwc"] = "nchw"
     out: Act = "float32"
 
 
@@ -226,6 +264,7 @@ class Generic:
 
 Kernel = (
     Dense
+    | Conv
     | LayerNorm
     | DftFilter
     | CircularFilter

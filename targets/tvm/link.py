@@ -1,4 +1,4 @@
-"""Kernels and the C runtime become one shared library for a device's own glibc.
+"""Kernels and the C runtime become one shared library for a device's own libc.
 
 Zig's C compiler brings headers and stub libraries of every glibc for every architecture, so
 nothing but a pip package is needed. It keeps its own cache of compiled objects: the runtime is
@@ -6,8 +6,6 @@ compiled once per architecture, a further link takes some 20 ms.
 """
 
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +13,9 @@ from pathlib import Path
 import gfcompile.runtime.device
 from gfcompile.runtime.errors import CompileError
 from gfcompile.targets.target import Cpu
+from gfcompile.targets.tvm.bionic import PAGE_BYTES, link_for_android
 from gfcompile.targets.tvm.cortex_a53 import has_erratum_843419
+from gfcompile.targets.tvm.zig import zig
 
 _RUNTIME = Path(gfcompile.runtime.device.__file__).parent
 _RUNTIME_SOURCES = (
@@ -26,6 +26,7 @@ _RUNTIME_SOURCES = (
     "gfrt_plan.c",
     "gfrt_pool.c",
     "gfrt_sha256.c",
+    "gfrt_thread.c",
 )
 _CUDA_SOURCES = ("gfrt_cuda.c",)
 _BENCH_SOURCES = ("gfbench.c", "gfbench_print.c", "gfbench_time.c")
@@ -95,7 +96,7 @@ def cpu_features(cpu: Cpu) -> tuple[str, ...]:
     target = tvm.target.Target(
         {
             "kind": "llvm",
-            "mtriple": f"{cpu.arch}-linux-gnu",
+            "mtriple": cpu.llvm_triple,
             "mcpu": cpu.mcpu,
             "mattr": list(cpu.features),
         }
@@ -118,7 +119,7 @@ def link_library(
 ) -> None:
     """Writes the shared library `output`: `kernels`, found in `objects`, and the runtime.
 
-    It exports gfrt.h and the table of its kernels, nothing else, and needs glibc alone.
+    It exports gfrt.h and the table of its kernels, nothing else, and needs the device's libc alone.
 
     Args:
         kernels: names without TVM's prefix: `objects` define `__tvm_ffi_<name>`.
@@ -134,6 +135,18 @@ def link_library(
         table.write_text(kernel_table(kernels, library_id=library_id, cuda=cuda))
         exports = Path(folder) / "exports.map"
         exports.write_text("{ global: gfrt_*; local: *; };\n")
+        if cpu.android_api is not None:
+            link_for_android(
+                [*(_RUNTIME / name for name in sources), table],
+                objects,
+                output,
+                cpu=cpu,
+                flags=_compile_flags(),
+                headers=_RUNTIME / "bionic",
+                exports=exports,
+                folder=Path(folder),
+            )
+            return
         _link(
             cpu,
             output,
@@ -154,6 +167,29 @@ def link_bench(cpu: Cpu, output: Path) -> None:
     """Writes the executable gfbench, which loads the library of the bundle it is given."""
     sources = (str(_RUNTIME / name) for name in _BENCH_SOURCES)
     _link(cpu, output, "-fPIE", "-pie", *sources, "-lm", "-ldl")
+
+
+def link_static_bench(
+    objects: Sequence[Path], kernels: Sequence[str], cpu: Cpu, output: Path, *, library_id: str
+) -> None:
+    """Writes a gfbench that needs no loader and no libc: it runs the bundle of `library_id` alone.
+
+    On an Android device it runs from a shell; elsewhere QEMU runs it without a system image. See
+    `link_library` for the arguments and for what is raised.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder) / "table.c"
+        table.write_text(kernel_table(kernels, library_id=library_id, cuda=False))
+        _link(
+            cpu,
+            output,
+            "-static",
+            "-DGFBENCH_STATIC",
+            f"-Wl,-z,max-page-size={PAGE_BYTES},-z,common-page-size={PAGE_BYTES}",
+            *(str(_RUNTIME / name) for name in _RUNTIME_SOURCES + _BENCH_SOURCES),
+            str(table),
+            *(str(path) for path in objects),
+        )
 
 
 def kernel_table(kernels: Sequence[str], *, library_id: str, cuda: bool) -> str:
@@ -197,19 +233,16 @@ def _link(cpu: Cpu, output: Path, *arguments: str) -> None:
 
 
 def zig_cc(cpu: Cpu, *arguments: str) -> None:
-    """Runs the C compiler for `cpu` and its glibc, warnings as errors.
+    """Runs the C compiler for `cpu` and a libc that zig brings, warnings as errors.
+
+    That is the device's glibc; for Android, which has another libc, musl to be linked statically.
 
     Raises:
         CompileError: it refuses; the first error is in the message.
     """
-    command = [
-        *(sys.executable, "-m", "ziglang", "cc"),
-        *("-target", f"{cpu.arch}-linux-gnu.{cpu.glibc}"),
-        *("-O2", *LANGUAGE, *WARNINGS, f"-I{_RUNTIME}"),
-        *arguments,
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
-        reason = next((line for line in lines if "error" in line), lines[0] if lines else "?")
-        raise CompileError(f"the C compiler (ziglang) failed: {reason.strip()}")
+    libc = f"gnu.{cpu.glibc}" if cpu.android_api is None else "musl"
+    zig("cc", "-target", f"{cpu.arch}-linux-{libc}", *_compile_flags(), *arguments)
+
+
+def _compile_flags() -> tuple[str, ...]:
+    return ("-O2", *LANGUAGE, *WARNINGS, f"-I{_RUNTIME}")

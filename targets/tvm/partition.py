@@ -11,6 +11,7 @@ Views (Reshape and its kin) cost nothing: their output is another name for the s
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -27,11 +28,13 @@ from gfcompile.targets.onnx_values import (
 )
 from gfcompile.targets.tvm import generic
 from gfcompile.targets.tvm.attention import layout, match_attention, match_selection
+from gfcompile.targets.tvm.convolution import ConvMatch, channels_last_source, match_conv
 from gfcompile.targets.tvm.kernel import (
     Act,
     Array,
     Attention,
     CircularFilter,
+    Conv,
     Dense,
     Dequantize,
     DftFilter,
@@ -151,6 +154,8 @@ class _Partitioner:
         self.stored_in: dict[str, tuple[str, Array]] = {}
         self.selections: list[Selection] = []
         self.unscheduled: set[str] = set()
+        self.same: dict[ir.Value, ir.Value] = {}  # values that are other names for one memory
+        self.channels_last: set[ir.Value] = set()  # images that the graph has with channels second
         # qkv products whose q, k and v are int8 with a scale of their own: name and `quant`.
         self.grouped: dict[ir.Value, tuple[str, Array]] = {}
 
@@ -159,7 +164,7 @@ class _Partitioner:
             self.attention,
             self.selection,
             self.linear,
-            self.patch_conv,
+            self.convolution,
             self.layer_norm,
             self.token_mean,
             self.global_filter,
@@ -199,29 +204,36 @@ class _Partitioner:
     def root(self, value: ir.Value) -> ir.Value:
         """The value whose memory `value` is a view of."""
         node = value.producer()
-        while node is not None and is_standard(node, *VIEWS) and node not in self.claimed:
-            source = node.inputs[0]
-            assert source is not None
-            value, node = source, source.producer()
+        while value in self.same or (
+            node is not None and is_standard(node, *VIEWS) and node not in self.claimed
+        ):
+            if value in self.same:
+                value = self.same[value]
+            else:
+                assert node is not None
+                value = _input(node, 0)
+            node = value.producer()
         return value
 
     def tensor(self, value: ir.Value) -> str:
         """The name of the tensor that holds `value`, from now on part of the program."""
         value = self.root(value)
-        assert value.name is not None
-        if value.name not in self.tensors:
+        name, shape = str(value.name), shape_of(value)
+        if value in self.channels_last:  # a tensor of the graph's name has the graph's layout
+            name, shape = f"{name}_channels_last", (shape[0], *shape[2:], shape[1])
+        if name not in self.tensors:
             producer = value.producer()
             scale, zero_point = 0.0, 0
             if producer is not None and is_standard(producer, "QuantizeLinear"):
                 scale, zero_point = scalar_quantization(producer)
-            self.tensors[value.name] = Tensor(
-                name=value.name,
+            self.tensors[name] = Tensor(
+                name=name,
                 dtype=dtype_of(value),
-                shape=shape_of(value),
+                shape=shape,
                 scale=scale,
                 zero_point=zero_point,
             )
-        return value.name
+        return name
 
     def follower(self, value: ir.Value, *op_types: str) -> ir.Node | None:
         """The node that alone reads `value`, through views, if it is one of `op_types`."""
@@ -316,51 +328,105 @@ class _Partitioner:
             x = _input(source, 0)
         self.dense(product, self.tensor(x))
 
-    def patch_conv(self, node: ir.Node) -> None:
+    def convolution(self, node: ir.Node) -> None:
+        """A convolution, its image and its result with channels last."""
+        match = match_conv(node)
+        if match is None:
+            return
+        final = [view.outputs[0] for view in match.views if is_standard(view, "Transpose")]
+        patches = match.kind == "patches"
+        if patches and len(final) == len(match.result.consumers()) == 1:
+            self.patch_conv(match, [node, *match.views])
+            return
+        # All that turns it to channels last is another name for the same memory.
+        self.claimed.update(match.views)
+        place = final[0] if final else match.result
+        self.same.update((value, place) for value in (match.result, *final) if value is not place)
+        self.channels_last.add(match.result)
+        y = self.tensor(place)
+        if patches:
+            self.patch_conv(match, [node])
+            return
+        x, layout = self.image(_input(node, 0))
+        weight = constant(node.inputs[1])
+        assert weight is not None
+        bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        (batch, c, h, w), n = shape_of(_input(node, 0)), weight.shape[0]
+        stride_h, stride_w = node.attributes.get_ints("strides", (1, 1))
+        pad_h, pad_w = node.attributes.get_ints("pads", (0, 0))[:2]
+        covered = [node] if match.relu is None else [node, match.relu]
+        self.claimed.update(covered)
+        self.calls[covered[-1]] = [
+            Call(
+                kernel=Conv(
+                    batch=batch,
+                    h=h,
+                    w=w,
+                    c=c,
+                    n=n,
+                    kernel_h=weight.shape[2],
+                    kernel_w=weight.shape[3],
+                    stride_h=stride_h,
+                    stride_w=stride_w,
+                    pad_h=pad_h,
+                    pad_w=pad_w,
+                    depthwise=match.kind == "depthwise",
+                    relu=match.relu is not None,
+                    layout=layout,
+                ),
+                label=_label(node),
+                reads={"x": x},
+                writes={"y": y},
+                constants={
+                    "w": np.ascontiguousarray(
+                        weight.transpose(2, 3, 1, 0).reshape(-1, n), np.float32
+                    ),
+                    "bias": np.zeros(n, np.float32)
+                    if bias is None
+                    else bias.reshape(-1).astype(np.float32),
+                },
+            )
+        ]
+
+    def image(self, value: ir.Value) -> tuple[str, Literal["nhwc", "nchw"]]:
+        """The tensor that holds an image, (batch, c, h, w) in the graph, and how."""
+        if value in self.channels_last:
+            return self.tensor(value), "nhwc"
+        source = channels_last_source(value)
+        if source is None:
+            return self.tensor(value), "nchw"
+        to_first = value.producer()
+        if to_first is not None and len(value.consumers()) == 1:
+            self.claimed.add(to_first)
+        return self.tensor(source), "nhwc"
+
+    def patch_conv(self, match: ConvMatch, covered: list[ir.Node]) -> None:
         """A convolution whose patches do not overlap: patches as rows, then a product."""
-        if not is_standard(node, "Conv"):
-            return
+        node = match.node
         x, w = _input(node, 0), _input(node, 1)
-        weight = constant(w)
-        # The product's rows are tokens: the graph must go on with channels last.
-        transpose = self.follower(node.outputs[0], "Transpose")
-        if weight is None or transpose is None or not _is_patch_conv(node, weight.shape):
-            return
-        perm = tuple(transpose.attributes.get_ints("perm"))
-        if perm != (0, *range(2, len(perm)), 1):
-            return
         source = self.dequantized(x)
+        quantize = None if source is None else self.root(_input(source, 0)).producer()
+        if quantize is None or not is_standard(quantize, "QuantizeLinear"):
+            source = None  # integers, but not of an image that could be quantized as it is cut
         bias = node.inputs[2] if len(node.inputs) > 2 else None
-        product = self.product([node, transpose], source, w, bias)
+        product = self.product(covered, source, w, bias)
 
         quant: dict[str, Array] = {}
         name, scale, zero_point = f"{node.outputs[0].name}_patches", 0.0, 0
-        image = x
         if product.act == "int8":
             # Patches are cut and quantized in one go. They keep the name of the QuantizeLinear's
             # output, whose values they are, in another order.
             assert source is not None
-            quantize = self.root(_input(source, 0)).producer()
-            if quantize is None or not is_standard(quantize, "QuantizeLinear"):
-                return
+            assert quantize is not None
             scale, zero_point = scalar_quantization(quantize)
             quant["quant"] = quant_args(scale, zero_point)
-            image, name = _input(quantize, 0), str(quantize.outputs[0].name)
+            x, name = _input(quantize, 0), str(quantize.outputs[0].name)
             if len(quantize.outputs[0].consumers()) == 1:
                 self.claimed.update((quantize, source))
-        order = "nchw"
-        to_nchw = image.producer()
-        if (
-            to_nchw is not None
-            and is_standard(to_nchw, "Transpose")
-            and tuple(to_nchw.attributes.get_ints("perm")) == (0, 3, 1, 2)
-            and to_nchw not in self.claimed
-        ):
-            if len(image.consumers()) == 1:
-                self.claimed.add(to_nchw)
-            image, order = _input(to_nchw, 0), "nhwc"
-        batch, _, grid_h, grid_w = shape_of(node.outputs[0])
-        _, channels, patch_h, patch_w = weight.shape
+        image, layout = self.image(x)
+        batch, c, height, width = shape_of(x)
+        _, _, grid_h, grid_w = shape_of(node.outputs[0])
+        patch_h, patch_w = height // grid_h, width // grid_w
         self.tensors[name] = Tensor(
             name=name,
             dtype=product.act,
@@ -368,29 +434,33 @@ class _Partitioner:
             scale=scale,
             zero_point=zero_point,
         )
-        height, width = grid_h * patch_h, grid_w * patch_w
         # Pixel (b, c, y, x) lies in row (b, y // patch_h, x // patch_w) of patches.
-        pixels = np.arange(product.m * product.k).reshape(
-            batch, grid_h, grid_w, channels, patch_h, patch_w
-        )
-        if product.act == "int8":
-            self.stored_in[name] = (
-                name,
-                pixels.transpose(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width),
+        pixels = np.arange(product.m * product.k)
+        if layout == "nchw":
+            pixels = pixels.reshape(batch, grid_h, grid_w, c, patch_h, patch_w)
+            pixels = pixels.transpose(0, 3, 1, 4, 2, 5)
+        else:
+            pixels = pixels.reshape(batch, grid_h, grid_w, patch_h, patch_w, c)
+            pixels = pixels.transpose(0, 5, 1, 3, 2, 4)
+            weights = product.constants["w"].reshape(c, patch_h, patch_w, product.n)
+            product.constants["w"] = np.ascontiguousarray(
+                weights.transpose(1, 2, 0, 3).reshape(product.k, product.n)
             )
+        if product.act == "int8":
+            self.stored_in[name] = name, pixels.reshape(batch, c, height, width)
         patches = Call(
             kernel=Patchify(
                 batch=batch,
-                channels=channels,
+                # With channels last, a line of a patch is one run of all channels.
+                channels=c if layout == "nchw" else 1,
                 grid_h=grid_h,
                 grid_w=grid_w,
                 patch_h=patch_h,
-                patch_w=patch_w,
-                layout="nhwc" if order == "nhwc" else "nchw",
+                patch_w=patch_w if layout == "nchw" else patch_w * c,
                 out=product.act,
             ),
             label=f"{_label(node)}/patches",
-            reads={"x": self.tensor(image)},
+            reads={"x": image},
             writes={"y": name},
             constants=quant,
         )
@@ -428,12 +498,8 @@ class _Partitioner:
         """Adds the call of `product`, with the GELU and the residual that follow it."""
         m, n = product.m, product.n
         reads = {"x": x}
-        gelu = self.follower(product.result, "Gelu")
-        if gelu is not None and gelu.attributes.get_string("approximate", "none") == "none":
-            product.covered.append(gelu)
-        else:
-            gelu = None
-        residual_rows = 0
+        gelu = self.gelu(product)
+        residual_rows, residual_first = 0, False
         residual_dtype: Half = "float32"
         add = self.follower(product.result, "Add")
         operand = None if add is None else self.other_input(add, product.result)
@@ -451,6 +517,8 @@ class _Partitioner:
                 reads["residual"] = self.tensor(operand)
             if residual_rows:
                 product.covered.append(add)
+                if not gelu:
+                    gelu = residual_first = self.gelu(product)
         grouped = self.grouped.get(product.result)
         self.add(
             product.covered,
@@ -459,9 +527,10 @@ class _Partitioner:
                 n=n,
                 k=product.k,
                 x=product.act,
-                gelu=gelu is not None,
+                gelu=gelu,
                 residual_rows=residual_rows,
                 residual_dtype=residual_dtype,
+                residual_first=residual_first,
                 out=out,
                 out_groups=3 if grouped else 1,
             ),
@@ -470,6 +539,14 @@ class _Partitioner:
             before,
             grouped,
         )
+
+    def gelu(self, product: _Product) -> bool:
+        """Whether the GELU that follows `product` is now part of it."""
+        node = self.follower(product.result, "Gelu")
+        if node is None or node.attributes.get_string("approximate", "none") != "none":
+            return False
+        product.covered.append(node)
+        return True
 
     def attention(self, node: ir.Node) -> None:
         """Softmax between two products of activations, with all the moves around them."""
@@ -785,23 +862,6 @@ def _integer_operands(
         "scale": np.ascontiguousarray(scale, np.float32),
         "bias": folded.astype(np.int32),
     }
-
-
-def _is_patch_conv(node: ir.Node, weight_shape: tuple[int, ...]) -> bool:
-    """Whether the convolution cuts its whole input into patches that do not overlap."""
-    if len(weight_shape) != 4:
-        return False
-    patch = weight_shape[2:]
-    attributes = node.attributes
-    _, _, height, width = shape_of(_input(node, 0))
-    _, _, grid_h, grid_w = shape_of(node.outputs[0])
-    return (
-        tuple(attributes.get_ints("strides", (1, 1))) == patch
-        and (height, width) == (grid_h * patch[0], grid_w * patch[1])
-        and not any(attributes.get_ints("pads", (0, 0, 0, 0)))
-        and tuple(attributes.get_ints("dilations", (1, 1))) == (1, 1)
-        and attributes.get_int("group", 1) == 1
-    )
 
 
 def _stored(value: ir.Value, array: Array) -> tuple[Half, Array]:

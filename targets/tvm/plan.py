@@ -6,6 +6,7 @@ sizes of the fields here and in gfrt_internal.h are the same by definition, and 
 plans through both.
 """
 
+import dataclasses
 import hashlib
 import re
 import struct
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ALIGNMENT = 64  # of every tensor: TVM's kernels assume it
 MAX_DIMS = 6
 MAX_ARGS = 32
@@ -41,14 +42,15 @@ _ITEM_BYTES: dict[DType, int] = {
 _MAGIC = b"GFRTPLAN"
 # magic, format, header bytes, plan bytes, sha256 of what follows, sha256 of the weights,
 # weights, packed, arena and workspace bytes, device, capability (2), arch, library id, library,
-# counts (tensors, steps, args, kernels, inputs, outputs, string bytes), CPU features
-_HEADER = struct.Struct("<8s2IQ32s32s4Q4I72s120s8I")
+# counts (tensors, steps, args, kernels, inputs, outputs, string bytes), CPU features, grouped, 0
+_HEADER = struct.Struct("<8s2IQ32s32s4Q4I72s120s10I")
 _HASHED_FROM = 8 + 4 + 4 + 8 + 32
 _TENSOR = struct.Struct("<4I6qQf2iI")  # name, dtype, space, ndim, shape, offset, scale, zp, so, 0
 _STEP = struct.Struct("<4I3I3I2I")  # kernel, label, first arg, args, grid, block, shared, 0
 _ARG = struct.Struct("<2I")  # tensor, whether it is written
 _KERNEL = struct.Struct("<2I")  # name, 0
 _IO = struct.Struct("<3I3f3fI")  # name, tensor, whether normalized, mean, std, 0
+_GROUPED = struct.Struct("<3Q4I")  # as `PlanGrouped`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,32 @@ class PlanIO:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanGrouped:
+    """Packed weights whose groups have factors; loading multiplies them by these.
+
+    They lie in panels of `rows` rows; `shared` rows have their factors in common, uint8, one for
+    each run of `run` bytes.
+
+    Attributes:
+        offset: of the weights, as expanded, a multiple of ALIGNMENT.
+        factors: their offset among the weights that are stored as they are.
+    """
+
+    offset: int
+    size_bytes: int
+    factors: int
+    row_bytes: int
+    rows: int
+    shared: int
+    run: int
+
+    @property
+    def factor_bytes(self) -> int:
+        panels = self.size_bytes // (self.row_bytes * self.rows)
+        return panels * -(-self.rows // self.shared) * (self.row_bytes // self.run)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """All that the runtime needs to run a model, beside its kernels and weights.
 
@@ -125,6 +153,7 @@ class Plan:
             the project's own schedules, which take their scratch as arguments.
         packed_bytes: of the weights, how many at their end are int8 that weights.bin holds in four
             bits each, see `quantize.int4`; loading brings them to their size.
+        grouped: those of the packed weights that have factors.
         weights_sha256: of weights.bin.
     """
 
@@ -142,6 +171,7 @@ class Plan:
     workspace_bytes: int = 0
     weights_bytes: int = 0
     packed_bytes: int = 0
+    grouped: tuple[PlanGrouped, ...] = ()
     weights_sha256: str = hashlib.sha256(b"").hexdigest()
 
 
@@ -182,6 +212,13 @@ def check(plan: Plan) -> None:
         assert set(step.outputs) <= set(step.args), step
         assert all(plan.tensors[arg].space == "arena" for arg in step.outputs), step
     assert 0 <= plan.packed_bytes <= plan.weights_bytes, plan
+    plain_bytes = plan.weights_bytes - plan.packed_bytes
+    for grouped in plan.grouped:
+        assert plain_bytes <= grouped.offset, grouped
+        assert grouped.offset + grouped.size_bytes <= plan.weights_bytes, grouped
+        assert grouped.size_bytes % (grouped.row_bytes * grouped.rows) == 0, grouped
+        assert grouped.row_bytes % grouped.run == 0, grouped
+        assert grouped.factors + grouped.factor_bytes <= plain_bytes, grouped
     assert plan.inputs, "a model needs an input"
     assert plan.outputs, "a model needs an output"
     for io in (*plan.inputs, *plan.outputs):
@@ -231,6 +268,8 @@ def serialize(plan: Plan, *, format_version: int = FORMAT_VERSION) -> bytes:
     for io in (*plan.inputs, *plan.outputs):
         mean, std = io.mean or (0.0,) * 3, io.std or (1.0,) * 3
         body += _IO.pack(strings.add(io.name), io.tensor, io.mean is not None, *mean, *std, 0)
+    for grouped in plan.grouped:
+        body += _GROUPED.pack(*dataclasses.astuple(grouped))
     features = strings.add(" ".join(plan.cpu_features))
     body += strings.data
     header = _HEADER.pack(
@@ -257,6 +296,8 @@ def serialize(plan: Plan, *, format_version: int = FORMAT_VERSION) -> bytes:
         len(plan.outputs),
         len(strings.data),
         features,
+        len(plan.grouped),
+        0,
     )
     return seal(header + bytes(body))
 
@@ -272,13 +313,14 @@ def parse(data: bytes) -> Plan:
     assert seal(data) == data, "the hash differs"
     header = _HEADER.unpack_from(data)
     assert header[:4] == (_MAGIC, FORMAT_VERSION, _HEADER.size, len(data)), header[:4]
-    counts = header[-8:-1]
-    sizes = [r.size for r in (_TENSOR, _STEP, _ARG, _KERNEL)] + [_IO.size, _IO.size, 1]
+    *counts, string_bytes, features, grouped, _ = header[-10:]
+    counts += [grouped, string_bytes]
+    sizes = [r.size for r in (_TENSOR, _STEP, _ARG, _KERNEL, _IO, _IO, _GROUPED)] + [1]
     starts = [_HEADER.size]
     for count, size in zip(counts, sizes, strict=True):
         starts.append(starts[-1] + count * size)
     assert starts[-1] == len(data), (starts, len(data))
-    strings = data[starts[6] :]
+    strings = data[starts[7] :]
 
     def text(offset: int) -> str:
         return strings[offset : strings.index(b"\0", offset)].decode()
@@ -295,6 +337,7 @@ def parse(data: bytes) -> Plan:
             std=(s0, s1, s2) if normalized else None,
         )
 
+    names = [field.name for field in dataclasses.fields(PlanGrouped)]
     tensors = tuple(
         PlanTensor(
             name=text(r[0]),
@@ -327,7 +370,7 @@ def parse(data: bytes) -> Plan:
         arch=_ARCHES[header[13]],
         library=header[15].rstrip(b"\0").decode(),
         library_id=header[14].rstrip(b"\0").decode(),
-        cpu_features=tuple(text(header[-1]).split()),
+        cpu_features=tuple(text(features).split()),
         compute_capability=(header[11], header[12]),
         tensors=tensors,
         steps=steps,
@@ -337,5 +380,8 @@ def parse(data: bytes) -> Plan:
         workspace_bytes=header[9],
         weights_bytes=header[6],
         packed_bytes=header[7],
+        grouped=tuple(
+            PlanGrouped(**dict(zip(names, record, strict=True))) for record in records(_GROUPED, 6)
+        ),
         weights_sha256=header[5].hex(),
     )

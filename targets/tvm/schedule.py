@@ -9,6 +9,7 @@ from gfcompile.targets.tvm.kernel import (
     ActStorage,
     Attention,
     CircularFilter,
+    Conv,
     Dense,
     Dequantize,
     DftFilter,
@@ -26,6 +27,7 @@ from gfcompile.targets.tvm.kernel import (
 )
 from gfcompile.targets.tvm.schedules import (
     cpu_attention,
+    cpu_conv,
     cpu_dense,
     cpu_filter,
     cpu_norm,
@@ -33,6 +35,7 @@ from gfcompile.targets.tvm.schedules import (
     cpu_select,
     cpu_tokens,
     gpu_attention,
+    gpu_conv,
     gpu_dense,
     gpu_filter,
     gpu_norm,
@@ -45,6 +48,7 @@ from gfcompile.targets.tvm.schedules.generic import schedule_generic_cpu, schedu
 # Kernel class -> its schedule on a CPU, its schedule on a GPU.
 _SCHEDULES: dict[type, tuple[Callable[..., Scheduled], Callable[..., Scheduled]]] = {
     Dense: (cpu_dense.schedule_dense, gpu_dense.schedule_dense),
+    Conv: (cpu_conv.schedule_conv, gpu_conv.schedule_conv),
     LayerNorm: (cpu_norm.schedule_layer_norm, gpu_norm.schedule_layer_norm),
     DftFilter: (cpu_filter.schedule_dft_filter, gpu_filter.schedule_dft_filter),
     CircularFilter: (cpu_filter.schedule_circular_filter, gpu_filter.schedule_circular_filter),

@@ -58,6 +58,36 @@ def test_four_bit_weights_take_half_a_byte_each(tmp_path: Path, target: str) -> 
     assert entry["int8"]["max_steps"] <= 1
 
 
+@pytest.mark.parametrize(
+    "target", ["host", "x86-64", "x86-64-v3", "raspberry-pi-4", "jetson-tx2", "jetson-orin"]
+)
+def test_groups_of_weights_have_factors(tmp_path: Path, target: str) -> None:
+    if target.startswith("raspberry"):
+        need("qemu-aarch64")
+        need_arm64_sysroot()
+    config = CompileConfig(
+        model=SPEC.name,
+        target=target,
+        precision="int8",
+        weight_bits=4,
+        group_size=16,
+        image_size=SPEC.image_size,
+        output=tmp_path / "bundle",
+        cache=False,
+    )
+    bundle = compile_model(config, module=gfnet.build(SPEC, gfnet.random_weights(SPEC, seed=0)))
+    plan = plans.parse((bundle.path / "plan.bin").read_bytes())
+    # Embedding, two layers of the MLP, head: each in four bits, though their values are not.
+    assert len(plan.grouped) == 4
+    assert sum(grouped.size_bytes for grouped in plan.grouped) == plan.packed_bytes
+    assert plan.packed_bytes >= 3 * 64 * 32 + 2 * 32 * 128 + 10 * 32
+    # A factor for each 16 weights, padding not counted.
+    assert sum(g.factor_bytes for g in plan.grouped) <= plan.packed_bytes / 16
+    assert bundle.manifest.precision.storage.startswith("int4 weights in groups of 16 (expanded")
+    entry = next(entry for entry in bundle.manifest.ledger if entry["stage"] == "artifact")
+    assert entry["int8"]["max_steps"] <= 1
+
+
 def test_eight_bit_weights_are_stored_as_they_are(tmp_path: Path) -> None:
     config = CompileConfig(
         model=SPEC.name,

@@ -10,6 +10,7 @@ from small_models import SPEC, build
 
 from gfcompile.compile.pipeline import CompileConfig, compile_model
 from gfcompile.runtime.bundle import MANIFEST_NAME
+from gfcompile.runtime.device import gfrt
 from gfcompile.targets.coreml.program import read_program
 from gfcompile.targets.tflite.options import TfliteOptions
 
@@ -79,8 +80,39 @@ def test_kotlin_uses_the_names_of_a_bundle(tmp_path: Path) -> None:
     assert (spec["dtype"], spec["shape"]) == ("uint8", [1, size, size, 3])
 
 
-@pytest.mark.parametrize("name", ["ios/Classifier.swift", "android/Classifier.kt"])
-def test_the_examples_stay_small(name: str) -> None:
+def test_kotlin_declares_what_the_c_header_does() -> None:
+    """JNA finds functions by name and passes what Kotlin declares: both must be the header's."""
+    kinds = {
+        "Pointer": r".*\*",
+        "PointerByReference": r".*\*\*",
+        "String": "const char \\*",
+        "ByteArray": "const uint8_t \\*",
+        "Array<Pointer>": r"(const )?void \*const \w+\[\]",
+        "LongArray": r"const size_t \w+\[\]",
+        "Long": "size_t ",
+        "Int": "u?int32_t ",
+    }
+    kotlin = (EXAMPLES / "android-native" / "Gfrt.kt").read_text()
+    header = (Path(gfrt.__file__).parent / "gfrt.h").read_text()
+    functions = re.findall(r"fun (gfrt_\w+)\(([^)]*)\)", kotlin)
+    assert len(functions) == 7
+    for name, parameters in functions:
+        (declared,) = re.findall(rf"GFRT_API [\w *]+?{name}\(([^)]*)\);", header)
+        in_c = [] if declared == "void" else [" ".join(p.split()) for p in declared.split(",")]
+        in_kotlin = [p.split(":")[1].strip() for p in parameters.split(",") if p.strip()]
+        for kind, parameter in zip(in_kotlin, in_c, strict=True):
+            assert re.match(kinds[kind], parameter), (name, kind, parameter)
+    results = re.findall(r"fun (gfrt_\w+)\([^)]*\): (\w+)", kotlin)
+    for name, kind in results:
+        result = {"Int": "gfrt_status ", "String": "const char \\*"}[kind]
+        assert re.search(rf"GFRT_API {result}{name}\(", header)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [("ios/Classifier.swift", 100), ("android/Classifier.kt", 100), ("android-native/Gfrt.kt", 60)],
+)
+def test_the_examples_stay_small(name: str, limit: int) -> None:
     lines = (EXAMPLES / name).read_text().splitlines()
-    assert len(lines) <= 100
+    assert len(lines) <= limit
     assert max(map(len, lines)) <= 100

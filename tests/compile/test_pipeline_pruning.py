@@ -36,7 +36,7 @@ def test_every_family_compiles_and_agrees_with_torch(tmp_path: Path, family: str
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "precision"),
-    [("host", "float32"), ("host", "int8"), ("jetson-tx2", "float32"), ("jetson-orin", "int8")],
+    [("host", "int8"), ("jetson-tx2", "float32"), ("jetson-orin", "int8")],
 )
 def test_a_pruned_deit_says_which_patches_its_artifact_keeps(
     tmp_path: Path, target: str, precision: str
@@ -45,6 +45,7 @@ def test_a_pruned_deit_says_which_patches_its_artifact_keeps(
         model="dynamicvit_deit_256",
         target=target,
         precision=precision,  # type: ignore[arg-type]
+        image_size=96,  # 36 patches, of which 25, 17 and 12 are kept
         output=tmp_path / "out",
     )
     bundle = compile_model(config)
@@ -53,3 +54,4 @@ def test_a_pruned_deit_says_which_patches_its_artifact_keeps(
     assert len(shares) == 3
     # Patches whose scores differ by less than rounding, or than an int8 step, may change places.
     assert min(shares) >= (0.999 if precision == "float32" else 0.9)
+    assert any("an estimated" in note for note in bundle.manifest.notes)

@@ -252,6 +252,21 @@ def test_selections_of_a_trace_are_the_patches_kept(spec: ModelSpec) -> None:
         assert np.array_equal(ours, theirs.numpy())
 
 
+@_EACH
+@pytest.mark.parametrize("ratios", [(1.0, 0.7, 0.5), (0.7, 0.7, 0.5), (0.7, 0.5, 0.5), (1, 1, 1)])
+def test_stages_that_drop_nothing_select_nothing(
+    spec: ModelSpec, ratios: tuple[float, float, float]
+) -> None:
+    spec = replace(spec, keep_ratios=ratios)
+    names = selections(trace(freeze(build(spec)), images(spec, count=1)))
+    given = [spec.prunable_patches, *spec.kept_patches]
+    if spec.chooses_anew:
+        given = [spec.prunable_patches] * 4
+    wanted = [k for k, n in zip(spec.kept_patches, given, strict=False) if k < n]
+    assert spec.dropping == tuple(wanted)
+    assert len(names) == len(wanted)
+
+
 def test_int8_leaves_predictors_in_float() -> None:
     batches = [images(DEIT, seed=seed) for seed in range(2)]
     scheme = QuantScheme(keep_float=DEIT.float_layers)

@@ -40,10 +40,35 @@ def test_frozen_weights_are_rounded_channel_by_channel(bits: int, learn: bool) -
     fake = WeightFakeQuant(scheme.weight, scheme.weight_range, learn=learn)
     fake(weight)
     fake.freeze(CPU)
-    scales = fake.trained().reshape(-1, 1)
+    found, factors = fake.trained()
+    assert factors is None
+    scales = found.reshape(-1, 1)
     wanted = dequantize(quantize(weight.numpy(), scales, 0, scheme.weight), scales, 0)
     assert fake(weight).detach().numpy() == pytest.approx(wanted, abs=1e-6)
     assert len(np.unique(np.rint(wanted / scales))) <= 2 * scheme.weight.high + 1
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_frozen_weights_of_four_bits_are_rounded_group_by_group(learn: bool) -> None:
+    scheme = QuantScheme.with_weight_bits(4, group_size=16)
+    # Groups of 16, 16 and 4.
+    weight = torch.randn(3, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    weight[0] *= torch.linspace(0.01, 1, 36).reshape(4, 3, 3)
+    fake = WeightFakeQuant(scheme.weight, scheme.weight_range, learn=learn)
+    fake(weight)
+    fake.freeze(CPU)
+    scales, factors = fake.trained()
+    assert factors is not None
+    assert factors.shape == (3, 3)
+    assert len(np.unique(factors[0])) == 3
+    steps = np.stack([s * np.repeat(f, 16)[:36] for s, f in zip(scales, factors, strict=True)])
+    codes = np.clip(np.rint(weight.numpy().reshape(3, 36) / steps), -7, 7)
+    rounded = fake(weight)
+    assert rounded.detach().numpy().reshape(3, 36) == pytest.approx(codes * steps, abs=1e-6)
+    weight.requires_grad_()
+    fake(weight).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("learn", [False, True])

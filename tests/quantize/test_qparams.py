@@ -8,12 +8,16 @@ from gfcompile.quantize.qparams import (
     QParams,
     dequantize,
     from_range,
+    group_scales,
+    integers_of,
     minimize_squared_error,
     mse_scales,
     quantize,
+    steps_of,
     symmetric_scales,
 )
 from gfcompile.quantize.scheme import QuantScheme, TensorScheme
+from gfcompile.runtime.errors import UserError
 
 ACTIVATION = QuantScheme().activation
 WEIGHT = QuantScheme().weight
@@ -147,3 +151,46 @@ def test_four_bit_scales_leave_less_error_than_those_that_clip_nothing() -> None
     for factor in (0.98, 1.02):
         assert (error(best) <= 1.02 * error(best * np.float32(factor))).all()
     assert np.array_equal(mse_scales(np.zeros((2, 3), np.float32), 0, scheme), [2.0**-60] * 2)
+
+
+@pytest.mark.parametrize("rule", ["minmax", "mse"])
+@pytest.mark.parametrize("shape", [(5, 48), (3, 40), (4, 3, 4, 4), (2, 7)])
+def test_a_weight_in_groups_is_an_integer_of_eight_bits_times_its_channels_scale(
+    shape: tuple[int, ...], rule: str
+) -> None:
+    scheme = TensorScheme(low=-7, high=7, symmetric=True, per_channel=True, group_size=16)
+    rng = np.random.default_rng(0)
+    weight = (rng.normal(size=shape) * rng.uniform(0.1, 1, shape)).astype(np.float32)
+    scales, factors = group_scales(weight, scheme, rule)
+    assert scales.shape == shape[:1]
+    assert factors.shape == (shape[0], -(-int(np.prod(shape[1:])) // 16))
+    assert factors.max() == 18
+    integers = integers_of(weight, scales, factors, scheme)
+    assert np.abs(integers).max() <= 126
+    steps = np.broadcast_to(steps_of(scales, factors, shape, scheme), shape)
+    rounded = integers * scales.reshape(-1, *[1] * (len(shape) - 1))
+    if rule == "minmax":  # nothing is clipped
+        assert (np.abs(rounded - weight) <= HALF_STEP * steps).all()
+    # What was rounded once is left as it is.
+    again = integers_of(rounded.astype(np.float32), scales, factors, scheme)
+    assert np.array_equal(again, integers)
+
+
+def test_groups_follow_weights_that_differ_along_a_channel() -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(32, 128)).astype(np.float32)
+    weight *= np.repeat(2.0 ** rng.integers(-3, 1, (32, 4)), 32, axis=1).astype(np.float32)
+    grouped = TensorScheme(low=-7, high=7, symmetric=True, per_channel=True, group_size=32)
+    scales, factors = group_scales(weight, grouped, "mse")
+    ours = integers_of(weight, scales, factors, grouped) * scales[:, np.newaxis]
+    column = mse_scales(weight, 0, INT4)[:, np.newaxis]
+    plain = dequantize(quantize(weight, column, 0, INT4), column, 0)
+    assert np.square(ours - weight).mean() < np.square(plain - weight).mean() / 1.5
+
+
+def test_groups_that_cannot_be_are_named() -> None:
+    for size in (0, -16, 24):
+        with pytest.raises(UserError, match="no multiple of 16"):
+            QuantScheme.with_weight_bits(4, group_size=size)
+    with pytest.raises(UserError, match="--group-size is for --weight-bits 4"):
+        QuantScheme.with_weight_bits(8, group_size=32)

@@ -22,7 +22,7 @@ from gfcompile.runtime.errors import UserError
 from gfcompile.runtime.images import Transform
 
 
-@pytest.fixture(params=[8, 4])
+@pytest.fixture(params=[(8, None), (4, None), (4, 16)], ids=["int8", "int4", "groups"])
 def checkpoint(
     request: pytest.FixtureRequest, square_gfnet: nn.Module, image_folder: Path
 ) -> QuantizedCheckpoint:
@@ -36,7 +36,9 @@ def checkpoint(
             square_gfnet,
             data,
             config=TrainConfig(epochs=0),
-            scheme=QuantScheme.with_weight_bits(request.param, keep_float=("head",)),
+            scheme=QuantScheme.with_weight_bits(
+                request.param[0], group_size=request.param[1], keep_float=("head",)
+            ),
             group=group,
         )
 
@@ -59,6 +61,8 @@ def test_what_is_written_is_read(checkpoint: QuantizedCheckpoint, tmp_path: Path
         assert torch.equal(read.state[name], value), name
     for name, scales in checkpoint.scales.items():
         assert np.array_equal(read.scales[name], scales), name
+        if checkpoint.scheme.weight.group_size is not None:
+            assert np.array_equal(read.factors[name], checkpoint.factors[name]), name
     assert (read.scheme, read.layers) == (checkpoint.scheme, checkpoint.layers)
     assert read.kept_float == checkpoint.kept_float
     assert [layer.name for layer in read.kept_float] == ["head"]
@@ -92,6 +96,9 @@ def test_the_loaded_module_computes_with_the_stored_integers(
         wanted = stored[name].numpy()
         if checkpoint.scheme.weight_bits == 4:
             wanted = unpack_int4(wanted, tuple(tensor.shape))
+        if checkpoint.scheme.weight.group_size is not None:
+            factors = np.repeat(stored[f"{name}.factor"].numpy(), 16, axis=1).astype(np.int8)
+            wanted = wanted * factors[:, : wanted[0].size].reshape(wanted.shape)
         assert np.array_equal(tensor.numpy(), wanted)
 
 

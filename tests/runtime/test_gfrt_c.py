@@ -4,7 +4,7 @@ import random
 import struct
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -77,14 +77,26 @@ def opener(build: Build) -> Path:
     return build(HERE / "open_plans.c", "address,undefined")
 
 
+def with_groups(toy: Toy) -> plans.Plan:
+    """The toy's plan if its last 64 weights had four bits and factors; its files fit that."""
+    file = toy.folder / "weights.bin"
+    file.write_bytes(file.read_bytes()[:-32])
+    plain = toy.plan.weights_bytes - 64
+    grouped = plans.PlanGrouped(
+        offset=plain, size_bytes=64, factors=plain - 8, row_bytes=8, rows=4, shared=3, run=4
+    )
+    return replace(toy.plan, packed_bytes=64, grouped=(grouped,))
+
+
 @pytest.mark.slow
 def test_no_damaged_plan_crashes_the_runtime(opener: Path, toy: Toy, tmp_path: Path) -> None:
     """Flips, insertions, extreme values and cuts; the hash is made to fit for most of them."""
     toy = toy.copy(tmp_path / "toy")
-    good = plans.serialize(toy.plan)
+    plan_with_groups = with_groups(toy)
+    good = plans.serialize(plan_with_groups)
     rng = random.Random(0)
     extremes = [0, 1, 63, 64, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, len(good)]
-    data = [good, plans.serialize(replace(toy.plan, cpu_features=("popcnt",)))]
+    data = [good, plans.serialize(replace(plan_with_groups, cpu_features=("popcnt",)))]
     # Every 32-bit word of header and records, set to each extreme.
     for at in range(0, len(good) - 3, 4):
         for value in rng.sample(extremes, 2):
@@ -117,7 +129,7 @@ def field(plan: bytes, at: int, layout: str, *values: object) -> bytes:
 def test_each_fault_of_a_plan_is_named(opener: Path, toy: Toy, tmp_path: Path) -> None:
     toy = toy.copy(tmp_path / "toy")
     good = plans.serialize(toy.plan)
-    tensors = 360
+    tensors = 368
     steps = tensors + 88 * len(toy.plan.tensors)
     args = steps + 48 * len(toy.plan.steps)
     arg_count = sum(len(step.args) for step in toy.plan.steps)
@@ -127,7 +139,7 @@ def test_each_fault_of_a_plan_is_named(opener: Path, toy: Toy, tmp_path: Path) -
         (good[:100], 3, "it is not a plan"),
         (good[:-8], 3, f"{len(good) - 8} bytes instead of {len(good)}"),
         (good[:400] + b"!" + good[401:], 3, "its hash differs"),
-        (plans.serialize(toy.plan, format_version=2), 4, "written by a newer gfcompile"),
+        (plans.serialize(toy.plan, format_version=3), 4, "written by a newer gfcompile"),
         (field(good, 120, "<I", 9), 3, "its header"),
         (field(good, 96, "<Q", 2**39), 3, "its packed weights"),
         (field(good, 132, "<I", 1), 5, "the bundle is for aarch64, this machine is x86_64"),
@@ -156,6 +168,32 @@ def test_each_fault_of_a_plan_is_named(opener: Path, toy: Toy, tmp_path: Path) -
     for (status, message), (_, want_status, want_message) in zip(results, cases, strict=True):
         assert status == want_status, (message, want_message)
         assert want_message in message
+
+
+def test_each_fault_of_grouped_weights_is_named(opener: Path, toy: Toy, tmp_path: Path) -> None:
+    toy = toy.copy(tmp_path / "toy")
+    plan = with_groups(toy)
+    good = plans.serialize(plan)
+    record = struct.pack("<3Q4I", *astuple(plan.grouped[0]))
+    at = good.index(record)
+    cases = [
+        (field(good, at, "<Q", 0), "the place of grouped weights 0"),
+        (field(good, at + 8, "<Q", 2**63), "the place of grouped weights 0"),
+        (field(good, at + 16, "<Q", plan.grouped[0].factors + 1), "the factors of grouped weights"),
+        (field(good, at + 16, "<Q", 2**64 - 1), "the factors of grouped weights 0"),
+        (field(good, at + 24, "<I", 0), "the shape of grouped weights 0"),
+        (field(good, at + 24, "<2I", 2**31, 2**31), "the shape of grouped weights 0"),
+        (field(good, at + 28, "<I", 3), "the shape of grouped weights 0"),
+        (field(good, at + 32, "<I", 0), "the shape of grouped weights 0"),
+        (field(good, at + 32, "<I", 1), "the factors of grouped weights 0"),
+        (field(good, at + 36, "<I", 0), "the shape of grouped weights 0"),
+        (field(good, at + 36, "<I", 3), "the shape of grouped weights 0"),
+    ]
+    results = open_all(opener, toy, [good, *(damaged for damaged, _ in cases)])
+    assert results[0][0] == 0
+    for (status, message), (_, wanted) in zip(results[1:], cases, strict=True):
+        assert status == 3
+        assert wanted in message
 
 
 def test_a_launch_beyond_every_gpu_is_refused(opener: Path, toy: Toy, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from gfcompile.targets.coreml.emit import Emitted, emit
 from gfcompile.targets.coreml.evaluate import Evaluator
 from gfcompile.targets.coreml.options import CoremlOptions, Layout
 from gfcompile.targets.coreml.program import MilProgram, read_program
+from gfcompile.targets.coreml.statistics import measure
 
 Array = np.ndarray[Any, Any]
 LAYOUTS: tuple[Layout, ...] = ("ane", "plain")
@@ -39,6 +40,7 @@ def package_of(
     *,
     half: bool = False,
     labels: tuple[str, ...] = (),
+    group_size: int | None = None,
     **options: Any,
 ) -> tuple[MilProgram, Emitted]:
     package = folder / f"{len(list(folder.iterdir()))}.mlpackage"
@@ -51,6 +53,7 @@ def package_of(
         std=STD,
         labels=labels,
         description=DESCRIPTION,
+        group_size=group_size,
     )
     return read_program(package), emitted
 
@@ -478,7 +481,36 @@ def test_four_bit_weights_are_stored_as_such_from_ios_18(tmp_path: Path) -> None
 
     stored = first.inputs["data"] if "data" in first.inputs else first.attributes["data"]
     assert MIL_pb2.INT4 in _data_types(stored)
+    # Half a byte for each of 256 weights; scales, biases and what quantizes beside them.
+    eight, _ = package_of(tmp_path, quantized_model(), ios=18)
+    sizes = [measure(made).weights_bytes for made in (program, eight)]
+    assert sizes[1] - sizes[0] == (8 * 16 + 16 * 4) // 2
     assert_same(program, model, QUANTIZED_INPUT, tolerance=TOLERANCE)
+
+
+@both_layouts
+def test_groups_of_four_bit_weights_have_scales_of_their_own(
+    layout: Layout, tmp_path: Path
+) -> None:
+    model = quantized_model(bits=4)
+    rng = np.random.default_rng(0)
+    weight = model.graph.initializers["w_two"]
+    assert weight.const_value is not None
+    codes = weight.const_value.numpy()  # (16, 4): two groups of eight to a channel
+    integers = codes * rng.integers(5, 19, (2, 4)).repeat(8, axis=0).astype(np.int8)
+    weight.const_value = ir.tensor(integers.astype(np.int8), name="w_two")
+    for half in (False, True):
+        program, _ = package_of(tmp_path, model, ios=18, layout=layout, group_size=8, half=half)
+        tolerance = HALF_TOLERANCE if half else TOLERANCE
+        assert_same(program, model, QUANTIZED_INPUT, tolerance=tolerance)
+        proto = program.spec.mlProgram.functions["main"].block_specializations["CoreML8"]
+        stored = [op for op in proto.operations if op.type.startswith("constexpr_blockwise")]
+        from coremltools.proto import MIL_pb2
+
+        assert len(stored) == 2
+        for op in stored:
+            data = op.inputs["data"] if "data" in op.inputs else op.attributes["data"]
+            assert MIL_pb2.INT4 in _data_types(data)
 
 
 def _data_types(message: Any) -> set[int]:
@@ -619,8 +651,21 @@ def test_a_constant_too_large_for_float16_is_refused(tmp_path: Path) -> None:
         "f (float[1, 3] x) => (logits) { logits = Mul (x, c) }", c=np.array([1e5], np.float32)
     )
     package_of(tmp_path, model)
-    with pytest.raises(CompileError, match="65504; compile with --fp32"):
+    with pytest.raises(CompileError, match=r"Mul \(node .*65504; compile with --fp32"):
         package_of(tmp_path, model, half=True)
+
+
+def test_a_tensor_of_too_many_axes_is_refused_by_its_node(tmp_path: Path) -> None:
+    model = model_of(
+        """f (float[8, 12] x) => (logits) {
+            r = Reshape (x, six)  t = Transpose <perm = [5, 4, 3, 2, 1, 0]> (r)
+            y = Softmax <axis = 1> (t)  logits = Flatten (y)
+        }""",
+        six=np.array([2, 2, 2, 3, 2, 2]),
+    )
+    model.graph[2].name = "shares"
+    with pytest.raises(CompileError, match=r"Softmax \(node shares\): .*6 axes.*change the model"):
+        package_of(tmp_path, model)
 
 
 def test_an_image_input_of_two_images_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from gfcompile.runtime.bundle import Manifest, Precision, TensorSpec
 from gfcompile.runtime.errors import BundleError, DeviceError
+from gfcompile.runtime.placement import Placement, PlacingEngine, placement_lines
 from gfcompile.targets.coreml import engine
 from gfcompile.targets.coreml.engine import CoremlEngine, compute_plan, open_engine
 
@@ -124,9 +125,19 @@ def test_each_operation_has_a_unit(mac: Path, monkeypatch: pytest.MonkeyPatch) -
     from coremltools.models import compute_plan as module
 
     monkeypatch.setattr(module, "MLComputePlan", Plan)
-    assert compute_plan(mac / "toy.mlpackage") == [
-        ("conv", "c", "Neural Engine", 0.75),
-        ("softmax", "s", "CPU", 0.0),
+    expected = [
+        Placement(kind="conv", name="c", unit="Neural Engine", share=0.75),
+        Placement(kind="softmax", name="s", unit="CPU"),
+    ]
+    assert compute_plan(mac / "toy.mlpackage") == expected
+    opened = open_engine(mac, MANIFEST, threads=1)
+    assert isinstance(opened, PlacingEngine)
+    assert opened.placements() == expected
+    assert placement_lines(expected) == [
+        "Neural Engine: 1 operation, 75.0% of the time that is estimated",
+        "CPU: 1 operation",
+        "  conv     Neural Engine   75.0%  c",
+        "  softmax  CPU                    s",
     ]
 
 
@@ -134,3 +145,6 @@ def test_each_operation_has_a_unit(mac: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_elsewhere_there_is_no_plan(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="only a Mac"):
         compute_plan(tmp_path)
+    with pytest.raises(DeviceError, match="only a Mac has units"):
+        open_engine(tmp_path, MANIFEST, threads=1, compute_units="cpu")
+    assert placement_lines([]) == []

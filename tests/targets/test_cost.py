@@ -7,7 +7,15 @@ from gfcompile.targets.jetson import JETSON_TX2
 from gfcompile.targets.raspberry_pi import RASPBERRY_PI_4
 from gfcompile.targets.target import Target, peaks
 from gfcompile.targets.tvm.cost import costs
-from gfcompile.targets.tvm.kernel import Attention, Dense, DftFilter, Kernel, LayerNorm, Softmax
+from gfcompile.targets.tvm.kernel import (
+    Attention,
+    Conv,
+    Dense,
+    DftFilter,
+    Kernel,
+    LayerNorm,
+    Softmax,
+)
 from gfcompile.targets.tvm.schedule import act_storage, schedule
 
 
@@ -42,6 +50,12 @@ def test_scratch_of_a_single_function_is_not_moved(target: Target) -> None:
         assert len(every) == 3
         dense = 2 * 32 * 2 * (14 * 14 * 2 * 8 + 8 * 4 * 14 * 14)  # 2 MACs, there and back
         assert sum(cost.flops or 0 for cost in every) == pytest.approx(dense, rel=0.05)
+
+
+def test_a_convolution_is_two_operations_per_tap_and_output() -> None:
+    conv = Conv(batch=1, h=9, w=8, c=8, n=16, kernel_h=3, kernel_w=3, pad_h=1, pad_w=1)
+    padding, product = costs_of(conv)
+    assert (padding.flops, product.flops) == (0, 2 * 9 * 8 * 16 * 3 * 3 * 8)
 
 
 def test_attention_is_two_products_and_a_softmax() -> None:

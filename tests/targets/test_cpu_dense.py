@@ -60,16 +60,18 @@ def problem(kernel: Dense, cpu: Cpu, *, extreme: bool = False) -> Problem:
         value = x.astype(np.float64) @ w + bias
         # A sum of k products and the bias, in any order (Higham's gamma).
         bound = (k + 1) * EPS * (np.abs(x).astype(np.float64) @ np.abs(w) + np.abs(bias))
-    if kernel.gelu:
-        # GELU's slope is at most 1.13; what its own approximation adds is in test_math.
-        bound = 1.13 * bound + (0.5 * 5e-7 + 4 * EPS) * np.abs(value)
-        value = 0.5 * value * (1 + np.vectorize(erf)(value / np.sqrt(2)))
-    if kernel.residual_rows:
-        stored = np.dtype(kernel.residual_dtype)
-        residual = rng.standard_normal((kernel.residual_rows, n)).astype(stored)
-        args["residual"] = residual.view(np.uint16) if stored.itemsize == 2 else residual
-        value = value + residual[np.arange(m) % kernel.residual_rows]
-        bound = bound + EPS * np.abs(value)
+    epilogue = ["gelu"] * kernel.gelu + ["residual"] * bool(kernel.residual_rows)
+    for part in reversed(epilogue) if kernel.residual_first else epilogue:
+        if part == "gelu":
+            # GELU's slope is at most 1.13; what its own approximation adds is in test_math.
+            bound = 1.13 * bound + (0.5 * 5e-7 + 4 * EPS) * np.abs(value)
+            value = 0.5 * value * (1 + np.vectorize(erf)(value / np.sqrt(2)))
+        else:
+            stored = np.dtype(kernel.residual_dtype)
+            residual = rng.standard_normal((kernel.residual_rows, n)).astype(stored)
+            args["residual"] = residual.view(np.uint16) if stored.itemsize == 2 else residual
+            value = value + residual[np.arange(m) % kernel.residual_rows]
+            bound = bound + EPS * np.abs(value)
     if kernel.out == "int8":
         quants = [quant_args(Y_SCALE * (i + 1), -10 + 30 * i) for i in range(kernel.out_groups)]
         args["quant"] = np.stack(quants) if kernel.out_groups > 1 else quants[0]
@@ -114,6 +116,7 @@ def kernels() -> list[Dense]:
         Dense(m=13, n=97, k=33, x="int8", gelu=True, residual_rows=1, out="int8"),
         Dense(m=49, n=64, k=12, x="int8", out="int8"),
         Dense(m=28, n=48, k=32, x="int8", gelu=True, out="int8"),
+        Dense(m=9, n=24, k=32, gelu=True, residual_rows=1, residual_first=True),
     ]
 
 

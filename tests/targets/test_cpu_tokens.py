@@ -17,8 +17,6 @@ UNSIGNED = ActStorage(dtype="uint8", offset=128)
 
 
 def _patches(kernel: Patchify, x: Array) -> Array:
-    if kernel.layout == "nhwc":
-        x = x.transpose(0, 3, 1, 2)
     rows = x.reshape(
         kernel.batch, kernel.channels, kernel.grid_h, kernel.patch_h, kernel.grid_w, kernel.patch_w
     )
@@ -29,11 +27,7 @@ def _patches(kernel: Patchify, x: Array) -> Array:
 
 def _image(kernel: Patchify) -> Array:
     height, width = kernel.grid_h * kernel.patch_h, kernel.grid_w * kernel.patch_w
-    shape = (
-        (kernel.batch, kernel.channels, height, width)
-        if kernel.layout == "nchw"
-        else (kernel.batch, height, width, kernel.channels)
-    )
+    shape = (kernel.batch, kernel.channels, height, width)
     return np.random.default_rng(3).standard_normal(shape).astype(np.float32)
 
 
@@ -61,22 +55,15 @@ def test_patches_of_an_image(name: str, out: Literal["float32", "int8"]) -> None
 @pytest.mark.parametrize("out", ["float32", "int8"])
 @pytest.mark.parametrize("name", ALL)
 def test_patches_of_a_channels_last_grid(name: str, out: Literal["float32", "int8"]) -> None:
-    kernel = Patchify(
-        batch=2, channels=40, grid_h=3, grid_w=2, patch_h=2, patch_w=2, layout="nhwc", out=out
-    )
+    kernel = Patchify(batch=2, channels=1, grid_h=3, grid_w=2, patch_h=2, patch_w=80, out=out)
     _check_patchify(kernel, name, UNSIGNED if name == "avx512" else ActStorage())
 
 
-@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("patch", [(1, 1), (4, 4), (3, 5), (6, 10)], ids=str)
 @pytest.mark.parametrize("name", ["avx2", "a72"])
-def test_patches_of_any_size(
-    name: str, patch: tuple[int, int], layout: Literal["nchw", "nhwc"]
-) -> None:
+def test_patches_of_any_size(name: str, patch: tuple[int, int]) -> None:
     height, width = patch
-    kernel = Patchify(
-        batch=2, channels=5, grid_h=3, grid_w=2, patch_h=height, patch_w=width, layout=layout
-    )
+    kernel = Patchify(batch=2, channels=5, grid_h=3, grid_w=2, patch_h=height, patch_w=width)
     _check_patchify(kernel, name, ActStorage())
 
 

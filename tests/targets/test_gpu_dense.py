@@ -20,13 +20,14 @@ def reference(kernel: Dense, args: dict[str, Array]) -> Array:
         value = total.astype(np.float32).astype(np.float64) * args["scale"]
     else:
         value = args["x"].astype(np.float64) @ args["w"] + args["bias"]
+    residual = args.get("residual", np.zeros((1, kernel.n), np.float32))
+    if kernel.residual_dtype == "float16":
+        residual = residual.view(np.float16)
+    residual = residual[np.arange(kernel.m) % len(residual)]
+    value = value + residual if kernel.residual_first else value
     if kernel.gelu:
         value = torch.nn.functional.gelu(torch.from_numpy(value)).numpy()
-    if kernel.residual_rows:
-        residual = args["residual"]
-        if kernel.residual_dtype == "float16":
-            residual = residual.view(np.float16)
-        value = value + residual[np.arange(kernel.m) % kernel.residual_rows]
+    value = value if kernel.residual_first else value + residual
     if kernel.out == "float32":
         return value
     groups = np.split(value, kernel.out_groups, axis=1)
@@ -88,6 +89,7 @@ FLOAT_KERNELS = [
     Dense(m=50, n=67, k=45, residual_rows=25),  # nothing divides
     Dense(m=1, n=1000, k=384),
     Dense(m=3, n=45, k=37, residual_rows=1, out="int8"),
+    Dense(m=30, n=48, k=32, gelu=True, residual_rows=1, residual_first=True),
     Dense(m=7, n=4, k=4, out="int8", gelu=True),
     Dense(m=9, n=42, k=20, out="int8", out_groups=3),
 ]

@@ -10,10 +10,8 @@ from gfcompile.targets.tvm.schedules.gpu_tokens import schedule_patchify, schedu
 PATCHES = [
     Patchify(batch=1, channels=3, grid_h=14, grid_w=14, patch_h=16, patch_w=16, out="int8"),
     Patchify(batch=2, channels=3, grid_h=5, grid_w=3, patch_h=3, patch_w=2),
-    Patchify(batch=2, channels=64, grid_h=7, grid_w=7, patch_h=2, patch_w=2, layout="nhwc"),
-    Patchify(
-        batch=1, channels=5, grid_h=3, grid_w=2, patch_h=2, patch_w=4, layout="nhwc", out="int8"
-    ),
+    Patchify(batch=2, channels=1, grid_h=7, grid_w=7, patch_h=2, patch_w=128),  # channels last
+    Patchify(batch=1, channels=5, grid_h=3, grid_w=2, patch_h=2, patch_w=4, out="int8"),
 ]
 MEANS = [
     TokenMean(batch=1, tokens=196, n=384, out="int8"),
@@ -30,7 +28,7 @@ def patch_case(kernel: Patchify) -> Case:
     )
     rows = kernel.batch * kernel.grid_h * kernel.grid_w
     expected = tiles.transpose(0, 2, 4, 1, 3, 5).reshape(rows, -1)
-    args: dict[str, Array] = {"x": x if kernel.layout == "nchw" else x.transpose(0, 2, 3, 1)}
+    args: dict[str, Array] = {"x": x}
     if kernel.out == "int8":
         args["quant"] = QUANT
         expected = quantized(expected, QUANT)

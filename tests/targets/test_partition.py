@@ -12,6 +12,7 @@ from reference_kernels import run_program
 from gfcompile.runtime.errors import CompileError
 from gfcompile.targets.tvm.kernel import (
     Attention,
+    Conv,
     Dense,
     Dequantize,
     GatherRows,
@@ -190,6 +191,79 @@ def test_int8_patch_convolution_on_channels_last_quantizes_while_it_cuts() -> No
     )
     assert classes(program) == [Patchify, Dense]
     assert program.tensors["q"].shape == (6, 12)
+
+
+def test_a_stem_of_convolutions_keeps_channels_last() -> None:
+    graph = """g (float[2,3,16,16] x) => (float[2,4,5] y) {
+        a = Conv <strides=[2,2], pads=[1,1,1,1], kernel_shape=[3,3]> (x, w1, b1)
+        r = Relu(a)
+        c = Conv <pads=[1,1,1,1], kernel_shape=[3,3]> (r, w2)
+        s = Relu(c)
+        p = Conv <strides=[4,4], kernel_shape=[4,4]> (s, w3, b3)
+        f = Reshape(p, shape)  y = Transpose <perm=[0,2,1]> (f) }"""
+    program = check(
+        model_of(
+            graph,
+            w1=f32(6, 3, 3, 3),
+            b1=f32(6),
+            w2=f32(7, 6, 3, 3),
+            w3=f32(5, 7, 4, 4),
+            b3=f32(5),
+            shape=np.array([2, 5, 4]),
+        ),
+        tolerance=1e-4,
+    )
+    assert classes(program) == [Conv, Conv, Patchify, Dense]
+    assert [getattr(call.kernel, "relu", None) for call in program.calls[:2]] == [True, True]
+    # What has the name of a value of the graph has its layout, too.
+    assert not {"r", "s"} & set(program.tensors)
+
+
+def test_depthwise_convolution_between_transposes_and_after_a_patch_convolution() -> None:
+    graph = """g (float[1,8,6,3] x) => (float[1,4,3,5] y) {
+        t = Transpose <perm=[0,3,1,2]> (x)
+        p = Conv <strides=[2,2], kernel_shape=[2,2]> (t, w1, b1)
+        q = Transpose <perm=[0,2,3,1]> (p)
+        d = Conv <pads=[1,1,1,1], group=5, kernel_shape=[3,3]> (p, w2, b2)
+        e = Transpose <perm=[0,2,3,1]> (d)
+        m = MatMul(e, w3)  y = Add(q, m) }"""
+    program = check(
+        model_of(
+            graph,
+            w1=f32(5, 3, 2, 2),
+            b1=f32(5),
+            w2=f32(5, 1, 3, 3),
+            b2=f32(5),
+            w3=f32(5, 5),
+        ),
+        tolerance=1e-4,
+    )
+    assert classes(program) == [Patchify, Dense, Conv, Dense]
+    assert program.calls[2].kernel.depthwise  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        "Conv <pads=[1,1,1,1], dilations=[2,2], kernel_shape=[3,3]> (x, w)",
+        "Conv <pads=[0,0,1,1], kernel_shape=[3,3]> (x, w)",
+        "Conv <pads=[1,1,1,1], kernel_shape=[3,3]> (x, w)",  # channels stay second
+    ],
+)
+def test_other_convolutions_go_through_relax(conv: str) -> None:
+    text = f"g (float[1,4,8,8] x) => (float[1,6,a,b] y) {{ c = {conv}  y = Sigmoid(c) }}"
+    program = partition(model_of(text, w=f32(6, 4, 3, 3)))
+    assert Conv not in classes(program)
+    assert program.unscheduled == ("Conv",)
+
+
+def test_a_residual_before_the_gelu_rides_on_the_product() -> None:
+    graph = """g (float[1,6,8] x, float[1,1,4] r) => (float[1,6,4] y) {
+        p = MatMul(x, w)  a = Add(p, b)  s = Add(a, r)  y = Gelu(s) }"""
+    program = check(model_of(graph, w=f32(8, 4), b=f32(4)))
+    assert [call.kernel for call in program.calls] == [
+        Dense(m=6, n=4, k=8, gelu=True, residual_rows=1, residual_first=True)
+    ]
 
 
 def test_mean_over_tokens_takes_a_quantizer_along() -> None:

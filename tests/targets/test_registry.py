@@ -13,6 +13,7 @@ from tools import need
 NAMES = [
     *("x86-64", "x86-64-v3", "x86-64-v4"),
     *("raspberry-pi-3", "raspberry-pi-4", "raspberry-pi-5"),
+    *("android-arm64", "android-arm64-dotprod"),
     *("jetson-nano", "jetson-tx2", "jetson-xavier", "jetson-orin"),
     *("jetson-nano-cpu", "jetson-tx2-cpu", "jetson-xavier-cpu", "jetson-orin-cpu"),
     *("tflite-xnnpack", "tflite-int-only", "coreml"),
@@ -87,12 +88,12 @@ def test_llvm_knows_every_cpu_and_feature() -> None:
 
     for target in DEVICES:
         cpu = target.cpu
-        tvm_target = TvmTarget({"kind": "llvm", "mtriple": f"{cpu.arch}-linux-gnu"})
+        tvm_target = TvmTarget({"kind": "llvm", "mtriple": cpu.llvm_triple})
         assert cpu.mcpu in set(codegen.llvm_get_cpu_archlist(tvm_target)), target.name
         with_features = TvmTarget(
             {
                 "kind": "llvm",
-                "mtriple": f"{cpu.arch}-linux-gnu",
+                "mtriple": cpu.llvm_triple,
                 "mcpu": cpu.mcpu,
                 "mattr": list(cpu.features),
             }

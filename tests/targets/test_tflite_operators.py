@@ -256,7 +256,12 @@ def test_what_it_cannot_take_is_refused_by_name(
     model = model_of(text, **constants)
     with pytest.raises(CompileError, match=reason) as caught:
         emit(model, target="tflite-xnnpack")
-    assert str(caught.value).startswith("tflite-xnnpack cannot take ")
+    message = str(caught.value)
+    assert message.startswith("tflite-xnnpack cannot take ")
+    assert f"(node {model.graph[-1].name or 'y'})" in message
+    assert message.endswith(
+        "compile for a target of kernels (gfcompile targets), or change the model there"
+    )
     assert "\n" not in str(caught.value)
 
 

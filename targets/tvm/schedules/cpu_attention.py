@@ -39,6 +39,7 @@ from gfcompile.targets.tvm.schedules.cpu_dot import (
     Buffer,
     Product,
     Tile,
+    View,
     activation_product_of,
 )
 from gfcompile.targets.tvm.schedules.cpu_tiling import (
@@ -295,19 +296,6 @@ def _vectors(segments: Sequence[_Segment]) -> int:
     return segments[-1].first + segments[-1].panels * segments[-1].vectors
 
 
-class _View:
-    """A buffer as `tile_sums` indexes it."""
-
-    def __init__(self, buffer: Buffer, index: Callable[..., list[Expr]]) -> None:
-        self._buffer, self._index = buffer, index
-
-    def __getitem__(self, indices: tuple[Expr, ...]) -> Expr:
-        return self._buffer[tuple(self._index(*indices))]
-
-    def vload(self, indices: Sequence[Expr], dtype: str) -> Expr:
-        return self._buffer.vload(self._index(*indices), dtype)
-
-
 class _Filled:
     """A buffer for `tile_sums` that has the same value everywhere."""
 
@@ -319,14 +307,14 @@ class _Filled:
         return T.broadcast(tirx.const(self._value, base), int(lanes))
 
 
-def _columns(buffer: Buffer, task: Expr, product: Product, segment: _Segment) -> _View:
+def _columns(buffer: Buffer, task: Expr, product: Product, segment: _Segment) -> View:
     """k or v, laid out, as the weights of one segment."""
 
     def index(panel: Expr, group: Expr, vector: Expr, _element: Expr) -> list[Expr]:
         at = segment.first + panel * segment.vectors + vector
         return [task, group, at * product.w_elements]
 
-    return _View(buffer, index)
+    return View(buffer, index)
 
 
 def _buffers(plan: _Plan, temps: Any, names: Sequence[str]) -> dict[str, Buffer]:
@@ -571,9 +559,9 @@ class _RowTile:
         """s = q @ k.T, masked where there are no tokens."""
         plan, product = self.plan, self.plan.product
         queries = self._widened_queries() if plan.widens else self._queries()
-        bias: _View | _Filled = _Filled(0)
+        bias: View | _Filled = _Filled(0)
         if plan.sums_keys:
-            bias = _View(self.buffers["k_bias"], lambda at: [self.task, at])
+            bias = View(self.buffers["k_bias"], lambda at: [self.task, at])
         k = plan.score_groups * product.group
         for segment, first, sums in self._products(plan.scores, queries, "k", bias, k):
             for r in range(plan.rows):
@@ -660,12 +648,10 @@ class _RowTile:
                 value = tirx.Cast("float32", exact) * params[4]
             return value if quant is None else quantize(value, quant, plan.storage)
 
-        p = _View(
-            self.buffers["p" if kernel.x == "int8" else "s"], lambda r, k: [self.worker, r, k]
-        )
-        bias: _View | _Filled = _Filled(0)
+        p = View(self.buffers["p" if kernel.x == "int8" else "s"], lambda r, k: [self.worker, r, k])
+        bias: View | _Filled = _Filled(0)
         if plan.p_offset:
-            bias = _View(self.buffers["v_bias"], lambda at: [self.task, at])
+            bias = View(self.buffers["v_bias"], lambda at: [self.task, at])
         k = plan.value_groups * product.group
         for segment, first, sums in self._products(plan.values, p, "v", bias, k):
             vector = epilogue_width(segment.width, product.lanes, kernel.out)
@@ -679,10 +665,10 @@ class _RowTile:
                             [self.row + r, self.column + first + at + lane],
                         )
 
-    def _queries(self) -> _View:
-        return _View(self.buffers["x"], lambda r, k: [self.row + r, self.column + k])
+    def _queries(self) -> View:
+        return View(self.buffers["x"], lambda r, k: [self.row + r, self.column + k])
 
-    def _widened_queries(self) -> _View:
+    def _widened_queries(self) -> View:
         """The queries as int16, less their zero point."""
         x, q, dim = self.buffers["x"], self.buffers["q"], self.plan.kernel.dim
         zero = tirx.Cast("int16", _zero_point(self.buffers["params"], 1, self.plan.storage))
@@ -695,14 +681,14 @@ class _RowTile:
             value = x[self.row + r, self.column + i * width + lane]
             at = [self.worker, r, i * width + lane]
             I.buffer_store(q, tirx.Cast("int16", value) - zero, at)
-        return _View(q, lambda r, k: [self.worker, r, k])
+        return View(q, lambda r, k: [self.worker, r, k])
 
     def _products(
         self,
         segments: Sequence[_Segment],
-        left: _View,
+        left: View,
         weights: str,
-        bias: _View | _Filled,
+        bias: View | _Filled,
         k: int,
     ) -> Iterator[tuple[_Segment, Expr, list[Buffer]]]:
         """For each segment, within the loop over its panels: their first column, and sums."""

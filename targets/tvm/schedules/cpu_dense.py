@@ -37,9 +37,11 @@ from gfcompile.targets.tvm.schedules.math import Expr, gelu, half_to_float, quan
 __all__ = [
     "DenseChoice",
     "act_storage",
+    "choose_tile",
     "dense_choices",
     "epilogue_width",
     "fits_registers",
+    "packing",
     "registers",
     "schedule_dense",
     "tile_cycles",
@@ -126,7 +128,7 @@ def schedule_dense(
     args += ["quant"] if kernel.out == "int8" else []
     args += ["y"]
     steps.append(Step(func=_dense(kernel, k, product, choice, storage), args=tuple(args)))
-    return Scheduled(steps=tuple(steps), pack=_packing(kernel, product, tile, storage), temps=temps)
+    return Scheduled(steps=tuple(steps), pack=packing(kernel, product, tile, storage), temps=temps)
 
 
 def choose_tile(kernel: Dense, product: Product, registers: int) -> Tile:
@@ -200,10 +202,13 @@ def _dense(
 
         def finish(acc: Expr, row: Expr, column: Expr, group: Expr) -> Expr:
             value = acc if scale is None else tirx.Cast("float32", acc) * scale[column]
-            value = gelu(value) if kernel.gelu else value
+            if kernel.gelu and not kernel.residual_first:
+                value = gelu(value)
             if residual is not None:
                 addend = residual[row if rows >= m else row % rows, column]
                 value = value + (half_to_float(addend) if halves else addend)
+            if kernel.gelu and kernel.residual_first:
+                value = gelu(value)
             if quant is None:
                 return value
             values = [quant[group, i] for i in range(4)] if groups > 1 else quant
@@ -328,7 +333,7 @@ def _group_rows(m: int, k: int, k_groups: int, source: str, target: str) -> Any:
     return builder.get()
 
 
-def _packing(
+def packing(
     kernel: Dense, product: Product, tile: Tile, storage: ActStorage
 ) -> Mapping[str, Callable[[Mapping[str, Array]], Array]]:
     """How the raw constants become those of `_dense`."""

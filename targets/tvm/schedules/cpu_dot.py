@@ -7,7 +7,7 @@ to one accumulator vector. Weights are packed in the order in which they are rea
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,6 +28,19 @@ class Tile:
 
     rows: int
     vectors: int
+
+
+class View:
+    """A buffer whose elements are named otherwise: `index` turns such a name into an index."""
+
+    def __init__(self, buffer: Buffer, index: Callable[..., list[Expr]]) -> None:
+        self._buffer, self._index = buffer, index
+
+    def __getitem__(self, indices: tuple[Expr, ...]) -> Expr:
+        return self._buffer[tuple(self._index(*indices))]
+
+    def vload(self, indices: Sequence[Expr], dtype: str) -> Expr:
+        return self._buffer.vload(self._index(*indices), dtype)
 
 
 @dataclass(frozen=True)

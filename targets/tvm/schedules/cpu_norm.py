@@ -10,13 +10,13 @@ from gfcompile.targets.tvm.kernel import ActStorage, LayerNorm, Scheduled, Step
 from gfcompile.targets.tvm.schedules.cpu_tiling import (
     ceil_div,
     fitting_lanes,
-    keep_params,
     row_loop,
     span,
     splat,
     sum_of_lanes,
 )
 from gfcompile.targets.tvm.schedules.math import quantize
+from gfcompile.targets.tvm.schedules.params import keep_params
 
 Expr = Any  # tvm.tirx.Expr, or a number where TVM accepts one
 

@@ -13,7 +13,7 @@ from gfcompile.targets.tvm.kernel import (
     Step,
 )
 from gfcompile.targets.tvm.schedules.cpu_tiling import ceil_div, fitting_lanes, row_loop
-from gfcompile.targets.tvm.schedules.math import Expr, let
+from gfcompile.targets.tvm.schedules.math import Expr, order_key
 
 # Vectors that a step of a copy moves.
 _COPY_VECTORS = 4
@@ -43,7 +43,7 @@ def schedule_select_tokens(kernel: SelectTokens, cpu: Cpu, _storage: ActStorage)
             for v in T.serial(ceil_div(tokens, lanes)):
                 i: T.let = T.min(v * lanes, tokens - lanes)
                 for lane in T.vectorized(lanes):
-                    keys[b, i + lane] = _ordered(scores[b, i + lane])
+                    keys[b, i + lane] = order_key(scores[b, i + lane])
             for v in T.serial(ceil_div(tokens, lanes)):
                 i: T.let = T.min(v * lanes, tokens - lanes)
                 counts = T.alloc_buffer((lanes,), "int32")
@@ -66,19 +66,6 @@ def schedule_select_tokens(kernel: SelectTokens, cpu: Cpu, _storage: ActStorage)
     return Scheduled(
         steps=(Step(func=select_tokens, args=("scores", "keys", "ranks", "y")),), temps=temps
     )
-
-
-def _ordered(score: Expr) -> Expr:
-    """An int32 that is as much larger or smaller than another as the float32 is.
-
-    Both zeros are equal; a NaN has its place too, so that ranks are a permutation whatever comes.
-    """
-
-    def key(bits: Expr) -> Expr:
-        flipped = bits ^ ((bits >> tirx.const(31, "int32")) & tirx.const(0x7FFFFFFF, "int32"))
-        return tirx.Select(score == tirx.const(0.0, "float32"), tirx.const(0, "int32"), flipped)
-
-    return let(tirx.reinterpret("int32", score), key)
 
 
 def schedule_inverse_permutation(

@@ -4,7 +4,6 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from tvm import tirx
 from tvm.script import tirx as T
 
 Expr = Any  # tvm.tirx.Expr, or a number where TVM accepts one
@@ -71,9 +70,3 @@ def fold_lanes(
 def row_loop(rows: int, elements_per_row: int) -> Any:
     """A loop over rows, in parallel unless waking the workers would take longer than the work."""
     return T.parallel(rows) if rows * elements_per_row >= _PARALLEL_ELEMENTS else T.serial(rows)
-
-
-def keep_params(func: Any, names: tuple[str, ...]) -> Any:
-    """`func` with only the parameters called `names`; its body must not mention the others."""
-    params = [param for param in func.params if param.name in names]
-    return tirx.PrimFunc(params, func.body, func.ret_type, func.attrs)

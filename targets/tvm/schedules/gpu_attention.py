@@ -21,9 +21,10 @@ from tvm.script import tirx as T
 from gfcompile.runtime.errors import CompileError
 from gfcompile.targets.target import Gpu
 from gfcompile.targets.tvm.kernel import ActStorage, Attention, Scheduled, Softmax, Step
-from gfcompile.targets.tvm.schedules.gpu_dense import Mode, all_of, keep_params, within
+from gfcompile.targets.tvm.schedules.gpu_dense import Mode, all_of, within
 from gfcompile.targets.tvm.schedules.gpu_norm import loop, slot, warp_partner
 from gfcompile.targets.tvm.schedules.math import exp, float32, quantize
+from gfcompile.targets.tvm.schedules.params import keep_params
 
 _SHARED_BYTES = 48 * 1024
 # |(q - q_zero) k| <= 255 * 128, so a float32 counts 512 products exactly; longer sums go on in

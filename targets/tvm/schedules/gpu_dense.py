@@ -11,7 +11,7 @@ Three ways to multiply, chosen by the kernel's dtype and the GPU:
 A product of few rows is bound by reading the weights, and has a kernel of its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,8 @@ from tvm.script import tirx as T
 
 from gfcompile.targets.target import Gpu
 from gfcompile.targets.tvm.kernel import ActStorage, Array, Dense, Scheduled, Step
-from gfcompile.targets.tvm.schedules.math import gelu, half_to_float, quantize
+from gfcompile.targets.tvm.schedules.math import float32, gelu, half_to_float, quantize
+from gfcompile.targets.tvm.schedules.params import keep_params
 
 Mode = Literal["float", "widened", "dp4a"]
 
@@ -33,6 +34,23 @@ _SHARED_BYTES = 48 * 1024
 _WORTH_ASSEMBLING = 1.5
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Where the rows of x are, if it is no plain matrix.
+
+    Attributes:
+        shape: of the buffer.
+        vector: how many neighbours of a row, aligned, can be loaded at once.
+        load: (x, row, column, i) -> element `column` + i of a row, i < `vector`.
+        exists: (row, column) -> whether there is such a piece of `vector` elements; else it is 0.
+    """
+
+    shape: tuple[int, ...]
+    vector: int
+    load: Callable[[Any, Any, Any, Any], Any]
+    exists: Callable[[Any, Any], Any]
+
+
 def schedule_dense(
     kernel: Dense, gpu: Gpu, storage: ActStorage, choice: "Tile | None" = None
 ) -> Scheduled:
@@ -42,7 +60,7 @@ def schedule_dense(
     if kernel.m <= _FEW_ROWS:
         func, pack_w = _few_rows(kernel, storage)
     else:
-        func, pack_w = _tiled(kernel, gpu, storage, choice)
+        func, pack_w = tiled(kernel, gpu, storage, choice=choice)
     keep = {
         "x": True,
         "w": True,
@@ -54,12 +72,6 @@ def schedule_dense(
     }
     args = tuple(name for name, kept in keep.items() if kept)
     return Scheduled(steps=(Step(func=keep_params(func, args), args=args),), pack={"w": pack_w})
-
-
-def keep_params(func: Any, names: tuple[str, ...]) -> Any:
-    """`func` with only the parameters called `names`; its body must not mention the others."""
-    params = [param for param in func.params if param.name in names]
-    return tirx.PrimFunc(params, func.body, func.ret_type, func.attrs)
 
 
 # --- few rows: one warp reads 32 neighbouring columns, several warps share the sum over k
@@ -128,7 +140,7 @@ def _few_rows(kernel: Dense, storage: ActStorage) -> tuple[Any, Any]:
     return dense, pack
 
 
-def _epilogue(kernel: Dense, storage: ActStorage) -> Any:
+def _epilogue(kernel: Dense, storage: ActStorage, *, relu: bool = False) -> Any:
     """The expression from a finished sum to an output: (sum, row, column, buffers) -> value."""
 
     def finish(
@@ -138,13 +150,17 @@ def _epilogue(kernel: Dense, storage: ActStorage) -> Any:
             value = tirx.Cast("float32", total + bias[column]) * scale[column]
         else:
             value = total + bias[column]
-        if kernel.gelu:
+        if relu:
+            value = tirx.max(value, float32(0))
+        if kernel.gelu and not kernel.residual_first:
             value = gelu(value)
         if kernel.residual_rows:
             aligned = kernel.residual_rows >= kernel.m
             addend = residual[row if aligned else row % kernel.residual_rows, column]
             halves = kernel.residual_dtype == "float16"
             value = value + (half_to_float(addend) if halves else addend)
+        if kernel.gelu and kernel.residual_first:
+            value = gelu(value)
         return quantize(value, quant_of(quant, column), storage) if kernel.out == "int8" else value
 
     def quant_of(quant: Any, column: Any) -> Any:
@@ -302,7 +318,22 @@ def product_mode(kernel: Dense, gpu: Gpu) -> Mode:
     return "dp4a" if gpu.int8_dot and kernel.k % 4 == 0 else "widened"
 
 
-def _tiled(kernel: Dense, gpu: Gpu, storage: ActStorage, choice: Tile | None) -> tuple[Any, Any]:
+def tiled(
+    kernel: Dense,
+    gpu: Gpu,
+    storage: ActStorage,
+    rows: Rows | None = None,
+    *,
+    relu: bool = False,
+    choice: Tile | None = None,
+) -> tuple[Any, Any]:
+    """The product of many rows: its function, and how w is packed.
+
+    Args:
+        rows: of x, for a float32 product.
+        relu: after the bias.
+        choice: the tile; by default that of least estimated time.
+    """
     mode = product_mode(kernel, gpu)
     tile = choice or choose_tile(kernel, gpu, mode)
     m, n = kernel.m, kernel.n
@@ -310,7 +341,14 @@ def _tiled(kernel: Dense, gpu: Gpu, storage: ActStorage, choice: Tile | None) ->
     padded = -(-n // 4) * 4
     unit = "int32" if mode == "dp4a" else "float32"
     stored = {"float": "float32", "widened": "int8", "dp4a": "int32"}[mode]
-    x_vector = 4 if depth % 4 == 0 else 1
+    if rows is None:
+        rows = Rows(
+            shape=(m, depth),
+            vector=4 if depth % 4 == 0 else 1,
+            load=lambda x, row, column, i: x[row, column + i],
+            exists=lambda _row, _column: None,
+        )
+    x_vector, load, exists = rows.vector, rows.load, rows.exists
     y_vector = 4 if n % 4 == 0 else 1
 
     steps = -(-depth // tile.bk)
@@ -328,7 +366,7 @@ def _tiled(kernel: Dense, gpu: Gpu, storage: ActStorage, choice: Tile | None) ->
     w_row_pieces = tile.columns // 4
     w_copies = -(-w_pieces // tile.threads)
     groups = tile.tn // 4
-    finish = _epilogue(kernel, storage)
+    finish = _epilogue(kernel, storage, relu=relu)
 
     def multiply_add(total: Any, a: Any, b: Any) -> Any:
         if mode == "dp4a":
@@ -337,7 +375,7 @@ def _tiled(kernel: Dense, gpu: Gpu, storage: ActStorage, choice: Tile | None) ->
 
     @T.prim_func(s_tir=True)
     def dense(
-        x: T.Buffer((m, depth), stored),
+        x: T.Buffer(rows.shape, stored),
         w: T.Buffer((depth, padded), stored),
         scale: T.Buffer((n,), "float32"),
         bias: T.Buffer((n,), "float32" if mode == "float" else "int32"),
@@ -379,10 +417,12 @@ def _tiled(kernel: Dense, gpu: Gpu, storage: ActStorage, choice: Tile | None) ->
                         if all_of(
                             within(row_block * tile.rows + x_row, m, exact_rows),
                             within(start + x_col, depth, exact_depth),
+                            exists(row_block * tile.rows + x_row, start + x_col),
                         ):
                             for v in T.vectorized(x_vector):
                                 xs[x_row, x_col + v] = T.Cast(
-                                    unit, x[row_block * tile.rows + x_row, start + x_col + v]
+                                    unit,
+                                    load(x, row_block * tile.rows + x_row, start + x_col, v),
                                 )
                         else:
                             for v in T.vectorized(x_vector):

@@ -6,8 +6,9 @@ from tvm.script import tirx as T
 
 from gfcompile.targets.target import Gpu
 from gfcompile.targets.tvm.kernel import ActStorage, LayerNorm, Scheduled, Step
-from gfcompile.targets.tvm.schedules.gpu_dense import all_of, keep_params, within
+from gfcompile.targets.tvm.schedules.gpu_dense import all_of, within
 from gfcompile.targets.tvm.schedules.math import quantize
+from gfcompile.targets.tvm.schedules.params import keep_params
 
 _ROWS = 4  # rows, and so warps, of a block
 _HELD = 32  # values of a row that a lane keeps in registers; a longer row is read three times

@@ -1,7 +1,5 @@
 """Which tokens go on, and their rows, for CUDA."""
 
-from typing import Any
-
 from tvm import tirx
 from tvm.script import tirx as T
 
@@ -15,7 +13,7 @@ from gfcompile.targets.tvm.kernel import (
     Step,
 )
 from gfcompile.targets.tvm.schedules.gpu_dense import all_of, within
-from gfcompile.targets.tvm.schedules.math import float32, let
+from gfcompile.targets.tvm.schedules.math import order_key
 
 _SELECT_THREADS = 128
 _CHUNK = 1024  # scores in shared memory at a time
@@ -70,21 +68,6 @@ def schedule_select_tokens(kernel: SelectTokens, gpu: Gpu, storage: ActStorage) 
             y[image, token] = T.Cast(kernel.index, token)
 
     return Scheduled(steps=(Step(func=select_tokens, args=("scores", "y")),))
-
-
-def order_key(score: Any) -> Any:
-    """An int32 that orders as the float32 does: equal for both zeros, and total, NaN included."""
-
-    def of_bits(bits: Any) -> Any:
-        return bits ^ ((bits >> _int32(31)) & _int32(0x7FFFFFFF))
-
-    # TVM takes the bits of -0 for a number that no int32 has, so zeros are told as floats.
-    unsigned_zero = tirx.Select(score == float32(0), float32(0), score)
-    return let(tirx.reinterpret("int32", unsigned_zero), of_bits)
-
-
-def _int32(value: int) -> Any:
-    return tirx.const(value, "int32")
 
 
 def schedule_inverse_permutation(

@@ -6,8 +6,9 @@ from tvm.script import tirx as T
 
 from gfcompile.targets.target import Gpu
 from gfcompile.targets.tvm.kernel import ActStorage, Patchify, Scheduled, Step, TokenMean
-from gfcompile.targets.tvm.schedules.gpu_dense import all_of, keep_params, within
+from gfcompile.targets.tvm.schedules.gpu_dense import all_of, within
 from gfcompile.targets.tvm.schedules.math import quantize
+from gfcompile.targets.tvm.schedules.params import keep_params
 
 _THREADS = 256
 _SPLITS = 8  # warps of a block that share a channel's sum
@@ -19,21 +20,15 @@ def schedule_patchify(kernel: Patchify, gpu: Gpu, storage: ActStorage) -> Schedu
     grid = kernel.grid_h * kernel.grid_w
     rows = kernel.batch * grid
     height, image_width = kernel.grid_h * kernel.patch_h, kernel.grid_w * kernel.patch_w
-    nchw = kernel.layout == "nchw"
-    width = 4 if nchw and kernel.patch_w % 4 == 0 else 1
+    width = 4 if kernel.patch_w % 4 == 0 else 1
     pieces = rows * columns // width
-    image = (
-        (kernel.batch, kernel.channels, height, image_width)
-        if nchw
-        else (kernel.batch, height, image_width, kernel.channels)
-    )
 
     def finish(value: Any, quant: Any) -> Any:
         return quantize(value, quant, storage) if kernel.out == "int8" else value
 
     @T.prim_func(s_tir=True)
     def patchify(
-        x: T.Buffer(image, "float32"),
+        x: T.Buffer((kernel.batch, kernel.channels, height, image_width), "float32"),
         quant: T.Buffer((4,), "float32"),
         y: T.Buffer((rows, columns), kernel.out),
     ):
@@ -52,11 +47,8 @@ def schedule_patchify(kernel: Patchify, gpu: Gpu, storage: ActStorage) -> Schedu
                 column // kernel.patch_w % kernel.patch_h
             )
             j: T.let = row % kernel.grid_w * kernel.patch_w + column % kernel.patch_w
-            if nchw:
-                for v in T.vectorized(width):
-                    values[v] = x[batch, channel, i, j + v]
-            else:
-                values[0] = x[batch, i, j, channel]
+            for v in T.vectorized(width):
+                values[v] = x[batch, channel, i, j + v]
             for v in T.unroll(width):
                 result[v] = finish(values[v], quant)
             for v in T.vectorized(width):

@@ -161,6 +161,17 @@ def half_to_float(bits: Expr) -> Expr:
     return let(tirx.Cast("uint32", bits), assemble)
 
 
+def order_key(score: Expr) -> Expr:
+    """An int32 that orders as the float32 does: equal for both zeros, and total, NaN included."""
+
+    def key(bits: Expr) -> Expr:
+        flipped = bits ^ ((bits >> tirx.const(31, "int32")) & tirx.const(0x7FFFFFFF, "int32"))
+        # TVM takes the bits of -0 for a number that no int32 has, so zeros are told as floats.
+        return tirx.Select(score == float32(0), tirx.const(0, "int32"), flipped)
+
+    return let(tirx.reinterpret("int32", score), key)
+
+
 def _horner(coefficients: Sequence[float], v: Expr) -> Expr:
     """The polynomial with `coefficients`, that of the lowest power first."""
     acc = float32(coefficients[-1])

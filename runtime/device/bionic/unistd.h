@@ -1,0 +1,9 @@
+#ifndef GFRT_BIONIC_UNISTD_H
+#define GFRT_BIONIC_UNISTD_H
+
+#include <stddef.h>
+
+int close(int file);
+long lseek(int file, long offset, int whence);
+
+#endif
