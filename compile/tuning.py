@@ -1,5 +1,6 @@
 """`gfcompile tune`: a model's kernels, tuned for a target on a device."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from gfcompile.compile.pipeline import CompileConfig, lowered_graph
 from gfcompile.compile.progress import Progress, SilentProgress
 from gfcompile.compile.tuning_config import DEFAULT_TRIALS, TuneConfig
 from gfcompile.runtime.errors import UserError
-from gfcompile.targets.target import ModelFormat, find_target
+from gfcompile.targets.target import ModelFormat, Target, find_target
 
 if TYPE_CHECKING:
     from gfcompile.targets.tvm.tuning.tuner import Budget, Finding
@@ -65,6 +66,7 @@ def tune_model(
         keep_ratio=config.keep_ratio,
         seed=config.seed,
     )
+    target = _one_level(target)
     # Heavy, and a mistake in the arguments should be answered before.
     from gfcompile.targets.tvm.partition import partition
     from gfcompile.targets.tvm.tuning.builders import Builders
@@ -113,3 +115,12 @@ def _budget(config: TuneConfig) -> "Budget":
         return Budget(trials=DEFAULT_TRIALS)
     seconds = None if config.minutes is None else 60 * config.minutes
     return Budget(trials=config.trials, seconds=seconds)
+
+
+def _one_level(target: Target) -> Target:
+    """The target, with the kernels of the best level that this machine runs, or of the best one."""
+    from gfcompile.targets.tvm.tuning.devices import lacks
+
+    cpus = (target.cpu, *target.levels)
+    able = [cpu for cpu in cpus if not lacks(cpu)] or [cpus[-1]]
+    return dataclasses.replace(target, cpu=able[-1], levels=())

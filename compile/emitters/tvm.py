@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from gfcompile.compile.emission import Emission, EmissionRequest, Pruning
 from gfcompile.compile.verify import verify
 from gfcompile.runtime.bundle import TensorSpec
-from gfcompile.targets.target import Target, peaks
-from gfcompile.targets.tvm.emit import Tuned, emit
+from gfcompile.targets.target import Cpu, Gpu, Target, peaks
+from gfcompile.targets.tvm.emit import Tuned, Tuning, emit
 from gfcompile.targets.tvm.kernel import Kernel, SelectTokens
 from gfcompile.targets.tvm.partition import Program, partition
 from gfcompile.targets.tvm.tuning import database
@@ -34,8 +34,6 @@ def emit_plan(
     graph, transform = request.graph, request.transform
     with request.progress.stage("compile the kernels"):
         program = partition(graph.model)
-        kernels = dict.fromkeys(call.kernel for call in program.calls)
-        tuned = _tuned(tuning_db, kernels, target)
         library = f"lib{request.model}.so"
         artifact = emit(
             program,
@@ -45,7 +43,7 @@ def emit_plan(
             mean=transform.mean,
             std=transform.std,
             group_size=graph.group_size,
-            tuned=tuned,
+            tuning=_tuning(tuning_db),
         )
     with request.progress.stage("verify the artifact"):
         entry, notes = verify(
@@ -87,7 +85,9 @@ def emit_plan(
             "pruning": _pruning(request.pruning, program),
             "arena_bytes": artifact.arena.size_bytes,
             "arena_lower_bound_bytes": artifact.arena.lower_bound_bytes,
-            "tuned_kernels": dict(Counter(found.how for found in tuned.values())),
+            "tuned_kernels": dict(
+                Counter(kernel["tuned"] for kernel in artifact.kernels if "tuned" in kernel)
+            ),
         },
     )
 
@@ -112,16 +112,18 @@ def _pruning(pruning: Pruning | None, program: Program) -> Mapping[str, Any]:
     }
 
 
-def _tuned(
-    tuning_db: Path | Literal["shipped", "none"], kernels: Iterable[Kernel], target: Target
-) -> Mapping[Kernel, Tuned]:
-    """What the databases know of `kernels`; a user's own comes before the shipped one."""
+def _tuning(tuning_db: Path | Literal["shipped", "none"]) -> Tuning | None:
+    """What the databases know of kernels; a user's own comes before the shipped one."""
     if tuning_db == "none":
-        return {}
-    tuned = dict(database.shipped().tuned(kernels, target))
-    if isinstance(tuning_db, Path):
-        tuned |= database.load(tuning_db).tuned(kernels, target)
-    return tuned
+        return None
+    shipped = database.shipped()
+    own = database.load(tuning_db) if isinstance(tuning_db, Path) else database.Database()
+
+    def find(kernels: Iterable[Kernel], device: Cpu | Gpu) -> Mapping[Kernel, Tuned]:
+        kernels = list(kernels)
+        return {**shipped.tuned(kernels, device), **own.tuned(kernels, device)}
+
+    return find
 
 
 def _storage(graph: "Graph", packed_bytes: int) -> str:

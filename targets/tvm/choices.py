@@ -10,9 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gfcompile.targets.target import Cpu, Target
+from gfcompile.targets.target import Cpu, Gpu
 from gfcompile.targets.tvm.kernel import Attention, Dense, DftFilter, Generic, Kernel
-from gfcompile.targets.tvm.schedules import cpu_attention, cpu_dense, cpu_filter, gpu_dense
+from gfcompile.targets.tvm.schedules import (
+    cpu_amx,
+    cpu_attention,
+    cpu_dense,
+    cpu_filter,
+    gpu_dense,
+)
 from gfcompile.targets.tvm.schedules.generic import GeneratedSchedule
 
 Choice = (
@@ -50,28 +56,32 @@ _ON_GPU: dict[type, Space] = {
 }
 
 
-def space_of(kernel: Kernel, target: Target) -> Space | None:
-    """The design space that `kernel` belongs to on `target`; None if its schedule has no choice."""
-    return (_ON_GPU if target.gpu else _ON_CPU).get(type(kernel))
+def space_of(kernel: Kernel, device: Cpu | Gpu) -> Space | None:
+    """The design space that `kernel` belongs to on `device`; None if its schedule has no choice."""
+    if isinstance(device, Gpu):
+        return _ON_GPU.get(type(kernel))
+    if device.amx and isinstance(kernel, Dense) and cpu_amx.takes(kernel):
+        return None
+    return _ON_CPU.get(type(kernel))
 
 
-def choices(kernel: Kernel, target: Target) -> Sequence[Choice]:
+def choices(kernel: Kernel, device: Cpu | Gpu) -> Sequence[Choice]:
     """The values to choose from, the rule's own one first; empty where they cannot be listed."""
-    space = space_of(kernel, target)
+    space = space_of(kernel, device)
     if space is None or space.choices is None:
         return ()
-    return space.choices(kernel, target.gpu or target.cpu)
+    return space.choices(kernel, device)
 
 
-def parse_choice(kernel: Kernel, target: Target, values: Mapping[str, object]) -> Choice:
+def parse_choice(kernel: Kernel, device: Cpu | Gpu, values: Mapping[str, object]) -> Choice:
     """The choice that `to_json` made `values` of.
 
     Raises:
-        ValueError: `values` are no choice of that kernel on that target.
+        ValueError: `values` are no choice of that kernel on that device.
     """
     if isinstance(kernel, Generic):
         return GeneratedSchedule.parse(values)
-    for choice in choices(kernel, target):
+    for choice in choices(kernel, device):
         # 1 == 1.0 == True, but of these only the integer may stand in a file.
         if to_json(choice) == values and all(type(v) in (int, str) for v in values.values()):
             return choice
@@ -98,10 +108,9 @@ def kernel_key(kernel: Kernel) -> str:
     return f"{type(kernel).__name__}({', '.join(given)})"
 
 
-def target_key(target: Target) -> str:
-    """What code is generated for, in one line: not the device's name, its clock or its cores."""
-    if target.gpu is not None:
-        return f"cuda {target.gpu.arch} {target.gpu.sms} SM"
-    cpu: Cpu = target.cpu
-    int8 = [cpu.int8_dot] if cpu.int8_dot else []
-    return " ".join([cpu.arch, cpu.mcpu, *cpu.features, *int8])
+def device_key(device: Cpu | Gpu) -> str:
+    """What code is generated for, in one line: not a board's name, its clock or its cores."""
+    if isinstance(device, Gpu):
+        return f"cuda {device.arch} {device.sms} SM"
+    int8 = [device.int8_dot] if device.int8_dot else []
+    return " ".join([device.arch, device.mcpu, *device.features, *int8])

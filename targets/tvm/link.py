@@ -42,8 +42,7 @@ _LINK_FLAGS = (
     "-Wl,--gc-sections",
 )
 
-# What our kernels may make LLVM use, by LLVM's name and by Linux's. AMX is not here: LLVM does not
-# use it by itself, and a kernel that does says so in its own plan.
+# What our kernels may make LLVM use, by LLVM's name and by Linux's.
 LINUX_FEATURES = {
     "x86_64": {
         "ssse3": "ssse3",
@@ -73,6 +72,8 @@ LINUX_FEATURES = {
         "avx512vpopcntdq": "avx512_vpopcntdq",
         "avx512bf16": "avx512_bf16",
         "avx512fp16": "avx512_fp16",
+        "amx-tile": "amx_tile",
+        "amx-int8": "amx_int8",
     },
     "aarch64": {
         "neon": "asimd",

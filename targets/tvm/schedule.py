@@ -1,9 +1,8 @@
 """Schedules: for each kernel class, how it is computed on CPUs and on CUDA GPUs."""
 
 from collections.abc import Callable
-from typing import Any
 
-from gfcompile.targets.target import Target
+from gfcompile.targets.target import Cpu, Gpu
 from gfcompile.targets.tvm.choices import Choice
 from gfcompile.targets.tvm.kernel import (
     ActStorage,
@@ -26,6 +25,7 @@ from gfcompile.targets.tvm.kernel import (
     TokenMean,
 )
 from gfcompile.targets.tvm.schedules import (
+    cpu_amx,
     cpu_attention,
     cpu_conv,
     cpu_dense,
@@ -45,9 +45,18 @@ from gfcompile.targets.tvm.schedules import (
 )
 from gfcompile.targets.tvm.schedules.generic import schedule_generic_cpu, schedule_generic_gpu
 
+
+def _dense_cpu(
+    kernel: Dense, cpu: Cpu, storage: ActStorage, choice: cpu_dense.DenseChoice | None = None
+) -> Scheduled:
+    if cpu.amx and cpu_amx.takes(kernel):
+        return cpu_amx.schedule_dense(kernel, cpu, storage)
+    return cpu_dense.schedule_dense(kernel, cpu, storage, choice)
+
+
 # Kernel class -> its schedule on a CPU, its schedule on a GPU.
 _SCHEDULES: dict[type, tuple[Callable[..., Scheduled], Callable[..., Scheduled]]] = {
-    Dense: (cpu_dense.schedule_dense, gpu_dense.schedule_dense),
+    Dense: (_dense_cpu, gpu_dense.schedule_dense),
     Conv: (cpu_conv.schedule_conv, gpu_conv.schedule_conv),
     LayerNorm: (cpu_norm.schedule_layer_norm, gpu_norm.schedule_layer_norm),
     DftFilter: (cpu_filter.schedule_dft_filter, gpu_filter.schedule_dft_filter),
@@ -67,24 +76,23 @@ _SCHEDULES: dict[type, tuple[Callable[..., Scheduled], Callable[..., Scheduled]]
 }
 
 
-def act_storage(target: Target) -> ActStorage:
-    """How int8 activations lie in memory on `target`."""
-    return ActStorage() if target.gpu else cpu_dense.act_storage(target.cpu)
+def act_storage(device: Cpu | Gpu) -> ActStorage:
+    """How int8 activations lie in memory on `device`."""
+    return ActStorage() if isinstance(device, Gpu) else cpu_dense.act_storage(device)
 
 
 def schedule(
-    kernel: Kernel, target: Target, storage: ActStorage, choice: Choice | None = None
+    kernel: Kernel, device: Cpu | Gpu, storage: ActStorage, choice: Choice | None = None
 ) -> Scheduled:
-    """The functions that compute `kernel` on `target`.
+    """The functions that compute `kernel` on `device`.
 
     Args:
         choice: of the kernel's design space, see `choices`; by default the schedule's own rule.
     """
-    device: Any = target.gpu or target.cpu
     chosen = () if choice is None else (choice,)
     if isinstance(kernel, Generic):
-        if target.gpu:
+        if isinstance(device, Gpu):
             return schedule_generic_gpu(kernel, device)
         return schedule_generic_cpu(kernel, device, *chosen)
     on_cpu, on_gpu = _SCHEDULES[type(kernel)]
-    return (on_gpu if target.gpu else on_cpu)(kernel, device, storage, *chosen)
+    return (on_gpu if isinstance(device, Gpu) else on_cpu)(kernel, device, storage, *chosen)

@@ -12,7 +12,7 @@ from gfcompile.compile.bundle import Bundle
 from gfcompile.compile.pipeline import CompileConfig, compile_model
 from gfcompile.runtime.errors import UserError
 from gfcompile.targets.target import Target, find_target
-from gfcompile.targets.tvm.choices import choices, kernel_key, target_key, to_json
+from gfcompile.targets.tvm.choices import choices, device_key, kernel_key, to_json
 from gfcompile.targets.tvm.emit import kernel_name
 from gfcompile.targets.tvm.kernel import Dense
 from gfcompile.targets.tvm.tuning.database import Database, Entry, load, shipped
@@ -33,10 +33,10 @@ def compiled(folder: Path, name: str, tuning_db: object, target: str = "host") -
 def tuned_database(path: Path, kernel: Dense, place: int) -> object:
     target = find_target("host")
     assert isinstance(target, Target)
-    choice = choices(kernel, target)[place]
+    choice = choices(kernel, target.cpu)[place]
     entry = Entry(
         kernel=kernel_key(kernel),
-        target=target_key(target),
+        target=device_key(target.cpu),
         schedule="cpu_dense/1",
         choice=to_json(choice),
         how="static",
@@ -101,8 +101,9 @@ def test_every_shipped_entry_is_in_the_space_of_a_kernel_of_today() -> None:
                  "raspberry-pi-5", "jetson-nano-cpu", "jetson-orin-cpu", "jetson-xavier-cpu",
                  "jetson-nano", "jetson-tx2", "jetson-xavier", "jetson-orin")  # fmt: skip
         targets = [t for t in map(find_target, names) if isinstance(t, Target)]
-        (target, *_) = [t for t in targets if target_key(t) == entry.target]
-        assert Database([entry]).tuned([kernel], target), entry
+        devices = [device for t in targets for device in (t.gpu or t.cpu, *t.levels)]
+        (device, *_) = [device for device in devices if device_key(device) == entry.target]
+        assert Database([entry]).tuned([kernel], device), entry
 
 
 def eval_kernel(text: str) -> Dense:

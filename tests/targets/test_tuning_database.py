@@ -7,24 +7,24 @@ from pathlib import Path
 import pytest
 
 from gfcompile.runtime.errors import UserError
-from gfcompile.targets.target import Target, find_target
-from gfcompile.targets.tvm.choices import choices, kernel_key, target_key, to_json
+from gfcompile.targets.target import Cpu, Target, find_target
+from gfcompile.targets.tvm.choices import choices, device_key, kernel_key, to_json
 from gfcompile.targets.tvm.kernel import Dense
 from gfcompile.targets.tvm.tuning.database import Database, Entry, load, shipped
 
 KERNEL = Dense(m=196, n=384, k=1536)
 
 
-def pi4() -> Target:
+def pi4() -> Cpu:
     target = find_target("raspberry-pi-4")
     assert isinstance(target, Target)
-    return target
+    return target.cpu
 
 
 def entry(**changes: object) -> Entry:
     found = Entry(
         kernel=kernel_key(KERNEL),
-        target=target_key(pi4()),
+        target=device_key(pi4()),
         schedule="cpu_dense/1",
         choice=to_json(choices(KERNEL, pi4())[3]),
         how="static",
@@ -118,7 +118,7 @@ def test_bytes_that_are_no_text_and_files_that_are_not_there_are_refused(tmp_pat
 
 
 @pytest.mark.parametrize(
-    "choice", [{"rows": 10**6}, {"rows": 7, "vectors": 3, "unroll": 64, "order": "panels"}, {}]
+    "choice", [{"rows": 10**6}, {"rows": 7, "vectors": 3, "unroll": 64, "order": "columns"}, {}]
 )
 def test_a_choice_outside_the_design_space_is_refused(choice: dict[str, object]) -> None:
     database = Database([entry(choice=choice)], "db.json")

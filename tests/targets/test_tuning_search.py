@@ -86,7 +86,7 @@ def search(path: Path, runner: ModelRunner, builders: NamedBuilders, trials: int
 def test_the_search_finds_the_best_without_trying_all(tmp_path: Path) -> None:
     builders = NamedBuilders()
     runner = ModelRunner(builders)
-    space = choices(DENSE, target("raspberry-pi-5"))
+    space = choices(DENSE, target("raspberry-pi-5").cpu)
     (finding,) = search(tmp_path / "db.json", runner, builders, trials=len(space) // 2)
     assert finding.ratio <= 0.52
     (entry,) = load(tmp_path / "db.json").entries
@@ -127,7 +127,7 @@ def test_a_candidate_with_other_numbers_is_never_kept(tmp_path: Path) -> None:
     builders = NamedBuilders()
     runner = ModelRunner(builders)
     runner.wrong = {6}
-    space = choices(DENSE, target("raspberry-pi-5"))
+    space = choices(DENSE, target("raspberry-pi-5").cpu)
     (finding,) = search(tmp_path / "db.json", runner, builders, trials=len(space))
     assert finding.failed == sum(getattr(choice, "rows", 0) == 6 for choice in space)
     assert load(tmp_path / "db.json").entries[0].choice["rows"] != 6
@@ -144,7 +144,7 @@ def test_outputs_may_differ_by_rounding_alone() -> None:
 
 
 def test_proposals_are_new_and_exhaust_the_space() -> None:
-    space = choices(Dense(m=7, n=16, k=8), target("raspberry-pi-4"))
+    space = choices(Dense(m=7, n=16, k=8), target("raspberry-pi-4").cpu)
     proposer = ListedProposer(space, random.Random(0))
     tried: dict[Choice, float | None] = {}
     while proposed := proposer.propose(5, tried):
@@ -159,7 +159,7 @@ def test_a_candidate_that_crashes_or_hangs_the_compiler_is_just_a_failure(
     on = target("raspberry-pi-5")
     fields = {f.name: getattr(dense_task(on), f.name) for f in dataclasses.fields(Task)}
     task = TrickyTask(**fields)
-    by_rows = {getattr(choice, "rows", 0): choice for choice in choices(DENSE, on)}
+    by_rows = {getattr(choice, "rows", 0): choice for choice in choices(DENSE, on.cpu)}
     jobs = []
     for choice in (by_rows[1], by_rows[4], by_rows[2], by_rows[6]):
         folder = tmp_path / str(len(jobs))
@@ -252,7 +252,7 @@ def test_cuda_kernels_are_estimated_and_checked_behind_the_stand_in(
 ) -> None:
     on = target("jetson-tx2")
     task = dense_task(on, Dense(m=28, n=32, k=16))
-    space = choices(task.kernel, on)
+    space = choices(task.kernel, task.device)
     with open_runner(None, on) as runner:
         assert (runner.how, runner.unit, runner.computes) == ("static", "cycles", False)
         costs = []

@@ -155,21 +155,24 @@ def _dft_tile(cpu: Cpu) -> FilterTile:
         return FilterTile(rows=6, columns=4, vectors=4)
     if cpu.vector_registers >= 32:
         return FilterTile(rows=8, columns=2, vectors=1)
+    if cpu.vector_bytes == 16:  # blocks of 16 channels as on better x86, whose constants they share
+        return FilterTile(rows=3, columns=4, vectors=4)
     return FilterTile(rows=6, columns=2, vectors=2)
 
 
 def dft_filter_choices(kernel: DftFilter, cpu: Cpu) -> Sequence[FilterTile]:
-    """Every tile that is worth measuring; the default one leads."""
+    """Every tile that is worth measuring; the default one leads.
+
+    Blocks stay as wide as they are: constants are packed by them, and shared by several CPUs.
+    """
     default = _dft_tile(cpu)
     # Sums, and a vector of each column; what is longer than half a spectrum is no tile.
     most_rows = max(kernel.h, kernel.w) // 2 + 1
     tiles = [
-        FilterTile(rows=rows, columns=columns, vectors=vectors)
+        FilterTile(rows=rows, columns=columns, vectors=default.vectors)
         for rows in range(1, most_rows + 1)
-        for columns in (1, 2, 3, 4, 6)
-        for vectors in (1, 2, 4)
-        if columns % vectors == 0
-        and vectors * fitting_lanes(kernel.c, cpu.float_lanes) <= kernel.c
+        for columns in (1, 2, 3, 4, 6, 8)
+        if columns % default.vectors == 0
         and cpu.vector_registers // 3 <= rows * columns + columns < cpu.vector_registers
     ]
     return [default, *(tile for tile in tiles if tile != default)]

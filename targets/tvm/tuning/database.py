@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from gfcompile.runtime.errors import UserError
-from gfcompile.targets.target import Target
-from gfcompile.targets.tvm.choices import kernel_key, parse_choice, space_of, target_key
+from gfcompile.targets.target import Cpu, Gpu
+from gfcompile.targets.tvm.choices import device_key, kernel_key, parse_choice, space_of
 from gfcompile.targets.tvm.emit import Tuned
 from gfcompile.targets.tvm.kernel import Kernel
 
@@ -95,14 +95,14 @@ class Database:
     def entries(self) -> tuple[Entry, ...]:
         return tuple(self._entries[key] for key in sorted(self._entries))
 
-    def find(self, kernel: Kernel, target: Target) -> Entry | None:
-        """The entry for `kernel` as `target`'s schedule is now."""
-        space = space_of(kernel, target)
+    def find(self, kernel: Kernel, device: Cpu | Gpu) -> Entry | None:
+        """The entry for `kernel` as its schedule on `device` is now."""
+        space = space_of(kernel, device)
         if space is None:
             return None
-        return self._entries.get((kernel_key(kernel), target_key(target), space.schedule))
+        return self._entries.get((kernel_key(kernel), device_key(device), space.schedule))
 
-    def tuned(self, kernels: Iterable[Kernel], target: Target) -> Mapping[Kernel, Tuned]:
+    def tuned(self, kernels: Iterable[Kernel], device: Cpu | Gpu) -> Mapping[Kernel, Tuned]:
         """Of `kernels`, those that have an entry.
 
         Raises:
@@ -110,10 +110,10 @@ class Database:
         """
         found = {}
         for kernel in kernels:
-            entry = self.find(kernel, target)
+            entry = self.find(kernel, device)
             if entry is not None:
                 try:
-                    choice = parse_choice(kernel, target, entry.choice)
+                    choice = parse_choice(kernel, device, entry.choice)
                 except ValueError as error:
                     raise UserError(
                         f"{self._source}: the entry for {entry.kernel} on {entry.target} cannot "

@@ -38,13 +38,13 @@ def open_runner(address: str | None, target: Target) -> Iterator[Runner]:
 
 
 def _default(target: Target) -> str:
-    lacks = _lacks(target.cpu)
-    if not lacks:
+    missing = lacks(target.cpu)
+    if not missing:
         return "local"
     if target.cpu.qemu_cpu is not None:
         return f"qemu:{target.cpu.qemu_cpu}"
     raise DeviceError(
-        f"this machine lacks {lacks}, and nothing estimates code for {target.name}: give --device"
+        f"this machine lacks {missing}, and nothing estimates code for {target.name}: give --device"
     )
 
 
@@ -57,13 +57,13 @@ def _runner(device: Device, target: Target) -> Runner:
         return InstructionRunner(device)
     if device.kind != "local":
         return MeasuringRunner(device, device.name)
-    if lacks := _lacks(target.cpu):
-        raise DeviceError(f"--device local: this machine lacks {lacks}")
+    if missing := lacks(target.cpu):
+        raise DeviceError(f"--device local: this machine lacks {missing}")
     name = host_target().description.removeprefix("this machine: ").partition(" (")[0]
     return MeasuringRunner(device, name)
 
 
-def _lacks(cpu: Cpu) -> str:
+def lacks(cpu: Cpu) -> str:
     """What this machine lacks to run code for `cpu`; empty if it lacks nothing."""
     if platform.machine() != cpu.arch:
         return f"an {cpu.arch} CPU"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gfcompile.targets.target import Target
+from gfcompile.targets.target import Cpu, Gpu, Target
 from gfcompile.targets.tvm.choices import Choice, choices, kernel_key, space_of
 from gfcompile.targets.tvm.emit import Artifact, Tuned, emit, kernel_name
 from gfcompile.targets.tvm.kernel import Generic, Kernel
@@ -32,6 +32,10 @@ class Task:
     program: Program
 
     @property
+    def device(self) -> Cpu | Gpu:
+        return self.target.gpu or self.target.cpu
+
+    @property
     def name(self) -> str:
         return kernel_name(self.kernel)
 
@@ -41,7 +45,7 @@ class Task:
 
     @property
     def schedule(self) -> str:
-        space = space_of(self.kernel, self.target)
+        space = space_of(self.kernel, self.device)
         assert space is not None
         return space.schedule
 
@@ -62,7 +66,13 @@ class Task:
         """
         tuned = {} if choice is None else {self.kernel: Tuned(choice=choice, how="measured")}
         return emit(
-            self.program, self.target, folder, library=_LIBRARY, mean=None, std=None, tuned=tuned
+            self.program,
+            self.target,
+            folder,
+            library=_LIBRARY,
+            mean=None,
+            std=None,
+            tuning=lambda _kernels, _device: tuned,
         )
 
     def inputs(self, seed: int = 0) -> bytes:
@@ -89,23 +99,26 @@ def tasks(program: Program, target: Target, *, calls: int) -> list[Task]:
     """The kernels of `program` that have more than one way to be computed on `target`.
 
     Args:
+        target: of one level.
         calls: of a kernel in the bundle that stands for it, each with the constants of another
             layer. With several, they come from memory as far away as in the model; what only
             counts instructions has no use for more than one.
     """
+    assert not target.levels, "each level has kernels of its own"
+    device = target.gpu or target.cpu
     by_kernel: dict[Kernel, list[Call]] = {}
     for call in program.calls:
         by_kernel.setdefault(call.kernel, []).append(call)
     return [
         Task(kernel=kernel, target=target, uses=len(used), program=_alone(used[:calls], program))
         for kernel, used in by_kernel.items()
-        if len(choices(kernel, target)) > 1 or _is_generated(kernel, target)
+        if len(choices(kernel, device)) > 1 or _is_generated(kernel, device)
     ]
 
 
-def _is_generated(kernel: Kernel, target: Target) -> bool:
+def _is_generated(kernel: Kernel, device: Cpu | Gpu) -> bool:
     """Whether MetaSchedule is to make the space: of reductions, that is; the rest is bandwidth."""
-    if not isinstance(kernel, Generic) or space_of(kernel, target) is None:
+    if not isinstance(kernel, Generic) or space_of(kernel, device) is None:
         return False
     from gfcompile.targets.tvm.tuning.generated import reduces
 

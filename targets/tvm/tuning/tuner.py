@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gfcompile.runtime.errors import DeviceError
-from gfcompile.targets.tvm.choices import Choice, choices, parse_choice, target_key, to_json
+from gfcompile.targets.tvm.choices import Choice, choices, device_key, parse_choice, to_json
 from gfcompile.targets.tvm.kernel import Generic
 from gfcompile.targets.tvm.tuning.builders import Builders, Built, CandidateError, Job
 from gfcompile.targets.tvm.tuning.database import Database, Entry
@@ -127,7 +127,7 @@ class TrialLog:
             if {key: record.get(key) for key in wanted} == wanted:
                 ratio, values = record.get("ratio"), record.get("choice")
                 try:
-                    choice = parse_choice(task.kernel, task.target, values)  # type: ignore[arg-type]
+                    choice = parse_choice(task.kernel, task.device, values)  # type: ignore[arg-type]
                 except (ValueError, AttributeError, TypeError):
                     continue
                 valid = isinstance(ratio, int | float) and not isinstance(ratio, bool) and ratio > 0
@@ -161,7 +161,7 @@ class TrialLog:
 def _identity(task: Task, device: str) -> Mapping[str, str]:
     return {
         "kernel": task.key,
-        "target": target_key(task.target),
+        "target": device_key(task.device),
         "schedule": task.schedule,
         "device": device,
     }
@@ -265,11 +265,11 @@ class Tuner:
             from gfcompile.targets.tvm.tuning.generated import GeneratedProposer
 
             return GeneratedProposer(task, seed=self._rng.randrange(1, 2**31))
-        return ListedProposer(choices(task.kernel, task.target), self._rng)
+        return ListedProposer(choices(task.kernel, task.device), self._rng)
 
     def _recall(self, state: _State) -> None:
         """Goes on from the entry that an earlier search left."""
-        entry = self._database.find(state.task.kernel, state.task.target)
+        entry = self._database.find(state.task.kernel, state.task.device)
         if entry is not None and entry.device == self._runner.device and entry.default_cost:
             state.best = min(1.0, entry.cost / entry.default_cost)
 
@@ -383,7 +383,7 @@ class Tuner:
         self._database.add(
             Entry(
                 kernel=task.key,
-                target=target_key(task.target),
+                target=device_key(task.device),
                 schedule=task.schedule,
                 choice=to_json(choice),
                 how=self._runner.how,
