@@ -1,6 +1,5 @@
 """`gfcompile tune`: a model's kernels, tuned for a target on a device."""
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from gfcompile.compile.pipeline import CompileConfig, lowered_graph
 from gfcompile.compile.progress import Progress, SilentProgress
 from gfcompile.compile.tuning_config import DEFAULT_TRIALS, TuneConfig
 from gfcompile.runtime.errors import UserError
-from gfcompile.targets.target import ModelFormat, Target, find_target
+from gfcompile.targets.target import ModelFormat, find_target
 
 if TYPE_CHECKING:
     from gfcompile.targets.tvm.tuning.tuner import Budget, Finding
@@ -66,24 +65,23 @@ def tune_model(
         keep_ratio=config.keep_ratio,
         seed=config.seed,
     )
-    target = _one_level(target)
     # Heavy, and a mistake in the arguments should be answered before.
     from gfcompile.targets.tvm.partition import partition
     from gfcompile.targets.tvm.tuning.builders import Builders
     from gfcompile.targets.tvm.tuning.database import Database, load
-    from gfcompile.targets.tvm.tuning.devices import open_runner
+    from gfcompile.targets.tvm.tuning.devices import one_level, open_runner
     from gfcompile.targets.tvm.tuning.tasks import tasks
     from gfcompile.targets.tvm.tuning.tuner import SilentTrials, Tuner
 
     database = load(config.path) if config.path.exists() else Database()
     with (
-        open_runner(config.device, target) as runner,
+        open_runner(config.device, one_level(target)) as runner,
         Builders(len(os.sched_getaffinity(0))) as builders,
     ):
         with open_cache(note=progress.note) as cache:
             graph = lowered_graph(compilation, cache, progress)
         calls = _MEASURED_CALLS if runner.how == "measured" else 1
-        found = tasks(partition(graph.model), target, calls=calls)
+        found = tasks(partition(graph.model), one_level(target), calls=calls)
         if not found:
             raise UserError(f"{config.model} on {target.name} has no kernel that leaves a choice")
         tuner = Tuner(
@@ -115,12 +113,3 @@ def _budget(config: TuneConfig) -> "Budget":
         return Budget(trials=DEFAULT_TRIALS)
     seconds = None if config.minutes is None else 60 * config.minutes
     return Budget(trials=config.trials, seconds=seconds)
-
-
-def _one_level(target: Target) -> Target:
-    """The target, with the kernels of the best level that this machine runs, or of the best one."""
-    from gfcompile.targets.tvm.tuning.devices import lacks
-
-    cpus = (target.cpu, *target.levels)
-    able = [cpu for cpu in cpus if not lacks(cpu)] or [cpus[-1]]
-    return dataclasses.replace(target, cpu=able[-1], levels=())

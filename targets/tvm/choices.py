@@ -112,5 +112,7 @@ def device_key(device: Cpu | Gpu) -> str:
     """What code is generated for, in one line: not a board's name, its clock or its cores."""
     if isinstance(device, Gpu):
         return f"cuda {device.arch} {device.sms} SM"
+    # Kernels that multiply by AMX have no choice, and it changes no others.
+    features = [name for name in device.features if not name.startswith("+amx")]
     int8 = [device.int8_dot] if device.int8_dot else []
-    return " ".join([device.arch, device.mcpu, *device.features, *int8])
+    return " ".join([device.arch, device.mcpu, *features, *int8])

@@ -9,18 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 from tuning_cases import DENSE, TrickyTask, dense_task, program
+from tvm import te
 
 from gfcompile.runtime.devices import open_device
 from gfcompile.runtime.errors import DeviceError, UserError
 from gfcompile.targets.target import Target, find_target
-from gfcompile.targets.tvm.choices import Choice, choices
-from gfcompile.targets.tvm.kernel import Dense
+from gfcompile.targets.tvm.choices import Choice, choices, parse_choice, to_json
+from gfcompile.targets.tvm.kernel import Dense, Generic
+from gfcompile.targets.tvm.partition import Call, Program, Tensor
 from gfcompile.targets.tvm.tuning.builders import Builders, Built, CandidateError, Job
 from gfcompile.targets.tvm.tuning.database import Database, load
-from gfcompile.targets.tvm.tuning.devices import open_runner
+from gfcompile.targets.tvm.tuning.devices import one_level, open_runner
+from gfcompile.targets.tvm.tuning.generated import GeneratedProposer
 from gfcompile.targets.tvm.tuning.proposals import ListedProposer
 from gfcompile.targets.tvm.tuning.runners import MeasuringRunner, Outcome, Runner
-from gfcompile.targets.tvm.tuning.tasks import Task
+from gfcompile.targets.tvm.tuning.tasks import Task, tasks
 from gfcompile.targets.tvm.tuning.tuner import Budget, Finding, SilentTrials, Tuner, check_outputs
 from tools import need, need_arm64_sysroot
 
@@ -201,7 +204,7 @@ def test_a_candidate_that_fails_on_the_device_is_just_a_failure(
 
 
 def test_kernels_are_measured_on_this_machine(tmp_path: Path, builders: Builders) -> None:
-    on = target("host")
+    on = one_level(target("host"))
     path = tmp_path / "db.json"
     with open_runner("local", on) as runner:
         tuner = Tuner(
@@ -280,3 +283,42 @@ def test_devices_that_cannot_be_are_refused() -> None:
         open_runner("local", target("raspberry-pi-4")),
     ):
         pass
+
+
+def test_functions_without_a_schedule_of_ours_are_searched_by_metaschedule(
+    tmp_path: Path, builders: Builders
+) -> None:
+    on = one_level(target("host"))
+    x, w = te.placeholder((16, 32), name="x"), te.placeholder((32, 16), name="w")
+    at = te.reduce_axis((0, 32), name="at")
+    y = te.compute((16, 16), lambda i, j: te.sum(x[i, at] * w[at, j], axis=at), name="y")
+    kernel = Generic(name="product", key="0", func=te.create_prim_func([x, w, y]))
+    weights = np.random.default_rng(0).standard_normal((32, 16)).astype(np.float32)
+    call = Call(
+        kernel=kernel, label="", reads={"x": "x"}, writes={"y": "y"}, constants={"w": weights}
+    )
+    small = Program(
+        inputs=("x",),
+        outputs=("y",),
+        tensors={
+            "x": Tensor(name="x", dtype="float32", shape=(16, 32)),
+            "y": Tensor(name="y", dtype="float32", shape=(16, 16)),
+        },
+        calls=(call,),
+    )
+    (task,) = tasks(small, on, calls=1)
+    proposer = GeneratedProposer(task, seed=1)
+    proposed = proposer.propose(2, {})
+    assert 1 <= len(proposed) <= 2
+    with open_runner("local", on) as runner:
+        outputs = []
+        for i, choice in enumerate((None, *proposed)):
+            built = built_alone(task, choice, tmp_path / str(i), builders)
+            outputs.append(runner.run(built, task.inputs(), runs=1, limit_s=60).outputs)
+    values = np.frombuffer(task.inputs(), np.float32).reshape(16, 32) @ weights
+    for output in outputs:
+        got = np.frombuffer(output or b"", np.float32).reshape(16, 16)
+        np.testing.assert_allclose(got, values, atol=1e-4)
+    for choice in proposed:
+        assert parse_choice(kernel, task.device, to_json(choice)) == choice
+    proposer.learn(dict.fromkeys(proposed, 0.5))

@@ -1,5 +1,6 @@
 """Where candidates run: a runner for each kind of --device."""
 
+import dataclasses
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +62,13 @@ def _runner(device: Device, target: Target) -> Runner:
         raise DeviceError(f"--device local: this machine lacks {missing}")
     name = host_target().description.removeprefix("this machine: ").partition(" (")[0]
     return MeasuringRunner(device, name)
+
+
+def one_level(target: Target) -> Target:
+    """The target with the kernels of one CPU: the best that this machine runs, or the best."""
+    cpus = (target.cpu, *target.levels)
+    able = [cpu for cpu in cpus if not lacks(cpu)] or [cpus[-1]]
+    return dataclasses.replace(target, cpu=able[-1], levels=())
 
 
 def lacks(cpu: Cpu) -> str:

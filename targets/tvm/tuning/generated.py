@@ -8,10 +8,10 @@ package `xgboost-cpu`: plain `xgboost` drags in CUDA libraries), and guesses whe
 import json
 from typing import Any
 
+import tvm
 from tvm import s_tir
 from tvm.s_tir import dlight
 from tvm.s_tir import meta_schedule as ms
-from tvm.s_tir.meta_schedule.utils import _json_de_tvm
 
 from gfcompile.targets.tvm.choices import Choice
 from gfcompile.targets.tvm.emit import llvm_target
@@ -102,8 +102,17 @@ class GeneratedProposer:
 
 
 def _choice(candidate: Any) -> GeneratedSchedule:
-    trace = _json_de_tvm(candidate.sch.trace.as_json())
-    return GeneratedSchedule(trace=json.dumps(trace, separators=(",", ":")))
+    trace = candidate.sch.trace.as_json()
+    return GeneratedSchedule(trace=json.dumps(trace, default=_plain, separators=(",", ":")))
+
+
+def _plain(value: Any) -> object:
+    """TVM's own numbers and arrays as JSON has them."""
+    if isinstance(value, tvm.tirx.IntImm):
+        return int(value.value)
+    if isinstance(value, tvm.tirx.FloatImm):
+        return float(value.value)
+    return list(value)
 
 
 def _cost_model() -> Any:
