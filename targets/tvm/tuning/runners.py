@@ -42,11 +42,13 @@ class Runner(ABC):
     Class attributes:
         how, unit: as the database records them.
         computes: whether a run gives outputs.
+        blind_to: fields of choices whose effect it cannot see; those stay at their defaults.
     """
 
     how: ClassVar[How]
     unit: ClassVar[Unit]
     computes: ClassVar[bool] = True
+    blind_to: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -117,6 +119,7 @@ class InstructionRunner(Runner):
 
     how = "static"
     unit = "instructions"
+    blind_to = frozenset({"order"})  # it is for caches
 
     def __init__(self, device: QemuDevice) -> None:
         super().__init__(f"{device.name}, instructions")

@@ -265,7 +265,14 @@ class Tuner:
             from gfcompile.targets.tvm.tuning.generated import GeneratedProposer
 
             return GeneratedProposer(task, seed=self._rng.randrange(1, 2**31))
-        return ListedProposer(choices(task.kernel, task.device), self._rng)
+        space = choices(task.kernel, task.device)
+        seen = [choice for choice in space if not self._hides(choice, space[0])]
+        return ListedProposer(seen, self._rng)
+
+    def _hides(self, choice: Choice, default: Choice) -> bool:
+        """Whether it differs from the default in something that the runner cannot see."""
+        fields = self._runner.blind_to & set(to_json(choice))
+        return any(getattr(choice, name) != getattr(default, name) for name in fields)
 
     def _recall(self, state: _State) -> None:
         """Goes on from the entry that an earlier search left."""
