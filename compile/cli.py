@@ -3,22 +3,20 @@
 The only place that prints and exits.
 """
 
-import _thread
 import argparse
 import errno
 import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gfcompile import __version__
+from gfcompile.compile import interruption
 from gfcompile.compile.device_commands import (
     profile_arguments,
     profile_command,
@@ -67,14 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
-        with _ending_by_signal() as ended_by:
+        with interruption.ending_by_signal():
             options = _parse(arguments)
             code: int | None = options.command(options)
             sys.stdout.flush()
         return code or 0
     except KeyboardInterrupt as interrupt:
-        _complain(f"interrupted; {interrupt if interrupt.args else 'nothing was written'}")
-        return 128 + (ended_by[0] if ended_by else signal.SIGINT)
+        return _interrupted(str(interrupt))
     except GfcompileError as error:
         _raise_again_if(debug)
         _complain(f"error: {error}")
@@ -89,11 +86,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         _raise_again_if(debug)
+        if interruption.came():  # a library has made an error of it
+            return _interrupted("")
         _complain(
             f"internal error: {type(error).__name__}: {_one_line(str(error))} "
             "(--debug shows where; please report it)"
         )
         return 1
+
+
+def _interrupted(what_is_left: str) -> int:
+    """Says so, and returns the exit code."""
+    _complain(f"interrupted; {what_is_left or 'nothing was written'}")
+    return 128 + (interruption.came() or signal.SIGINT)
 
 
 def _compile(options: argparse.Namespace) -> None:
@@ -114,7 +119,8 @@ def _compile(options: argparse.Namespace) -> None:
         if not _is_first_process():
             return
         # As the checkpoint says.
-        options.weight_bits, options.group_size, options.keep_float = 8, None, []
+        options.weight_bits, options.group_size = 8, None
+        options.keep_float, options.int8_filters = [], []
     is_coreml = options.target == "coreml"
     config = CompileConfig(
         model=options.model,
@@ -129,6 +135,7 @@ def _compile(options: argparse.Namespace) -> None:
         weight_bits=options.weight_bits,
         group_size=options.group_size,
         keep_float=tuple(options.keep_float),
+        int8_filters=tuple(options.int8_filters),
         output=options.output,
         dump=options.dump,
         labels=options.labels,
@@ -727,50 +734,6 @@ def _unknown_command(word: str) -> str:
     near = difflib.get_close_matches(word, _COMMANDS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"unknown command {word!r}{hint} (known: {', '.join(_COMMANDS)})"
-
-
-class _Interrupted(KeyboardInterrupt):
-    """By its own name, for one that passes through exec() makes CPython end itself by SIGINT at
-    exit if it is a KeyboardInterrupt precisely, handled or not (run_eval_code_obj in pythonrun.c).
-    """
-
-
-@contextmanager
-def _ending_by_signal() -> Iterator[list[int]]:
-    """SIGTERM ends the command as Ctrl-C does, and a second Ctrl-C does not disturb the clean-up.
-
-    Yields:
-        the number of the signal that came, once it did.
-    """
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield came  # only the main thread may handle signals
-        return
-
-    def handle(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 - signal's
-        came.append(number)
-        for caught in previous:
-            signal.signal(caught, signal.SIG_IGN)
-        raise _Interrupted
-
-    def deliver_again(unraisable: "sys.UnraisableHookArgs") -> None:
-        # Python drops what is raised in a destructor or a weak reference's callback.
-        if unraisable.exc_type is _Interrupted:
-            number = signal.Signals(came[0])
-            signal.signal(number, handle)
-            # Later, since what this hook raises is dropped as well.
-            threading.Timer(0.05, _thread.interrupt_main, (number,)).start()
-        else:
-            previous_hook(unraisable)
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    previous_hook, sys.unraisablehook = sys.unraisablehook, deliver_again
-    try:
-        yield came
-    finally:
-        sys.unraisablehook = previous_hook
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _system_failure(error: OSError | MemoryError) -> str:

@@ -242,7 +242,7 @@ def _times_section(contenders: Sequence[Contender], measured: bool) -> Html:
         "Time of one inference",
         "Shorter is better. Estimates are of the target, measurements of the device named.",
         charts.key(*legend),
-        table(("bundle", "", "time"), body, numbers=(2,), bars=1),
+        table(("bundle", "chart", "time"), body, numbers=(2,), bars=1),
     )
 
 
@@ -261,7 +261,7 @@ def _sizes_section(contenders: Sequence[Contender]) -> Html:
         for c in contenders
     ]
     return section(
-        "Size of the bundle", None, table(("bundle", "", "size"), body, numbers=(2,), bars=1)
+        "Size of the bundle", None, table(("bundle", "chart", "size"), body, numbers=(2,), bars=1)
     )
 
 

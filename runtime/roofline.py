@@ -98,7 +98,8 @@ def target_peaks(manifest: Manifest) -> Peaks | None:
 
 def kernel_costs(manifest: Manifest) -> Mapping[str, KernelCost]:
     """By the name that a plan has for the kernel."""
-    return {_name_in_plan(record): _cost(record) for record in manifest.kernels}
+    found = (record for record in manifest.kernels if isinstance(record, Mapping))
+    return {_name_in_plan(record): _cost(record) for record in found}
 
 
 def _name_in_plan(record: Mapping[str, Any]) -> str:

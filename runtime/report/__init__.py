@@ -52,7 +52,7 @@ def render_report(
         f"{title}: gfcompile",
         el(
             "header",
-            el("p", " · ".join(about), class_="eyebrow"),
+            el("p", " · ".join(map(str, about)), class_="eyebrow"),
             el("h1", title),
             sections.verdict(result, kernels),
             sections.tiles(manifest, result, kernels),

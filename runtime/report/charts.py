@@ -123,7 +123,7 @@ def series(
     """Values in the order of time: of each stretch, the middle and the range from 10% to 90%."""
     stretches = _stretches(values, max(8, min(points, len(values) // 8)))
     tops = [mark.value for mark in marks] + [high for _, _, high in stretches]
-    top = 1.08 * max(tops)
+    top = 1.08 * max(tops) or 1.0
     bottom = min([*(low for low, _, _ in stretches), *(mark.value for mark in marks)])
     # From zero, so that a jump looks as large as it is.
     bottom = 0.0 if bottom > 0 else bottom

@@ -16,6 +16,7 @@ from gfcompile.runtime.roofline import (
     target_peaks,
 )
 
+_MOST = 1e15  # operations, bytes or microseconds of one call
 _KINDS = {
     "dense": "product",
     "layer_norm": "layer norm",
@@ -144,7 +145,7 @@ def _counted(manifest: Manifest, costs: Mapping[str, KernelCost]) -> Sequence[Ke
     kernels = []
     for record in records(manifest.kernels):
         calls = figure(record.get("calls"))
-        if calls is not None and calls >= 1:
+        if calls is not None and 1 <= calls < _MOST:
             name = str(record.get("symbol", record.get("name", "")))
             kernels.append(Kernel(name=name, calls=int(calls), cost=costs.get(name, KernelCost())))
     return kernels
@@ -152,13 +153,19 @@ def _counted(manifest: Manifest, costs: Mapping[str, KernelCost]) -> Sequence[Ke
 
 def _estimated(kernel: Kernel, peaks: Peaks | None, threads: int) -> Kernel:
     cost = kernel.cost
-    sane = all(x is None or x >= 0 for x in (cost.flops, cost.bytes, figure(cost.issue_us)))
-    if peaks is None or not sane or not _positive(peaks):
+    if any(x is not None and not _sane(x) for x in (cost.flops, cost.bytes, cost.issue_us)):
+        return replace(kernel, cost=KernelCost())
+    if peaks is None or not _positive(peaks):
         return kernel
     least = None
     if cost.flops is not None and cost.bytes is not None:
         least, _ = peaks.least_us(cost.flops, cost.bytes, cost.arithmetic, threads)
     return replace(kernel, estimate=estimate(peaks, cost, threads), roofline_us=least)
+
+
+def _sane(amount: float) -> bool:
+    number = figure(amount)
+    return number is not None and 0 <= number < _MOST
 
 
 def _positive(peaks: Peaks) -> bool:

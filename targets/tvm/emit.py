@@ -333,7 +333,9 @@ def kernel_name(kernel: Kernel) -> str:
         case DftFilter() | CircularFilter():
             form = "dft" if isinstance(kernel, DftFilter) else "circular"
             shape = f"{kernel.batch}x{kernel.h}x{kernel.w}x{kernel.c}"
-            return f"{form}_filter_{shape}_{_short(kernel.k_dtype)}"
+            stored = getattr(kernel, "x", "float32")
+            stored = kernel.k_dtype if stored == "float32" else stored
+            return f"{form}_filter_{shape}_{_short(stored)}"
         case Patchify():
             grid = f"{kernel.batch}x{kernel.grid_h}x{kernel.grid_w}"
             patch = f"{kernel.channels}x{kernel.patch_h}x{kernel.patch_w}"

@@ -1,8 +1,9 @@
 """Kernels and the C runtime become one shared library for a device's own libc.
 
 Zig's C compiler brings headers and stub libraries of every glibc for every architecture, so
-nothing but a pip package is needed. It keeps its own cache of compiled objects: the runtime is
-compiled once per architecture, a further link takes some 20 ms.
+nothing but a pip package is needed; for Android, whose libc it has not, see `bionic`. It keeps its
+own cache of compiled objects: the runtime is compiled once per architecture, a further link takes
+some 20 ms.
 """
 
 import re
