@@ -5,6 +5,7 @@ them, it need not know. The cost model learns from measurements where xgboost is
 package `xgboost-cpu`: plain `xgboost` drags in CUDA libraries), and guesses where it is not.
 """
 
+import importlib.util
 import json
 from typing import Any
 
@@ -116,7 +117,6 @@ def _plain(value: Any) -> object:
 
 
 def _cost_model() -> Any:
-    try:
-        return ms.CostModel.create("xgb", num_tuning_cores=1, tree_method="auto")
-    except ImportError:
+    if importlib.util.find_spec("xgboost") is None:
         return ms.CostModel.create("random")
+    return ms.CostModel.create("xgb", num_tuning_cores=1, tree_method="auto")
