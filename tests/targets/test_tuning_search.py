@@ -3,11 +3,13 @@
 import dataclasses
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from boards import adb_board, ssh_board
 from tuning_cases import DENSE, TrickyTask, dense_task, program
 from tvm import te
 
@@ -322,3 +324,29 @@ def test_functions_without_a_schedule_of_ours_are_searched_by_metaschedule(
     for choice in proposed:
         assert parse_choice(kernel, task.device, to_json(choice)) == choice
     proposer.learn(dict.fromkeys(proposed, 0.5))
+
+
+@pytest.mark.parametrize("kind", ["ssh", "adb"])
+def test_boards_measure_kernels_with_nothing_but_gfbench(
+    kind: str, tmp_path: Path, builders: Builders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "board"
+    with ExitStack() as stack:
+        if kind == "ssh":
+            board = stack.enter_context(contextmanager(ssh_board)(home, monkeypatch))
+        else:
+            board = adb_board(home, monkeypatch)
+        on = one_level(target("host"))
+        task = dense_task(on)
+        runner = stack.enter_context(open_runner(board.url, on))
+        assert (runner.how, runner.unit) == ("measured", "ms")
+        built = [built_alone(task, None, tmp_path / name, builders) for name in ("a", "b")]
+        outputs = set()
+        for candidate in (*built, *built):  # in turn, each copied once
+            outcome = runner.run(candidate, task.inputs(), runs=2, limit_s=60)
+            assert outcome.cost > 0
+            outputs.add(outcome.outputs)
+        assert len(outputs) == 1
+        for candidate in built:
+            runner.forget(candidate)
+    assert board.left() == []
