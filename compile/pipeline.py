@@ -82,6 +82,8 @@ class CompileConfig:
         labels: a text file with one class name per line, copied into the bundle.
         tflite: for targets of the TFLite emitter.
         coreml: for the target of the Core ML emitter.
+        tuning_db: what `gfcompile tune` wrote, used before what gfcompile ships; "shipped" for the
+            latter alone, "none" for neither. For targets with kernels of our own.
         cache: whether to keep and reuse results in the user's cache.
     """
 
@@ -104,6 +106,7 @@ class CompileConfig:
     seed: int = 0
     tflite: TfliteOptions = field(default_factory=TfliteOptions)
     coreml: CoremlOptions = field(default_factory=CoremlOptions)
+    tuning_db: Path | Literal["shipped", "none"] = "shipped"
     cache: bool = True
 
 
@@ -145,6 +148,18 @@ def compile_model(
     for note in bundle.manifest.notes:
         progress.note(note)
     return bundle
+
+
+def lowered_graph(config: CompileConfig, cache: Cache, progress: Progress) -> "Graph":
+    """The graph that `config`'s kernels are compiled from.
+
+    Raises:
+        UserError, CompileError: see `compile_model`.
+    """
+    target = find_target(config.target)
+    job = _Job(config=config, target=target, progress=progress, module=None, pruning=None)
+    job.check()
+    return job.lowered(cache)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +239,11 @@ class _Job:
             UserError: see `compile_model`.
         """
         config, target = self.config, self.target
+        if isinstance(config.tuning_db, Path):
+            if not isinstance(target, Target):
+                raise UserError(f"--tuning-db: {target.name} has no kernels of ours to tune")
+            if not config.tuning_db.is_file():
+                raise UserError(f"--tuning-db {config.tuning_db}: no such file; make one by tune")
         if isinstance(target, Target):
             if self.precision == "float16":
                 raise UserError(
@@ -251,6 +271,8 @@ class _Job:
             "labels": self.config.labels,
             "precision": self.precision,
             "options": [self.config.tflite, self.config.coreml],
+            # A file by its content. What gfcompile ships is part of its sources, as all keys are.
+            "tuning_db": self.config.tuning_db,
         }
 
     def graph_key(self, loaded: "_Loaded") -> Mapping[str, object]:
@@ -310,19 +332,22 @@ class _Job:
 
     def write(self, output: Path, cache: Cache) -> Bundle:
         """Makes the bundle at `output`."""
+        graph, loaded, golden = self.lowered(cache)
+        return write_bundle(lambda folder: self.emit(loaded, graph, golden, folder), output)
+
+    def lowered(self, cache: Cache) -> "tuple[Graph, _Loaded, Golden]":
+        """The graph, and what it came from."""
         with self.progress.stage("load the model"):
             loaded = self.load()
             golden = _golden(loaded.transform)
         if self.config.dump is not None or self.module is not None:
-            graph = self.graph(loaded, golden)
-        else:
-            from gfcompile.compile.graph import Graph
+            return self.graph(loaded, golden), loaded, golden
+        from gfcompile.compile.graph import Graph
 
-            made = cache.folder(
-                self.graph_key(loaded), lambda folder: self.graph(loaded, golden).write(folder)
-            )
-            graph = Graph.read(made)
-        return write_bundle(lambda folder: self.emit(loaded, graph, golden, folder), output)
+        made = cache.folder(
+            self.graph_key(loaded), lambda folder: self.graph(loaded, golden).write(folder)
+        )
+        return Graph.read(made), loaded, golden
 
     def load(self) -> "_Loaded":
         config = self.config
@@ -456,7 +481,7 @@ class _Job:
         if isinstance(target, Target):
             from gfcompile.compile.emitters.tvm import emit_plan
 
-            return emit_plan(request, target)
+            return emit_plan(request, target, self.config.tuning_db)
         if target.emitter == "tflite":
             from gfcompile.compile.emitters.tflite import emit_tflite
 
