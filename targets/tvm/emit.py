@@ -4,10 +4,10 @@ import dataclasses
 import hashlib
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import tvm
@@ -19,6 +19,7 @@ from gfcompile.runtime.bench import BENCH_NAME
 from gfcompile.runtime.errors import CompileError
 from gfcompile.targets.target import Cpu, Gpu, Target, peaks
 from gfcompile.targets.tvm import cuda, link
+from gfcompile.targets.tvm.choices import Choice, to_json
 from gfcompile.targets.tvm.cost import costs
 from gfcompile.targets.tvm.grouped import GroupedRows, find_rows
 from gfcompile.targets.tvm.instructions import count_instructions, issue_us
@@ -74,6 +75,22 @@ class Artifact:
     kernels: tuple[Mapping[str, Any], ...]
     cuda_source: str = ""
     better_plans: tuple[Plan, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What a tuning database says of a kernel.
+
+    Attributes:
+        how: "measured" on a device, or "static": estimated without one.
+    """
+
+    choice: Choice
+    how: Literal["measured", "static"]
+
+
+# What is known of kernels on a CPU or GPU; the schedules' own rules serve those that it leaves out.
+Tuning = Callable[[Iterable[Kernel], Cpu | Gpu], Mapping[Kernel, Tuned]]
 
 
 @dataclass(frozen=True)
@@ -134,6 +151,7 @@ class _Level:
     storage: ActStorage
     scheduled: Mapping[Kernel, Scheduled]
     functions: Mapping[Kernel, Sequence[_Function]]
+    tuned: Mapping[Kernel, Tuned]
 
 
 def emit(
@@ -145,6 +163,7 @@ def emit(
     mean: tuple[float, float, float] | None,
     std: tuple[float, float, float] | None,
     group_size: int | None = None,
+    tuning: Tuning | None = None,
 ) -> Artifact:
     """Writes `library`, plan.bin, weights.bin and, for a GPU, kernels.ptx and kernels.cubin.
 
@@ -153,11 +172,12 @@ def emit(
         library: file name of the shared library.
         mean, std: the normalization of the image input, if it is one.
         group_size: how many weights of four bits share a factor; None where none do.
+        tuning: a tuning database's choices; without it the schedules' own rules choose.
 
     Raises:
         CompileError: a kernel that cannot be compiled for the target.
     """
-    levels = _levels(program, target)
+    levels = _levels(program, target, tuning or (lambda _kernels, _device: {}))
     base = levels[0]
     module = None
     objects = []
@@ -242,7 +262,7 @@ def _plan_name(level: int) -> str:
     return f"plan-{level}.bin" if level else "plan.bin"
 
 
-def _levels(program: Program, target: Target) -> list[_Level]:
+def _levels(program: Program, target: Target, tuning: Tuning) -> list[_Level]:
     """The kernels for the target's least CPU, or for its GPU, and for each level above it.
 
     A level is left out where its extra instructions serve nothing: same functions, same vectors.
@@ -251,13 +271,25 @@ def _levels(program: Program, target: Target) -> list[_Level]:
     for device in (target.gpu or target.cpu, *target.levels):
         storage = act_storage(device)
         kernels = dict.fromkeys(call.kernel for call in program.calls)
-        scheduled = {kernel: schedule(kernel, device, storage) for kernel in kernels}
+        tuned = tuning(kernels, device)
+        scheduled = {
+            kernel: schedule(
+                kernel, device, storage, tuned[kernel].choice if kernel in tuned else None
+            )
+            for kernel in kernels
+        }
         suffix = f"_level{len(levels)}" if levels else ""
         functions = _functions(scheduled, suffix)
         if levels and _gains_nothing(levels[-1], device, scheduled):
             continue
         levels.append(
-            _Level(device=device, storage=storage, scheduled=scheduled, functions=functions)
+            _Level(
+                device=device,
+                storage=storage,
+                scheduled=scheduled,
+                functions=functions,
+                tuned=tuned,
+            )
         )
     return levels
 
@@ -413,7 +445,7 @@ def _kernel_records(
         scheduled = level.scheduled[kernel]
         for function, cost in zip(steps, costs(kernel, scheduled, target), strict=True):
             instructions = count_instructions(function.func, target)
-            record = {
+            record: dict[str, Any] = {
                 "name": function.name,
                 "calls": uses[kernel],
                 **dataclasses.asdict(cost),
@@ -423,6 +455,9 @@ def _kernel_records(
                 record |= {"level": number, "peak_gops": peaks(target).rate(cost.arithmetic)}
             if module is not None:
                 record |= dataclasses.asdict(module.kernels[function.name])
+            if kernel in level.tuned:
+                record["tuned"] = level.tuned[kernel].how
+                record["choice"] = to_json(level.tuned[kernel].choice)
             records.append(record)
     return tuple(records)
 
