@@ -53,7 +53,7 @@ class Board:
             time.sleep(0.05)
         return [path.name for path in self.temporary.iterdir()]
 
-    def wait_for(self, name: str, wait_s: float = 30) -> Path:
+    def wait_for(self, name: str, wait_s: float = 120) -> Path:
         """The file of that name in the private folder, once it is there."""
         end = time.monotonic() + wait_s
         while time.monotonic() < end:
