@@ -16,7 +16,8 @@ import gfcompile.runtime.device as runtime_device
 from gfcompile.quantize.int4 import fits_int4, pack_int4
 from gfcompile.runtime.bench import BENCH_NAME
 from gfcompile.runtime.errors import CompileError
-from gfcompile.targets.target import Cpu, Target
+from gfcompile.runtime.roofline import KernelCost, estimate
+from gfcompile.targets.target import Cpu, Target, peaks
 from gfcompile.targets.tvm import cuda, link
 from gfcompile.targets.tvm.cost import costs
 from gfcompile.targets.tvm.grouped import GroupedRows, find_rows
@@ -321,13 +322,15 @@ def _kernel_records(
     records = []
     for kernel, steps in functions.items():
         for function, cost in zip(steps, costs(kernel, scheduled[kernel], target), strict=True):
-            instructions = count_instructions(function.func, target)
+            issued_us = round(issue_us(count_instructions(function.func, target), target), 4)
+            known = KernelCost(**dataclasses.asdict(cost), issue_us=issued_us)
             record = {
                 "name": function.name,
                 "calls": uses[kernel],
-                **dataclasses.asdict(cost),
-                "issue_us": round(issue_us(instructions, target), 4),
+                **dataclasses.asdict(known),
             }
+            if (guess := estimate(peaks(target), known)) is not None:
+                record |= {"estimate_us": round(guess.us, 4), "bound": guess.bound}
             if module is not None:
                 record |= dataclasses.asdict(module.kernels[function.name])
             records.append(record)
