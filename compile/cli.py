@@ -234,11 +234,9 @@ def _next_step(bundle: "Bundle", target: "AnyTarget") -> str:
     if isinstance(target, ModelFormat):
         return f"gfcompile run {bundle.path} PHOTO"
     if target.gpu is not None:
-        name = bundle.path.name
-        return f"copy {bundle.path} to the board, and there: {name}/gfbench {name}"
+        return f"gfcompile validate {bundle.path} --device ssh://USER@BOARD"
     if target.cpu.android_api is not None:
-        there = f"/data/local/tmp/{bundle.path.name}"
-        return f"adb push {bundle.path} /data/local/tmp/, then: adb shell {there}/gfbench {there}"
+        return f"gfcompile validate {bundle.path} --device adb://SERIAL"
     if target.cpu.arch == platform.machine():
         return f"gfcompile run {bundle.path} PHOTO"
     return f"gfcompile run {bundle.path} PHOTO --device qemu"

@@ -231,7 +231,7 @@ def _print_latency(result: ValidationResult) -> None:
 def _print_numbers(result: ValidationResult) -> None:
     numbers = result.numbers
     if numbers is None:
-        print(f"  {'numbers':<12} not checked: the bundle has no golden data")
+        print(f"  {'numbers':<12} not checked, for want of golden data or of outputs")
         return
     sqnr = "equal" if numbers.sqnr_db is None else f"SQNR {numbers.sqnr_db:.1f} dB"
     agreement = f"same class {numbers.top1_agreement or 0:.0%} of {numbers.inferences}, "

@@ -187,6 +187,8 @@ class Latencies:
         stored = {0.0: self.min_us, 50.0: self.median_us, 90.0: self.p90_us, 99.0: self.p99_us}
         if percent in stored:
             return stored[percent]
+        if not self.samples_us:  # the next higher of what is known
+            return next((stored[p] for p in sorted(stored) if p >= percent), self.max_us)
         return self.max_us if percent >= 100 else percentile(sorted(self.samples_us), percent)
 
 

@@ -1,4 +1,4 @@
-"""Validation of model files that a runtime of others executes, on this machine."""
+"""Validation of model files that a runtime of others executes."""
 
 import dataclasses
 from collections.abc import Callable
@@ -45,16 +45,21 @@ def validate_format(config: ValidateConfig, manifest: Manifest, say: Say) -> Val
     """As `validate.validate`, for a .tflite or .mlpackage bundle.
 
     Raises:
-        UserError: another device than this machine, or an option that the runtime does not have.
+        UserError: a device that cannot run them, or an option that the runtime does not have.
         NoVerdictError: no such runtime is installed.
     """
-    if config.device != "local":
-        raise UserError(
-            f"--device {config.device}: bundles of kind {manifest.kind!r} are validated with "
-            "--device local, by the interpreter that is installed here"
-        )
     if config.pin is not None or config.kernels_only:
         raise UserError(f"--pin and --kernels-only are not for bundles of kind {manifest.kind!r}")
+    if manifest.kind == "tflite" and config.device.startswith("adb:"):
+        from gfcompile.runtime.litert_benchmark import validate_on_android
+
+        return validate_on_android(config, manifest, say)
+    if config.device != "local":
+        also = ", or adb://serial" if manifest.kind == "tflite" else ""
+        raise UserError(
+            f"--device {config.device}: bundles of kind {manifest.kind!r} are validated with "
+            f"--device local, by what is installed here{also}"
+        )
     date = now()
     with open_device("local") as device:
         before = read_board(device.script(SCRIPT))

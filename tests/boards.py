@@ -64,9 +64,7 @@ class Board:
 
     def runs(self, command: str) -> bool:
         """Whether a process with this command line is there."""
-        listed = ["ps", "-A", "-o", "args="]
-        found = subprocess.run(listed, capture_output=True, text=True, check=True)
-        return command in found.stdout.splitlines()
+        return any(process.command == command for process in _processes())
 
     def log(self) -> str:
         return (self.home / "log").read_text()
@@ -74,16 +72,28 @@ class Board:
     def break_connections(self) -> None:
         """Ends the processes that serve connections, as a board does that loses its power."""
         assert self.process is not None
-        listed = subprocess.run(
-            ["ps", "-A", "-o", "pid=,ppid=,comm="], capture_output=True, text=True, check=True
-        ).stdout
-        rows = [line.split(None, 2) for line in listed.splitlines()]
-        served = {str(self.process.pid)}
+        served = {self.process.pid}
         for _ in range(3):  # a connection has a process or two under the listening one
-            served |= {pid for pid, parent, name in rows if parent in served and "sshd" in name}
-        for pid in served - {str(self.process.pid)}:
+            served |= {p.pid for p in _processes() if p.parent in served and "sshd" in p.command}
+        for pid in served - {self.process.pid}:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class _Process:
+    pid: int
+    parent: int
+    command: str
+
+
+def _processes() -> Iterator[_Process]:
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+            # The name, in parentheses, may hold spaces.
+            _, _, fields = (folder / "stat").read_text().rpartition(")")
+            yield _Process(int(folder.name), int(fields.split()[1]), command)
 
 
 def ssh_board(
