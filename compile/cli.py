@@ -119,7 +119,8 @@ def _compile(options: argparse.Namespace) -> None:
         if not _is_first_process():
             return
         # As the checkpoint says.
-        options.weight_bits, options.group_size, options.keep_float = 8, None, []
+        options.weight_bits, options.group_size = 8, None
+        options.keep_float, options.int8_filters = [], []
     is_coreml = options.target == "coreml"
     config = CompileConfig(
         model=options.model,
@@ -134,6 +135,7 @@ def _compile(options: argparse.Namespace) -> None:
         weight_bits=options.weight_bits,
         group_size=options.group_size,
         keep_float=tuple(options.keep_float),
+        int8_filters=tuple(options.int8_filters),
         output=options.output,
         dump=options.dump,
         labels=options.labels,

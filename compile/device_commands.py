@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gfcompile.compile.tables import print_table
 from gfcompile.runtime.devices import ADDRESSES
+from gfcompile.runtime.placement import placement_lines
 from gfcompile.runtime.results import Budget, KernelTime, ValidationResult
 
 MISSED = 1  # exit code where a budget or the numbers were missed
@@ -156,6 +157,8 @@ def print_result(result: ValidationResult, *, brief: bool = False) -> None:
         _print_state(result)
         _print_latency(result)
         _print_numbers(result)
+        for line in placement_lines(result.placements):
+            print(f"  {line}")
     _print_cautions(result)
     for reason in result.verdict.reasons:
         print(f"  {reason}")

@@ -75,8 +75,8 @@ class CompileConfig:
             as published.
         fft: the form of the global filters; "auto" chooses by cost on the target.
         calibration_data: a folder of images for int8; None for the photos that gfcompile ships.
-        weight_bits, group_size, keep_float: see `QuantizeConfig`; a quantized checkpoint has them
-            decided.
+        weight_bits, group_size, keep_float, int8_filters: see `QuantizeConfig`; a quantized
+            checkpoint has them decided.
         output: the bundle's folder; None for one named after model, target and precision.
         dump: a folder for the graph after each stage, as ONNX files.
         labels: a text file with one class name per line, copied into the bundle.
@@ -97,6 +97,7 @@ class CompileConfig:
     weight_bits: int = 8
     group_size: int | None = None
     keep_float: tuple[str, ...] = ()
+    int8_filters: tuple[str, ...] = ()
     output: Path | None = None
     dump: Path | None = None
     labels: Path | None = None
@@ -185,9 +186,12 @@ class _Job:
             if self.precision != "int8":
                 raise UserError("--calibration-data is for --int8; add it or leave this out")
             self.calibration_files()
-        default = (config.weight_bits, config.group_size, config.keep_float) == (8, None, ())
+        asked = (config.weight_bits, config.group_size, config.keep_float, config.int8_filters)
+        default = asked == (8, None, (), ())
         if self.precision != "int8" and not default:
-            raise UserError("--weight-bits, --group-size and --keep-float are for --int8")
+            raise UserError(
+                "--weight-bits, --group-size, --keep-float and --int8-filter are for --int8"
+            )
         QuantScheme.with_weight_bits(config.weight_bits, group_size=config.group_size)
         if self.is_quantized:
             if self.precision != "int8":
@@ -195,7 +199,8 @@ class _Job:
             if config.calibration_data is not None or not default:
                 raise UserError(
                     f"{config.checkpoint} is a quantized checkpoint, which has its scales: leave "
-                    "out --calibration-data, --weight-bits, --group-size and --keep-float"
+                    "out --calibration-data, --weight-bits, --group-size, --keep-float and "
+                    "--int8-filter"
                 )
 
     @property
@@ -266,6 +271,7 @@ class _Job:
             "weight_bits": config.weight_bits,
             "group_size": config.group_size,
             "keep_float": config.keep_float,
+            "int8_filters": config.int8_filters,
         }
 
     def calibration_files(self) -> list[Path]:
@@ -362,6 +368,8 @@ class _Job:
                 weight_bits=config.weight_bits,
                 group_size=config.group_size,
                 keep_float=(*loaded.float_layers, *config.keep_float),
+                int8_filters=config.int8_filters,
+                pays=self.takes_circular_form,
             )
 
         dump = _Dump(self.config.dump)
@@ -374,6 +382,11 @@ class _Job:
             progress=self.progress,
             on_stage=dump,
         )
+
+    def takes_circular_form(self, h: int, w: int, c: int) -> bool:
+        """Whether a filter of this grid is computed in the circular form, which int8 is for."""
+        form = self.config.fft
+        return (choose_form(self.target, h, w, c) if form == "auto" else form) == "circular"
 
     def emit(self, loaded: "_Loaded", graph: "Graph", golden: Golden, folder: Path) -> Manifest:
         """Fills the bundle's folder, verifies what was made, and describes it."""

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 from gfcompile.runtime.bundle import MANIFEST_NAME
 from gfcompile.runtime.errors import UserError
+from gfcompile.runtime.placement import Placement
 from gfcompile.runtime.records import from_json, to_json
 
 SCHEMA = "gfcompile-result"
@@ -294,6 +295,7 @@ class ValidationResult:
         peak_memory_mb: resident set of the process that ran the model.
         runtime_memory_mb: of it, what the model's own context and weights take, where known.
         stand_in: what stands in for the device's own runtime; "" where nothing does.
+        placements: which unit runs each operation, where the runtime of a model format says so.
         commands: that were run, as typed in a shell.
         versions: of gfcompile, the runtime and what else took part here.
     """
@@ -315,6 +317,7 @@ class ValidationResult:
     kernels: tuple[KernelTime, ...] = ()
     cautions: tuple[Caution, ...] = ()
     stand_in: str = ""
+    placements: tuple[Placement, ...] = ()
     commands: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 

@@ -14,6 +14,7 @@ from gfcompile.runtime.devices.board import SCRIPT, Board, cautions, read_board
 from gfcompile.runtime.errors import DeviceError, NoVerdictError, UserError
 from gfcompile.runtime.golden import read_golden
 from gfcompile.runtime.images import dequantize
+from gfcompile.runtime.placement import Placement
 from gfcompile.runtime.results import (
     TIMER_WHOLE,
     DeviceReport,
@@ -72,6 +73,7 @@ def validate_format(config: ValidateConfig, manifest: Manifest, say: Say) -> Val
         load_ms = 1e3 * (perf_counter() - start)
         with session:
             result = _numbers(session, config, manifest, date, before, say)
+            result = dataclasses.replace(result, placements=_placements(session, say))
             if session.stand_in:
                 if config.budget.max_latency_ms is not None:
                     raise UserError(f"--max-latency-ms: this bundle is {session.stand_in} here")
@@ -145,6 +147,14 @@ def _numbers(
         numbers=numbers,
         versions=versions(manifest),
     )
+
+
+def _placements(session: Session, say: Say) -> tuple[Placement, ...]:
+    try:
+        return tuple(session.placements())
+    except DeviceError as error:  # systems before macOS 14.4 keep it to themselves
+        say(f"no compute units: {error}")
+        return ()
 
 
 def _with_latency(

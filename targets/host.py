@@ -17,7 +17,9 @@ from gfcompile.targets.target import Cpu, Target
 from gfcompile.targets.x86 import (
     AVX2,
     AVX512,
+    AVX512_AMX,
     AVX512_VNNI,
+    INT8_AMX,
     INT8_PMADDWD,
     INT8_VNNI,
     SSE,
@@ -25,6 +27,7 @@ from gfcompile.targets.x86 import (
 
 # What makes an x86-64 level usable; the levels' other members come with these.
 _AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_AMX = {"avx512_vnni", "amx_tile", "amx_int8"}
 _AVX2 = {"avx2", "fma", "f16c", "bmi2"}
 _SSE = {"sse4_2", "ssse3", "popcnt"}
 
@@ -46,13 +49,17 @@ def host_target() -> Target:
     level = cpu_level(platform.machine(), cpuinfo)
     cores = len(os.sched_getaffinity(0))
     clock_ghz = _clock_ghz(cpuinfo) or level.clock_ghz
-    cpu = dataclasses.replace(
-        level,
-        cores=cores,
-        clock_ghz=clock_ghz,
-        fp32_gflops=level.fp32_gflops / level.clock_ghz * clock_ghz,
-        int8_gops=level.int8_gops / level.clock_ghz * clock_ghz,
-    )
+
+    def here(level: Cpu) -> Cpu:
+        return dataclasses.replace(
+            level,
+            cores=cores,
+            clock_ghz=clock_ghz,
+            fp32_gflops=level.fp32_gflops / level.clock_ghz * clock_ghz,
+            int8_gops=level.int8_gops / level.clock_ghz * clock_ghz,
+        )
+
+    cpu = here(level)
     name = _field(cpuinfo, "model name") or f"{cpu.arch} CPU"
     compute = {
         ("x86_64", "vnni"): INT8_VNNI,
@@ -60,11 +67,14 @@ def host_target() -> Target:
         ("aarch64", "sdot"): INT8_SDOT,
         ("aarch64", None): INT8_SMULL,
     }[cpu.arch, cpu.int8_dot]
+    compute = INT8_AMX if cpu.amx else compute
     times = round(cpu.int8_gops / cpu.fp32_gflops)
     return Target(
         name="host",
         description=f"this machine: {name}, {cores} cores (bandwidth nominal, not measured)",
-        cpu=cpu,
+        # The kernel may refuse AMX's tiles to a process: then it runs without.
+        cpu=here(AVX512_VNNI) if cpu.amx else cpu,
+        levels=(cpu,) if cpu.amx else (),
         bandwidth_gb_s=51.2 if cpu.vector_bytes == 64 else 38.4 if cpu.vector_bytes == 32 else 12.8,
         int8_compute=compute,
         int8_note=f"a quarter of the weights' memory; products at up to {times}x fp32's rate",
@@ -81,7 +91,9 @@ def cpu_level(machine: str, cpuinfo: str) -> Cpu:
     if machine in ("x86_64", "AMD64"):
         flags = set(_field(cpuinfo, "flags").split())
         if flags >= _AVX512 | _AVX2:
-            return AVX512_VNNI if "avx512_vnni" in flags else AVX512
+            if "avx512_vnni" not in flags:
+                return AVX512
+            return AVX512_AMX if flags >= _AMX else AVX512_VNNI
         if flags >= _AVX2:
             return AVX2
         if flags >= _SSE:

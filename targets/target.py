@@ -18,6 +18,7 @@ class Cpu:
         vector_bytes: width of a SIMD register.
         vector_registers: how many of them.
         int8_dot: the instruction that multiplies 4 int8 pairs into an int32, if there is one.
+        amx: whether it multiplies tiles of uint8 with int8 (x86 AMX), once the kernel allows it.
         in_order: whether instructions issue in program order (Cortex-A53).
         glibc: the oldest glibc that the library must load on, unless it is for Android.
         android_api: the oldest API level of Android that the library must load on; None for glibc.
@@ -32,6 +33,7 @@ class Cpu:
     vector_bytes: int
     vector_registers: int
     int8_dot: Literal["vnni", "sdot"] | None
+    amx: bool = False
     in_order: bool = False
     glibc: str = "2.27"
     android_api: int | None = None
@@ -108,12 +110,15 @@ class Target(_Named):
     """A device that gfcompile compiles kernels for, which its own C runtime runs.
 
     Attributes:
-        cpu: the CPU that the library runs on.
+        cpu: the CPU that the library runs on; the least one, where there are `levels`.
+        levels: better CPUs of its kind, from worse to better, that the library has kernels for as
+            well; it takes the best that it finds itself on.
         gpu: the GPU that the kernels run on; None where they run on the CPU.
         bandwidth_gb_s: peak memory bandwidth.
     """
 
     cpu: Cpu
+    levels: tuple[Cpu, ...] = ()
     gpu: Gpu | None = None
     bandwidth_gb_s: float
 

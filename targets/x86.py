@@ -1,4 +1,6 @@
-"""x86-64 by psABI level: SSE4.2, AVX2 with FMA, and AVX-512 with VNNI.
+"""x86-64 by psABI level: SSE4.2, AVX2 with FMA, AVX-512 with VNNI, and AMX.
+
+`x86-64` has kernels for all of them in one library; the others are for one level alone.
 
 A level is an instruction set, not a device, so clock, cores and bandwidth are those of a nominal
 machine of its class; peaks are that clock times what the execution ports retire per cycle (Intel's
@@ -7,9 +9,12 @@ AVX-512 two 16-lane FMAs. int8 without VNNI runs as int16 multiply-add pairs (pm
 exact for any int8 values, where pmaddubsw saturates.
 """
 
+import dataclasses
+
 from gfcompile.targets.target import Cpu, Target, register_target
 
 INT8_PMADDWD = "int8 widened to int16, pairwise multiply-add into int32 (pmaddwd)"
+INT8_AMX = "int8 x int8 -> int32 in tiles of 16 x 16 x 64 (tdpbusd)"
 INT8_VNNI = "int8 x int8 -> int32, four products per lane (vpdpbusd)"
 
 # glibc 2.27, as for the boards: what Ubuntu 18.04 had, and older than every distribution that is
@@ -62,14 +67,23 @@ AVX512_VNNI = Cpu(
     fp32_gflops=3.0 * 64,
     int8_gops=3.0 * 256,
 )
+# The kernel lends the tiles to a process that asks: a library for this CPU asks when it is loaded.
+AVX512_AMX = dataclasses.replace(
+    AVX512_VNNI,
+    features=("+avx512vnni", "+amx-tile", "+amx-int8", "-prefer-256-bit"),
+    amx=True,
+    int8_gops=3.0 * 2048,
+)
 
 X86_64 = register_target(
     Target(
         name="x86-64",
-        description="x86-64-v2: any x86 since 2009, SSE4.2 (nominal 2 GHz, 2 x DDR3-1333)",
+        description="any x86 since 2009, by the best of SSE4.2, AVX2, AVX-512 with VNNI and AMX "
+        "that it finds (nominal 2 GHz, 2 x DDR3-1333)",
         cpu=SSE,
+        levels=(AVX2, AVX512_VNNI, AVX512_AMX),
         bandwidth_gb_s=21.3,
-        int8_compute=INT8_PMADDWD,
+        int8_compute="the best that the CPU has of pmaddwd, vpdpbusd and tdpbusd, all exact",
         int8_note="a quarter of the weights' memory; products at up to twice fp32's rate",
     )
 )

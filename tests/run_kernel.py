@@ -23,10 +23,16 @@ from gfcompile.targets.jetson import CARMEL
 from gfcompile.targets.raspberry_pi import CORTEX_A53, CORTEX_A72, CORTEX_A76
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.kernel import Array, Scheduled
-from gfcompile.targets.x86 import AVX2, AVX512, AVX512_VNNI, SSE
+from gfcompile.targets.x86 import AVX2, AVX512, AVX512_AMX, AVX512_VNNI, SSE
 from tools import need
 
-_X86_LEVELS = {"sse": SSE, "avx2": AVX2, "avx512": AVX512, "avx512_vnni": AVX512_VNNI}
+_X86_LEVELS = {
+    "sse": SSE,
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_vnni": AVX512_VNNI,
+    "avx512_amx": AVX512_AMX,
+}
 _ARM_CORES = {"a53": CORTEX_A53, "a72": CORTEX_A72, "a76": CORTEX_A76, "carmel": CARMEL}
 CPUS: Mapping[str, Cpu] = {**_X86_LEVELS, **_ARM_CORES}
 
@@ -136,7 +142,7 @@ def emulator(cpu: Cpu) -> list[str]:
         (here.mcpu, here.features)
     ):
         return []
-    pytest.skip(f"this machine cannot run code for {cpu.mcpu}")
+    pytest.skip(f"this machine cannot run code for {cpu.mcpu} {' '.join(cpu.features)}".rstrip())
 
 
 @functools.cache

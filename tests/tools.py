@@ -11,6 +11,7 @@ import pytest
 # The Debian package that brings each tool.
 _PACKAGES = {
     "qemu-aarch64": "qemu-user",
+    "qemu-x86_64": "qemu-user",
     "gcc": "gcc",
     "cc": "gcc",
     "readelf": "binutils",

@@ -24,6 +24,7 @@ static const char USAGE[] =
     "  --seconds N       and go on for N seconds at least\n"
     "  --single-stream   as MLPerf has it: 1024 runs and 60 seconds at least; p90 is the result\n"
     "  --warmup N        after N runs (default: until times are stable, 10 seconds at most)\n"
+    "  --level N         of a library for several kinds of CPU: at most the kernels of number N\n"
     "  --kernels-only    leave the copies of input and output out of the time\n"
     "  --threads N       default 1; 0 is one for each CPU\n"
     "  --pin big|LIST    run on the fastest CPUs, or on those listed, such as 0,2-3\n"
@@ -88,7 +89,7 @@ static long number(const char *option, const char *text) {
 }
 
 static options parse(char **argv) {
-    options o = {.runs = -1, .warmup = UNTIL_STABLE, .threads = 1};
+    options o = {.runs = -1, .warmup = UNTIL_STABLE, .threads = 1, .level = -1};
     for (char **arg = argv + 1; *arg; arg++) {
         const char *name = *arg;
         const struct {
@@ -100,7 +101,7 @@ static options parse(char **argv) {
             {"--output", &o.output, NULL},   {"--trace", &o.trace, NULL},
             {"--runs", NULL, &o.runs},       {"--warmup", NULL, &o.warmup},
             {"--threads", NULL, &o.threads}, {"--seconds", NULL, &o.seconds},
-            {"--pin", &o.pin, NULL},
+            {"--level", NULL, &o.level},     {"--pin", &o.pin, NULL},
         };
         bool found = true;
         if (strcmp(name, "--profile") == 0)
@@ -138,6 +139,8 @@ static options parse(char **argv) {
         fputs(USAGE, stderr);
         exit(2);
     }
+    if (o.level >= 0)
+        o.flags |= GFRT_AT_MOST(o.level < GFI_MAX_LEVEL ? (uint32_t)o.level : GFI_MAX_LEVEL);
     if (o.single_stream) {
         o.runs = o.runs > SINGLE_STREAM_RUNS ? o.runs : SINGLE_STREAM_RUNS;
         o.seconds = o.seconds > SINGLE_STREAM_SECONDS ? o.seconds : SINGLE_STREAM_SECONDS;

@@ -11,9 +11,9 @@
 
 /* The functions of gfrt.h, from the bundle's library. */
 #define FUNCTIONS(F)                                                                               \
-    F(last_error) F(version) F(open) F(close) F(device) F(input_count) F(output_count)             \
-    F(input_info) F(output_info) F(normalize_u8) F(context_create) F(context_destroy) F(run)       \
-    F(set_observer) F(profile_enable) F(step_count) F(profile_get)
+    F(last_error) F(version) F(open) F(close) F(device) F(level) F(input_count)                    \
+    F(output_count) F(input_info) F(output_info) F(normalize_u8) F(context_create)                 \
+    F(context_destroy) F(run) F(set_observer) F(profile_enable) F(step_count) F(profile_get)
 
 typedef struct {
 #define MEMBER(name) __typeof__(gfrt_##name) *name;
@@ -28,7 +28,7 @@ extern library rt;
 
 typedef struct {
     const char *bundle, *input, *image, *output, *trace, *pin;
-    long runs, seconds, warmup, threads;
+    long runs, seconds, warmup, threads, level;
     bool single_stream, kernels_only, profile, json;
     uint32_t flags;
 } options;

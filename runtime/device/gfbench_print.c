@@ -52,6 +52,7 @@ void print_json(const options *o, const subject *s, const timing *t, const int *
                 size_t pinned) {
     printf("{\"device\": ");
     print_string(rt.device(s->model));
+    printf(", \"level\": %u", (unsigned)rt.level(s->model));
     printf(", \"runtime\": \"%s\", \"inferences\": %u, \"threads\": %ld, \"pinned\": [",
            rt.version(), s->inferences, o->threads);
     for (size_t i = 0; i < pinned; i++)

@@ -32,6 +32,8 @@ double gfi_now(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
+#define LEVEL_SHIFT 8 /* as in GFRT_AT_MOST */
+
 /* ---- models ---- */
 
 /* The size of weights.bin. */
@@ -128,7 +130,9 @@ static gfrt_status load_model(gfrt_model *model, const char *bundle, uint32_t fl
     model->bundle = strdup(bundle);
     if (!model->bundle)
         return gfi_fail(GFRT_NO_MEMORY, "no memory for a model");
-    gfrt_status status = gfi_plan_read(bundle, &model->plan);
+    uint32_t at_most = flags >> LEVEL_SHIFT;
+    uint32_t level = at_most ? at_most - 1 : GFI_MAX_LEVEL;
+    gfrt_status status = gfi_plan_read(bundle, level, &model->plan);
     if (status == GFRT_OK)
         status = gfi_check_cpu(&model->plan);
     if (status == GFRT_OK)
@@ -164,7 +168,8 @@ gfrt_status gfrt_open(const char *bundle, uint32_t flags, gfrt_model **result) {
     *result = NULL;
     if (!bundle)
         return gfi_fail(GFRT_BAD_ARGUMENT, "gfrt_open: bundle is null");
-    if (flags & ~GFRT_VERIFY)
+    if ((flags & ~(uint32_t)GFRT_VERIFY) > GFRT_AT_MOST(GFI_MAX_LEVEL) ||
+        (flags & (GFRT_AT_MOST(0) - 1) & ~(uint32_t)GFRT_VERIFY))
         return gfi_fail(GFRT_BAD_ARGUMENT, "gfrt_open: unknown flags 0x%x", (unsigned)flags);
     gfrt_model *model = calloc(1, sizeof *model);
     if (!model)
@@ -184,6 +189,8 @@ void gfrt_close(gfrt_model *model) {
 }
 
 const char *gfrt_device(const gfrt_model *model) { return model ? model->name : ""; }
+
+uint32_t gfrt_level(const gfrt_model *model) { return model ? model->plan.level : 0; }
 
 size_t gfrt_input_count(const gfrt_model *model) { return model ? model->plan.header->inputs : 0; }
 

@@ -74,11 +74,18 @@ GFRT_API const char *gfrt_last_error(void);
 
 #define GFRT_VERIFY 1u /* gfrt_open: compare the SHA-256 of the weights, too */
 
-/* Opens the bundle in folder `bundle`. `flags` is 0 or GFRT_VERIFY. */
+/* gfrt_open: of a bundle for several kinds of CPU, take the kernels of level n (0 to 7) at most,
+ * even where this CPU could run better ones. */
+#define GFRT_AT_MOST(n) (((uint32_t)(n) + 1) << 8)
+
+/* Opens the bundle in folder `bundle`. `flags` is 0 or GFRT_VERIFY, GFRT_AT_MOST or both. */
 GFRT_API gfrt_status gfrt_open(const char *bundle, uint32_t flags, gfrt_model **model);
 
 /* Closes the model once its last context is destroyed. Null is allowed. */
 GFRT_API void gfrt_close(gfrt_model *model);
+
+/* Which kernels it took: 0 are those for the least CPU that the bundle runs on. */
+GFRT_API uint32_t gfrt_level(const gfrt_model *model);
 
 /* "cpu", or "cuda: " and the GPU's name. */
 GFRT_API const char *gfrt_device(const gfrt_model *model);

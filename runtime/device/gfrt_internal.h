@@ -141,9 +141,12 @@ typedef struct {
     const gfi_io *outputs;
     const gfi_grouped *grouped;
     const char *strings;
+    uint32_t level; /* which of the bundle's plans it is */
 } gfi_plan;
 
-gfrt_status gfi_plan_read(const char *bundle, gfi_plan *plan);
+/* The best plan of the bundle that this CPU can run, at most number `level`: plan.bin, which is for
+ * the least CPU, or one of plan-1.bin, plan-2.bin, ... */
+gfrt_status gfi_plan_read(const char *bundle, uint32_t level, gfi_plan *plan);
 void gfi_plan_free(gfi_plan *plan);
 size_t gfi_tensor_bytes(const gfi_tensor *tensor);
 
@@ -154,6 +157,8 @@ gfrt_status gfi_read_file(const char *bundle, const char *name, size_t limit, vo
 
 /* Whether this CPU can run the plan's kernels; GFRT_UNSUPPORTED names what it lacks. */
 gfrt_status gfi_check_cpu(const gfi_plan *plan); /* gfrt_features.c */
+
+#define GFI_MAX_LEVEL 7
 
 /* ---- kernels ----
  * A kernel that TVM compiled asks the thread that it runs on for parallel launches and scratch.

@@ -240,15 +240,55 @@ static gfrt_status check_plan(gfi_plan *plan, size_t size) {
     return status;
 }
 
-gfrt_status gfi_plan_read(const char *bundle, gfi_plan *plan) {
+static gfrt_status read_plan(const char *bundle, const char *name, gfi_plan *plan) {
     size_t size = 0;
     memset(plan, 0, sizeof *plan);
-    gfrt_status status = gfi_read_file(bundle, "plan.bin", PLAN_LIMIT, &plan->data, &size);
+    gfrt_status status = gfi_read_file(bundle, name, PLAN_LIMIT, &plan->data, &size);
     if (status)
         return status;
     plan->header = plan->data;
     status = check_plan(plan, size);
+    if (status == GFRT_DAMAGED) /* whose message says plan.bin */
+        gfi_fail(status, "%s%s", name, gfrt_last_error() + strlen("plan.bin"));
     if (status)
+        gfi_plan_free(plan);
+    return status;
+}
+
+/* Whether both plans are of one bundle: the same library, weights, inputs and outputs. */
+static bool belong_together(const gfi_plan *a, const gfi_plan *b) {
+    return a->header->arch == b->header->arch && a->header->device == b->header->device &&
+           strcmp(a->header->library_id, b->header->library_id) == 0 &&
+           a->header->weights_bytes == b->header->weights_bytes &&
+           a->header->packed_bytes == b->header->packed_bytes &&
+           memcmp(a->header->weights_hash, b->header->weights_hash, GFI_HASH_BYTES) == 0 &&
+           a->header->inputs == b->header->inputs && a->header->outputs == b->header->outputs;
+}
+
+gfrt_status gfi_plan_read(const char *bundle, uint32_t level, gfi_plan *plan) {
+    gfrt_status status = read_plan(bundle, "plan.bin", plan);
+    for (uint32_t i = 1; i <= level && i <= GFI_MAX_LEVEL && status == GFRT_OK; i++) {
+        char name[16];
+        gfi_plan better;
+        snprintf(name, sizeof name, "plan-%u.bin", (unsigned)i);
+        status = read_plan(bundle, name, &better);
+        if (status == GFRT_NOT_FOUND)
+            return GFRT_OK; /* there are no more */
+        if (status != GFRT_OK)
+            break;
+        if (!belong_together(plan, &better)) {
+            status = gfi_fail(GFRT_DAMAGED, "plan.bin and %s do not belong together: copy the "
+                                            "bundle again", name);
+            gfi_plan_free(&better);
+        } else if (gfi_check_cpu(&better) != GFRT_OK) {
+            gfi_plan_free(&better); /* a better CPU's: a level above may still be this one's */
+        } else {
+            gfi_plan_free(plan);
+            *plan = better;
+            plan->level = i;
+        }
+    }
+    if (status != GFRT_OK)
         gfi_plan_free(plan);
     return status;
 }

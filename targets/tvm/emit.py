@@ -11,13 +11,14 @@ from typing import Any, cast
 
 import numpy as np
 import tvm
+import tvm_ffi
 
 import gfcompile.runtime.device as runtime_device
 from gfcompile.quantize.int4 import fits_int4, pack_int4
 from gfcompile.runtime.bench import BENCH_NAME
 from gfcompile.runtime.errors import CompileError
 from gfcompile.runtime.roofline import KernelCost, estimate
-from gfcompile.targets.target import Cpu, Target, peaks
+from gfcompile.targets.target import Cpu, Gpu, Target, peaks
 from gfcompile.targets.tvm import cuda, link
 from gfcompile.targets.tvm.cost import costs
 from gfcompile.targets.tvm.grouped import GroupedRows, find_rows
@@ -63,6 +64,7 @@ class Artifact:
 
     Attributes:
         plan: as serialized in plan.bin.
+        better_plans: those of the target's levels that gain by it, in plan-1.bin, plan-2.bin, ...
         arena: how activations share memory.
         kernels: one record per compiled function, for the manifest.
         cuda_source: what NVRTC compiled, for a stand-in driver; "" on a CPU.
@@ -72,6 +74,7 @@ class Artifact:
     arena: Arena
     kernels: tuple[Mapping[str, Any], ...]
     cuda_source: str = ""
+    better_plans: tuple[Plan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class _Function:
 
 
 @dataclass
-class _Weights:
+class _Part:
     """A part of weights.bin as it grows: aligned, equal arrays once."""
 
     data: bytearray = field(default_factory=bytearray)
@@ -99,6 +102,39 @@ class _Weights:
             self.offsets[key] = len(self.data)
             self.data.extend(raw)
         return self.offsets[key]
+
+
+@dataclass
+class _Weights:
+    """weights.bin as it grows, for every level of a target together.
+
+    Attributes:
+        whole: what is stored as it is.
+        packed: what comes after it, in four bits each.
+    """
+
+    whole: _Part = field(default_factory=_Part)
+    packed: _Part = field(default_factory=_Part)
+
+    @property
+    def plain_bytes(self) -> int:
+        """The size of the weights that are stored as they are."""
+        return align(len(self.whole.data)) if self.packed.data else len(self.whole.data)
+
+    def stored(self) -> bytes:
+        """What weights.bin holds."""
+        plain = bytes(self.whole.data).ljust(self.plain_bytes, b"\0")
+        return plain + pack_int4(np.frombuffer(self.packed.data, np.int8)).tobytes()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Level:
+    """The kernels for one CPU or GPU."""
+
+    device: Cpu | Gpu
+    storage: ActStorage
+    scheduled: Mapping[Kernel, Scheduled]
+    functions: Mapping[Kernel, Sequence[_Function]]
 
 
 def emit(
@@ -122,24 +158,26 @@ def emit(
     Raises:
         CompileError: a kernel that cannot be compiled for the target.
     """
-    storage = act_storage(target)
-    scheduled = {call.kernel: schedule(call.kernel, target, storage) for call in program.calls}
-    functions = _functions(scheduled)
+    levels = _levels(program, target)
+    base = levels[0]
     module = None
+    objects = []
     if target.gpu is None:
-        objects = [_compile_cpu(functions, target.cpu, folder / "kernels.o")]
+        for i, level in enumerate(levels):
+            assert isinstance(level.device, Cpu)
+            objects.append(_compile_cpu(level.functions, level.device, folder / f"kernels{i}.o"))
     else:
         module = cuda.compile_cuda(
-            {f.name: f.func for steps in functions.values() for f in steps}, target.gpu
+            {f.name: f.func for steps in base.functions.values() for f in steps}, target.gpu
         )
-        objects = []
         (folder / "kernels.ptx").write_bytes(module.ptx)
         (folder / "kernels.cubin").write_bytes(module.cubin)
-    builder = _PlanBuilder(program, scheduled, functions, storage, module, group_size)
-    steps, tensors, arena = builder.build()
-    weights = builder.stored_weights()
-    (folder / "weights.bin").write_bytes(weights)
-    used = list(dict.fromkeys(step.kernel for step in steps))
+    weights = _Weights()
+    builders = [_PlanBuilder(program, level, module, weights, group_size) for level in levels]
+    built = [builder.build() for builder in builders]
+    stored = weights.stored()
+    (folder / "weights.bin").write_bytes(stored)
+    used = list(dict.fromkeys(step.kernel for steps, _ in built for step in steps))
     library_id = _library_id(objects, used)
     link.link_library(
         objects,
@@ -155,37 +193,85 @@ def emit(
         link.link_static_bench(
             objects, used, target.cpu, folder / BENCH_NAME, library_id=library_id
         )
-    for built in objects:
-        built.unlink()
+    for compiled in objects:
+        compiled.unlink()
     for name in ("gfrt.h", "gfrt.py"):  # all that a device needs to use the library
         shutil.copy(Path(runtime_device.__file__).parent / name, folder)
-    plan = Plan(
-        device="cpu" if target.gpu is None else "cuda",
-        arch=target.cpu.arch,
-        library=library,
-        library_id=library_id,
-        cpu_features=link.cpu_features(target.cpu) if target.gpu is None else (),
-        compute_capability=target.gpu.compute_capability if target.gpu else (0, 0),
-        tensors=tensors,
-        steps=steps,
-        inputs=tuple(
-            PlanIO(name=name, tensor=builder.index_of[name], mean=mean, std=std)
-            for name in program.inputs
-        ),
-        outputs=tuple(PlanIO(name=name, tensor=builder.index_of[name]) for name in program.outputs),
-        arena_bytes=arena.size_bytes,
-        workspace_bytes=_workspace_bytes(functions),
-        weights_bytes=builder.plain_bytes + len(builder.packed.data),
-        packed_bytes=len(builder.packed.data),
-        grouped=builder.grouped(),
-        weights_sha256=hashlib.sha256(weights).hexdigest(),
-    )
-    (folder / "plan.bin").write_bytes(serialize(plan))
+    plans = []
+    for level, builder, (steps, arena) in zip(levels, builders, built, strict=True):
+        cpu = level.device if isinstance(level.device, Cpu) else None
+        plan = Plan(
+            device="cpu" if cpu else "cuda",
+            arch=target.cpu.arch,
+            library=library,
+            library_id=library_id,
+            cpu_features=link.cpu_features(cpu) if cpu else (),
+            compute_capability=target.gpu.compute_capability if target.gpu else (0, 0),
+            tensors=builder.tensors(),
+            steps=steps,
+            inputs=tuple(
+                PlanIO(name=name, tensor=builder.index_of[name], mean=mean, std=std)
+                for name in program.inputs
+            ),
+            outputs=tuple(
+                PlanIO(name=name, tensor=builder.index_of[name]) for name in program.outputs
+            ),
+            arena_bytes=arena.size_bytes,
+            workspace_bytes=_workspace_bytes(level.functions),
+            weights_bytes=weights.plain_bytes + len(weights.packed.data),
+            packed_bytes=len(weights.packed.data),
+            grouped=builder.grouped(),
+            weights_sha256=hashlib.sha256(stored).hexdigest(),
+        )
+        plans.append(plan)
+        (folder / _plan_name(len(plans) - 1)).write_bytes(serialize(plan))
     return Artifact(
-        plan=plan,
-        arena=arena,
-        kernels=_kernel_records(program, scheduled, functions, module, target),
+        plan=plans[0],
+        arena=built[0][1],
+        kernels=tuple(
+            record for level in levels for record in _kernel_records(program, level, module, target)
+        ),
         cuda_source="" if module is None else module.source,
+        better_plans=tuple(plans[1:]),
+    )
+
+
+def _plan_name(level: int) -> str:
+    """The file of a level's plan; 0 is the least one."""
+    return f"plan-{level}.bin" if level else "plan.bin"
+
+
+def _levels(program: Program, target: Target) -> list[_Level]:
+    """The kernels for the target's least CPU, or for its GPU, and for each level above it.
+
+    A level is left out where its extra instructions serve nothing: same functions, same vectors.
+    """
+    levels: list[_Level] = []
+    for device in (target.gpu or target.cpu, *target.levels):
+        storage = act_storage(device)
+        kernels = dict.fromkeys(call.kernel for call in program.calls)
+        scheduled = {kernel: schedule(kernel, device, storage) for kernel in kernels}
+        suffix = f"_level{len(levels)}" if levels else ""
+        functions = _functions(scheduled, suffix)
+        if levels and _gains_nothing(levels[-1], device, scheduled):
+            continue
+        levels.append(
+            _Level(device=device, storage=storage, scheduled=scheduled, functions=functions)
+        )
+    return levels
+
+
+def _gains_nothing(below: _Level, device: Cpu | Gpu, scheduled: Mapping[Kernel, Scheduled]) -> bool:
+    """Whether kernels scheduled for `device` are those of the level below it."""
+    if getattr(below.device, "mcpu", None) != getattr(device, "mcpu", None):
+        return False
+    return all(
+        len(plan.steps) == len(below.scheduled[kernel].steps)
+        and all(
+            tvm_ffi.structural_equal(step.func, other.func)
+            for step, other in zip(plan.steps, below.scheduled[kernel].steps, strict=True)
+        )
+        for kernel, plan in scheduled.items()
     )
 
 
@@ -216,7 +302,9 @@ def kernel_name(kernel: Kernel) -> str:
         case DftFilter() | CircularFilter():
             form = "dft" if isinstance(kernel, DftFilter) else "circular"
             shape = f"{kernel.batch}x{kernel.h}x{kernel.w}x{kernel.c}"
-            return f"{form}_filter_{shape}_{_short(kernel.k_dtype)}"
+            stored = getattr(kernel, "x", "float32")
+            stored = kernel.k_dtype if stored == "float32" else stored
+            return f"{form}_filter_{shape}_{_short(stored)}"
         case Patchify():
             grid = f"{kernel.batch}x{kernel.grid_h}x{kernel.grid_w}"
             patch = f"{kernel.channels}x{kernel.patch_h}x{kernel.patch_w}"
@@ -248,10 +336,12 @@ def _short(dtype: str) -> str:
     return {"float32": "f32", "float16": "f16", "int8": "i8"}[dtype]
 
 
-def _functions(scheduled: Mapping[Kernel, Scheduled]) -> dict[Kernel, tuple[_Function, ...]]:
+def _functions(
+    scheduled: Mapping[Kernel, Scheduled], suffix: str
+) -> dict[Kernel, tuple[_Function, ...]]:
     functions = {}
     for kernel, plan in scheduled.items():
-        name = kernel_name(kernel)
+        name = kernel_name(kernel) + suffix
         names = [name] if len(plan.steps) == 1 else [f"{name}_{i}" for i in range(len(plan.steps))]
         functions[kernel] = tuple(
             _Function(n, step.func.with_attr("global_symbol", n), step.args)
@@ -310,18 +400,17 @@ def _workspace_bytes(functions: Mapping[Kernel, Sequence[_Function]]) -> int:
 
 
 def _kernel_records(
-    program: Program,
-    scheduled: Mapping[Kernel, Scheduled],
-    functions: Mapping[Kernel, Sequence[_Function]],
-    module: cuda.CudaModule | None,
-    target: Target,
+    program: Program, level: _Level, module: cuda.CudaModule | None, target: Target
 ) -> tuple[Mapping[str, Any], ...]:
     uses: dict[Kernel, int] = {}
     for call in program.calls:
         uses[call.kernel] = uses.get(call.kernel, 0) + 1
     records = []
-    for kernel, steps in functions.items():
-        for function, cost in zip(steps, costs(kernel, scheduled[kernel], target), strict=True):
+    if isinstance(level.device, Cpu):
+        target = dataclasses.replace(target, cpu=level.device, levels=())
+    for kernel, steps in level.functions.items():
+        scheduled = level.scheduled[kernel]
+        for function, cost in zip(steps, costs(kernel, scheduled, target), strict=True):
             issued_us = round(issue_us(count_instructions(function.func, target), target), 4)
             known = KernelCost(**dataclasses.asdict(cost), issue_us=issued_us)
             record = {
@@ -343,19 +432,17 @@ class _PlanBuilder:
     def __init__(
         self,
         program: Program,
-        scheduled: Mapping[Kernel, Scheduled],
-        functions: Mapping[Kernel, Sequence[_Function]],
-        storage: ActStorage,
+        level: _Level,
         module: cuda.CudaModule | None,
+        weights: _Weights,
         group_size: int | None,
     ) -> None:
         self.program = program
-        self.scheduled = scheduled
-        self.functions = functions
-        self.storage = storage
+        self.scheduled = level.scheduled
+        self.functions = level.functions
+        self.storage = level.storage
         self.module = module
-        self.weights = _Weights()
-        self.packed = _Weights()  # what weights.bin holds in four bits each
+        self.weights = weights
         self.group_size = group_size
         self._packed_tensors: set[int] = set()
         self._grouped: dict[int, PlanGrouped] = {}  # by offset in `packed`
@@ -364,7 +451,7 @@ class _PlanBuilder:
         self._tensors: list[PlanTensor] = []
         self._offsets: Mapping[str, int] = {}
 
-    def build(self) -> tuple[tuple[PlanStep, ...], tuple[PlanTensor, ...], Arena]:
+    def build(self) -> tuple[tuple[PlanStep, ...], Arena]:
         arena = plan_arena(self._lifetimes())
         self._offsets = arena.offsets
         for name in self.program.inputs:
@@ -372,25 +459,20 @@ class _PlanBuilder:
         steps = [step for i, call in enumerate(self.program.calls) for step in self._steps(i, call)]
         for name in self.program.outputs:
             assert name in self.index_of, f"nothing writes the output {name}"
+        return tuple(steps), arena
+
+    def tensors(self) -> tuple[PlanTensor, ...]:
+        """The plan's tensors, once the weights of every level are known."""
+        placed = list(self._tensors)
         for index in self._packed_tensors:  # they come after the others
-            offset = self.plain_bytes + self._tensors[index].offset
-            self._tensors[index] = dataclasses.replace(self._tensors[index], offset=offset)
-        return tuple(steps), tuple(self._tensors), arena
-
-    @property
-    def plain_bytes(self) -> int:
-        """The size of the weights that are stored as they are."""
-        return align(len(self.weights.data)) if self.packed.data else len(self.weights.data)
-
-    def stored_weights(self) -> bytes:
-        """What weights.bin holds."""
-        plain = bytes(self.weights.data).ljust(self.plain_bytes, b"\0")
-        return plain + pack_int4(np.frombuffer(self.packed.data, np.int8)).tobytes()
+            offset = self.weights.plain_bytes + placed[index].offset
+            placed[index] = dataclasses.replace(placed[index], offset=offset)
+        return tuple(placed)
 
     def grouped(self) -> tuple[PlanGrouped, ...]:
         """The packed weights that have factors, once everything has its place."""
         return tuple(
-            dataclasses.replace(grouped, offset=self.plain_bytes + offset)
+            dataclasses.replace(grouped, offset=self.weights.plain_bytes + offset)
             for offset, grouped in self._grouped.items()
         )
 
@@ -502,18 +584,18 @@ class _PlanBuilder:
             return self._constant(array, shape)
         values = np.ascontiguousarray(array).view(np.int8).reshape(-1)
         if fits_int4(values):
-            return self._packed(array, shape, self.packed.add(array))
+            return self._packed(array, shape, self.weights.packed.add(array))
         rows = self._grouped_rows(kernel)
         split = None if rows is None else rows.split(values)
         if rows is None or split is None:
             return self._constant(array, shape)
         codes, factors = split
         # Equal codes with other factors become other weights.
-        offset = self.packed.add(codes, belongs_to=factors.tobytes())
+        offset = self.weights.packed.add(codes, belongs_to=factors.tobytes())
         self._grouped[offset] = PlanGrouped(
             offset=0,  # known once all is placed
             size_bytes=len(codes),
-            factors=self.weights.add(factors),
+            factors=self.weights.whole.add(factors),
             **dataclasses.asdict(rows),
         )
         return self._packed(array, shape, offset)
@@ -538,7 +620,7 @@ class _PlanBuilder:
         return index
 
     def _constant(self, array: Array, shape: tuple[int, ...]) -> int:
-        offset = self.weights.add(array)
+        offset = self.weights.whole.add(array)
         return self._place(f"{array.dtype}@{offset}", str(array.dtype), shape, "weights", offset)
 
     def _place(

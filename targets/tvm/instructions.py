@@ -18,6 +18,7 @@ from tvm import tirx
 from tvm.ir import expr as ir_expr
 from tvm.ir.prim import expr as prim
 from tvm.s_tir import SBlockRealize
+from tvm.target import codegen
 
 from gfcompile.targets.target import Cpu, Gpu, Target
 
@@ -87,6 +88,11 @@ def _gpu_us(counts: Mapping[str, float], blocks: int, gpu: Gpu) -> float:
     # Blocks are dealt out whole: with 7 of them, one of 2 multiprocessors gets 4.
     uneven = math.ceil(blocks / gpu.sms) * gpu.sms / blocks
     return cycles * uneven / gpu.clock_ghz * 1e-3
+
+
+# A tile of AMX has 16 rows of 64 bytes: 16 loads, or 16 x 16 sums of 64 products.
+_TILE_ROWS = 16
+_TILE_OPERATIONS = 2 * _TILE_ROWS * 16 * 64
 
 
 class _Counter:
@@ -166,6 +172,9 @@ class _Counter:
                 self.add("convert", node.ty, times, lanes)
             case ir_expr.TensorLoad():
                 self.memory("load", node.source, node.ty, times, lanes)
+            case ir_expr.Call() if not str(getattr(node.ty, "dtype", "")):  # it returns nothing
+                self.tile(node, times)
+                return
             case ir_expr.Call():
                 self.call(node, times, lanes)
         for child in children:
@@ -182,6 +191,20 @@ class _Counter:
             self.counts["special"] += times * lanes * _lanes_and_bytes(node.ty)[0]
             return
         self.add("special" if name in _ROOTS else "arithmetic", node.ty, times, lanes)
+
+    def tile(self, node: Any, times: float) -> None:
+        """An instruction on whole tiles of AMX; smaller ones count as full ones."""
+        known = {
+            codegen.llvm_lookup_intrinsic_id(f"llvm.x86.{name}"): name
+            for name in ("tdpbusd", "tileloadd64", "tilestored64")
+        }
+        match known.get(self.number(node.args[0])):
+            case "tdpbusd":
+                self.counts["product"] += times * _TILE_OPERATIONS
+            case "tileloadd64":
+                self.counts["load"] += times * _TILE_ROWS
+            case "tilestored64":
+                self.counts["store"] += times * _TILE_ROWS
 
     def memory(self, kind: Kind, buffer: Any, ty: Any, times: float, lanes: int) -> None:
         if buffer not in self.parameters and self.in_registers(buffer):

@@ -1,8 +1,9 @@
 """Kernels and the C runtime become one shared library for a device's own libc.
 
 Zig's C compiler brings headers and stub libraries of every glibc for every architecture, so
-nothing but a pip package is needed. It keeps its own cache of compiled objects: the runtime is
-compiled once per architecture, a further link takes some 20 ms.
+nothing but a pip package is needed; for Android, whose libc it has not, see `bionic`. It keeps its
+own cache of compiled objects: the runtime is compiled once per architecture, a further link takes
+some 20 ms.
 """
 
 import re
@@ -42,8 +43,7 @@ _LINK_FLAGS = (
     "-Wl,--gc-sections",
 )
 
-# What our kernels may make LLVM use, by LLVM's name and by Linux's. AMX is not here: LLVM does not
-# use it by itself, and a kernel that does says so in its own plan.
+# What our kernels may make LLVM use, by LLVM's name and by Linux's.
 LINUX_FEATURES = {
     "x86_64": {
         "ssse3": "ssse3",
@@ -73,6 +73,8 @@ LINUX_FEATURES = {
         "avx512vpopcntdq": "avx512_vpopcntdq",
         "avx512bf16": "avx512_bf16",
         "avx512fp16": "avx512_fp16",
+        "amx-tile": "amx_tile",
+        "amx-int8": "amx_int8",
     },
     "aarch64": {
         "neon": "asimd",

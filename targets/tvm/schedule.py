@@ -1,9 +1,8 @@
 """Schedules: for each kernel class, how it is computed on CPUs and on CUDA GPUs."""
 
 from collections.abc import Callable
-from typing import Any
 
-from gfcompile.targets.target import Target
+from gfcompile.targets.target import Cpu, Gpu
 from gfcompile.targets.tvm.kernel import (
     ActStorage,
     Attention,
@@ -25,6 +24,7 @@ from gfcompile.targets.tvm.kernel import (
     TokenMean,
 )
 from gfcompile.targets.tvm.schedules import (
+    cpu_amx,
     cpu_attention,
     cpu_conv,
     cpu_dense,
@@ -44,9 +44,16 @@ from gfcompile.targets.tvm.schedules import (
 )
 from gfcompile.targets.tvm.schedules.generic import schedule_generic_cpu, schedule_generic_gpu
 
+
+def _dense_cpu(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
+    if cpu.amx and cpu_amx.takes(kernel):
+        return cpu_amx.schedule_dense(kernel, cpu, storage)
+    return cpu_dense.schedule_dense(kernel, cpu, storage)
+
+
 # Kernel class -> its schedule on a CPU, its schedule on a GPU.
 _SCHEDULES: dict[type, tuple[Callable[..., Scheduled], Callable[..., Scheduled]]] = {
-    Dense: (cpu_dense.schedule_dense, gpu_dense.schedule_dense),
+    Dense: (_dense_cpu, gpu_dense.schedule_dense),
     Conv: (cpu_conv.schedule_conv, gpu_conv.schedule_conv),
     LayerNorm: (cpu_norm.schedule_layer_norm, gpu_norm.schedule_layer_norm),
     DftFilter: (cpu_filter.schedule_dft_filter, gpu_filter.schedule_dft_filter),
@@ -66,15 +73,16 @@ _SCHEDULES: dict[type, tuple[Callable[..., Scheduled], Callable[..., Scheduled]]
 }
 
 
-def act_storage(target: Target) -> ActStorage:
-    """How int8 activations lie in memory on `target`."""
-    return ActStorage() if target.gpu else cpu_dense.act_storage(target.cpu)
+def act_storage(device: Cpu | Gpu) -> ActStorage:
+    """How int8 activations lie in memory on `device`."""
+    return ActStorage() if isinstance(device, Gpu) else cpu_dense.act_storage(device)
 
 
-def schedule(kernel: Kernel, target: Target, storage: ActStorage) -> Scheduled:
-    """The functions that compute `kernel` on `target`."""
-    device: Any = target.gpu or target.cpu
+def schedule(kernel: Kernel, device: Cpu | Gpu, storage: ActStorage) -> Scheduled:
+    """The functions that compute `kernel` on `device`."""
     if isinstance(kernel, Generic):
-        return (schedule_generic_gpu if target.gpu else schedule_generic_cpu)(kernel, device)
+        if isinstance(device, Gpu):
+            return schedule_generic_gpu(kernel, device)
+        return schedule_generic_cpu(kernel, device)
     on_cpu, on_gpu = _SCHEDULES[type(kernel)]
-    return (on_gpu if target.gpu else on_cpu)(kernel, device, storage)
+    return (on_gpu if isinstance(device, Gpu) else on_cpu)(kernel, device, storage)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from android_host import build_android_host
-from toy_bundle import RUNTIME, Toy, build_toy, toy_images, toy_object, toy_reference
+from toy_bundle import KERNELS, RUNTIME, Toy, build_toy, toy_images, toy_object, toy_reference
 
 from gfcompile.runtime import load
 from gfcompile.runtime.errors import CompileError
@@ -104,6 +104,13 @@ def test_the_runner_needs_no_loader(android_toy: Toy) -> None:
     segments = "\n".join(readelf(android_toy.folder / "gfbench", "--segments"))
     assert "INTERP" not in segments
     assert "DYNAMIC" not in segments
+
+
+def test_the_same_library_comes_out_each_time(android_toy: Toy, tmp_path: Path) -> None:
+    again = tmp_path / "libtoy.so"
+    kernels = android_toy.folder.parent / "toy-aarch64.o"
+    link_library([kernels], KERNELS[::-1], ARMV8, again, library_id=android_toy.plan.library_id)
+    assert again.read_bytes() == android_toy.library.read_bytes()
 
 
 def test_a_function_beyond_android_is_named(tmp_path: Path) -> None:

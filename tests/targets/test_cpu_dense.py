@@ -14,7 +14,8 @@ from run_kernel import CPUS, compile_object, host_cpu, poison, run_kernel, tvm_t
 
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.kernel import Array, Dense, quant_args
-from gfcompile.targets.tvm.schedules.cpu_dense import act_storage, choose_tile, schedule_dense
+from gfcompile.targets.tvm.schedule import schedule
+from gfcompile.targets.tvm.schedules.cpu_dense import act_storage, choose_tile
 from gfcompile.targets.tvm.schedules.cpu_dot import Tile, product_of
 
 EPS = float(np.finfo(np.float32).eps) / 2  # what one float32 operation rounds by, relatively
@@ -82,7 +83,7 @@ def problem(kernel: Dense, cpu: Cpu, *, extreme: bool = False) -> Problem:
 def check(kernel: Dense, cpu: Cpu, *, threads: int = 1, extreme: bool = False) -> Array:
     """Runs the kernel, holds the result against the reference and returns it."""
     given_problem = problem(kernel, cpu, extreme=extreme)
-    scheduled = schedule_dense(kernel, cpu, act_storage(cpu))
+    scheduled = schedule(kernel, cpu, act_storage(cpu))
     after = run_kernel(scheduled, given_problem.args, cpu, threads=threads)
     y, value, bound = after["y"], given_problem.value, given_problem.bound
     if kernel.out == "float32":
@@ -116,6 +117,12 @@ def kernels() -> list[Dense]:
         Dense(m=13, n=97, k=33, x="int8", gelu=True, residual_rows=1, out="int8"),
         Dense(m=49, n=64, k=12, x="int8", out="int8"),
         Dense(m=28, n=48, k=32, x="int8", gelu=True, out="int8"),
+        # What AMX takes: one tile of rows, an odd number of vectors, columns and rows that overlap,
+        # tiles of 40 k, groups of columns.
+        Dense(m=9, n=16, k=64, x="int8"),
+        Dense(m=37, n=100, k=80, x="int8", gelu=True, out="int8"),
+        Dense(m=197, n=176, k=64, x="int8", residual_rows=197),
+        Dense(m=17, n=144, k=40, x="int8", out="int8", out_groups=3),
         Dense(m=9, n=24, k=32, gelu=True, residual_rows=1, residual_first=True),
     ]
 
@@ -137,7 +144,7 @@ def test_every_epilogue(x: str, out: str, gelu: bool, residual_rows: int) -> Non
 
 @pytest.mark.parametrize("x", ["float32", "int8"])
 @pytest.mark.parametrize("n", [3, 24, 90, 288, 576])
-@pytest.mark.parametrize("cpu", ["avx512_vnni", "avx2", "a72", "a76"])
+@pytest.mark.parametrize("cpu", ["avx512_amx", "avx512_vnni", "avx2", "a72", "a76"])
 def test_groups_of_columns_have_scales_of_their_own(cpu: str, n: int, x: str) -> None:
     """Groups of 1 to 192 columns: narrower than a vector, broken panels, whole ones."""
     kernel = Dense(m=9, n=n, k=20, out="int8", out_groups=3)
@@ -218,7 +225,7 @@ def test_compiled_kernels_are_vectors_and_small(cpu: str, x: str, tmp_path: Path
     import tvm
 
     kernel = Dense(m=196, n=1536, k=384, x=x, gelu=True, residual_rows=196, out="int8")  # type: ignore[arg-type]
-    scheduled = schedule_dense(kernel, CPUS[cpu], act_storage(CPUS[cpu]))
+    scheduled = schedule(kernel, CPUS[cpu], act_storage(CPUS[cpu]))
     func = scheduled.steps[-1].func.with_attr("global_symbol", "main")
     module = tvm.compile(tvm.IRModule({"main": func}), tvm_target(CPUS[cpu])).mod
     assembly = module.inspect_source("asm")
@@ -239,4 +246,26 @@ def loaded_bytes(path: Path) -> int:
 
 
 def test_only_vnni_stores_activations_unsigned() -> None:
-    assert {name for name in CPUS if act_storage(CPUS[name]).offset} == {"avx512_vnni"}
+    assert {name for name in CPUS if act_storage(CPUS[name]).offset} == {
+        "avx512_vnni",
+        "avx512_amx",
+    }
+
+
+def test_amx_kernels_are_made_of_tiles() -> None:
+    """Seen in the code, since few machines could run it."""
+    import tvm
+
+    cpu = CPUS["avx512_amx"]
+    kernel = Dense(m=197, n=384, k=1536, x="int8", out="int8")
+    (step,) = schedule(kernel, cpu, act_storage(cpu)).steps
+    module = tvm.IRModule({"main": step.func.with_attr("global_symbol", "main")})
+    assembly = tvm.compile(module, tvm_target(cpu)).mod.inspect_source("asm")
+    products, loads = (
+        len(re.findall(rf"\b{name}\b", assembly)) for name in ("tdpbusd", "tileloadd")
+    )
+    assert products == loads > 0, "two and two tiles make four products"
+    for once in ("ldtilecfg", "tilerelease"):
+        assert len(re.findall(rf"\b{once}\b", assembly)) == 1
+    head = Dense(m=1, n=1000, k=384, x="int8")
+    assert "config" not in schedule(head, cpu, act_storage(cpu)).consts, "a row fills no tile"

@@ -25,6 +25,7 @@ SKYLAKE_X = (
     "flags\t: sse4_2 ssse3 popcnt avx2 fma f16c bmi2 avx512f avx512bw avx512cd avx512dq avx512vl"
 )
 ICE_LAKE = SKYLAKE_X + " avx512_vnni"
+SAPPHIRE_RAPIDS = ICE_LAKE + " amx_bf16 amx_tile amx_int8"
 HASWELL = "flags\t: sse4_2 ssse3 popcnt avx2 fma f16c bmi2"
 NEHALEM = "flags\t: sse4_2 ssse3 popcnt"
 PI_5 = "CPU part\t: 0xd0b\nFeatures\t: fp asimd fphp asimdhp asimddp"
@@ -116,6 +117,7 @@ def test_qemu_knows_every_stand_in() -> None:
 @pytest.mark.parametrize(
     ("machine", "cpuinfo", "mcpu", "int8_dot"),
     [
+        ("x86_64", SAPPHIRE_RAPIDS, "x86-64-v4", "vnni"),
         ("x86_64", ICE_LAKE, "x86-64-v4", "vnni"),
         ("x86_64", SKYLAKE_X, "x86-64-v4", None),
         ("x86_64", HASWELL, "x86-64-v3", None),
@@ -130,6 +132,7 @@ def test_host_is_recognised_by_its_flags(
 ) -> None:
     cpu = cpu_level(machine, cpuinfo)
     assert (cpu.mcpu, cpu.int8_dot) == (mcpu, int8_dot)
+    assert cpu.amx == ("amx_int8" in cpuinfo)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,13 @@
 Nothing is padded but weights: where rows or columns do not divide by the tile, the last tile
 overlaps the one before it and computes the same numbers again. Two tasks may so write the same
 bytes to the same place; results do not depend on how tasks are split.
+
+Weights lie in blocks of columns. On ARM a block is a tile; on x86 it is 16 columns for every
+instruction set, from SSE to AMX, so that a library for all of them has its weights once.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -27,7 +31,6 @@ from gfcompile.targets.tvm.schedules.cpu_dot import (
     Buffer,
     Product,
     Tile,
-    WideningNeon,
     act_storage,
     product_of,
 )
@@ -56,6 +59,8 @@ _LATENCY = 4
 _TILE_START = 30
 # Vectors of accumulators in a tile: more hide no further latency, and every one is code.
 _ACCUMULATORS = 24
+# TVM keeps smaller arrays on the stack.
+_LOCAL_BYTES = 1024
 
 
 def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
@@ -71,14 +76,11 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
         temps[x] = (product.x_dtype, (kernel.m, k))
         group_rows = _group_rows(kernel.m, kernel.k, k, x_dtype, product.x_dtype)
         steps.append(Step(func=group_rows, args=("x", x)))
-    args = [x, "w"]
-    args += ["scale"] if kernel.x == "int8" else []
-    args += ["bias"]
-    args += ["residual"] if kernel.residual_rows else []
-    args += ["quant"] if kernel.out == "int8" else []
-    args += ["y"]
-    steps.append(Step(func=_dense(kernel, k, product, tile, storage), args=tuple(args)))
-    return Scheduled(steps=tuple(steps), pack=packing(kernel, product, tile, storage), temps=temps)
+    columns = Columns(kernel=kernel, product=product, tile=tile)
+    func = _dense(kernel, k, columns, storage)
+    steps.append(Step(func=func, args=(x, *operand_names(kernel))))
+    pack = packing(kernel, product, tile, storage, block=columns.block)
+    return Scheduled(steps=tuple(steps), pack=pack, temps=temps)
 
 
 def choose_tile(kernel: Dense, product: Product, registers: int) -> Tile:
@@ -87,22 +89,26 @@ def choose_tile(kernel: Dense, product: Product, registers: int) -> Tile:
     def cycles(tile: Tile) -> float:
         outputs = tile.rows * tile.vectors * product.columns / product.lanes
         epilogue = _INSTRUCTION * outputs * (28 if kernel.gelu else 6)
-        row_tiles, panels = ceil(kernel.m / tile.rows), _panels(kernel, product, tile)
-        return row_tiles * panels * (tile_cycles(product, tile, kernel.k) + epilogue)
+        row_tiles = ceil(kernel.m / tile.rows)
+        column_tiles = Columns(kernel=kernel, product=product, tile=tile).tiles
+        return row_tiles * column_tiles * (tile_cycles(product, tile, kernel.k) + epilogue)
 
     tiles = [
-        Tile(rows=rows, vectors=vectors)
+        tile
         for rows in range(min(kernel.m, registers), 0, -1)
         for vectors in range(product.vector_step, registers, product.vector_step)
-        if vectors * product.columns <= kernel.n // kernel.out_groups
-        or vectors == product.vector_step
+        if Columns(
+            kernel=kernel, product=product, tile=(tile := Tile(rows=rows, vectors=vectors))
+        ).is_possible
     ]
     return min((tile for tile in tiles if fits_registers(product, tile, registers)), key=cycles)
 
 
 def fits_registers(product: Product, tile: Tile, registers: int) -> bool:
     """Whether the tile's inner loop needs no more than `registers`, and little code."""
-    return product.registers(tile) <= registers and tile.rows * tile.vectors <= _ACCUMULATORS
+    few = tile.rows * tile.vectors <= _ACCUMULATORS
+    a_row = 4 * tile.vectors * product.lanes
+    return product.registers(tile) <= registers and few and a_row < _LOCAL_BYTES
 
 
 def tile_cycles(product: Product, tile: Tile, k: int) -> float:
@@ -113,67 +119,218 @@ def tile_cycles(product: Product, tile: Tile, k: int) -> float:
     return ceil(k / product.group) * step + _TILE_START
 
 
-def _dense(kernel: Dense, k: int, product: Product, tile: Tile, storage: ActStorage) -> Any:
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """How the columns of a kernel are packed into blocks, and cut into tiles.
+
+    Vectors are counted from a group's first block on; the last block, and the last tile, overlap
+    those before them where columns do not divide.
+    """
+
+    kernel: Dense
+    product: Product
+    tile: Tile
+
+    @property
+    def block(self) -> int:
+        """Columns of a block."""
+        return self.product.block or self.tile.vectors * self.product.columns
+
+    @property
+    def per_block(self) -> int:
+        """Vectors of a block."""
+        return self.block // self.product.columns
+
+    @property
+    def in_group(self) -> int:
+        """Columns of a group."""
+        return self.kernel.n // self.kernel.out_groups
+
+    @property
+    def group_blocks(self) -> int:
+        return ceil(self.in_group / self.block)
+
+    @property
+    def group_tiles(self) -> int:
+        return ceil(self.group_blocks * self.per_block / self.tile.vectors)
+
+    @property
+    def tiles(self) -> int:
+        return self.kernel.out_groups * self.group_tiles
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether such tiles cover the columns: of a block that is padded, all at once."""
+        if not self.product.block:
+            least = self.tile.vectors == self.product.vector_step
+            return least or self.tile.vectors * self.product.columns <= self.in_group
+        if self.in_group < self.block:
+            return self.tile.vectors == self.per_block
+        return self.tile.vectors <= self.group_blocks * self.per_block
+
+    @property
+    def is_even(self) -> bool:
+        """Whether blocks divide the columns, so that those of a tile are neighbours."""
+        return self.in_group % self.block == 0
+
+    def first(self, tile: Expr) -> Expr:
+        """The first vector of a tile."""
+        vectors = self.group_blocks * self.per_block
+        overlaps = vectors % self.tile.vectors != 0
+        within = tile % self.group_tiles * self.tile.vectors
+        return clamped(within, vectors - self.tile.vectors, overlaps)
+
+    def column(self, group: Expr, vector: Expr) -> Expr:
+        """The first column of a vector."""
+        start = group * self.in_group
+        if self.is_even:
+            return start + vector * self.product.columns
+        at = clamped(vector // self.per_block * self.block, self.in_group - self.block, True)
+        return start + at + vector % self.per_block * self.product.columns
+
+    def runs(self, group: Expr, first: Expr) -> list[tuple[int, int, Expr]]:
+        """The columns of a tile as runs of neighbours: place in the tile, width, first column."""
+        whole = self.tile.vectors * self.product.columns
+        if self.is_even or self.tile.vectors == self.per_block:
+            return [(0, min(whole, self.in_group), I.bind(self.column(group, first)))]
+        width = min(self.block, self.product.vector_step * self.product.columns)
+        return [
+            (at, width, I.bind(self.column(group, first + at // self.product.columns)))
+            for at in range(0, whole, width)
+        ]
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Packed weights, (blocks, k / group, elements), as `tile_sums` indexes them."""
+
+    buffer: Buffer
+    columns: Columns
+    first_block: Expr  # of the group
+
+    def vload(self, at: Sequence[Expr], dtype: str) -> Expr:
+        first, k, vector, _ = at
+        place = first + vector
+        per_block = self.columns.per_block
+        block = self.first_block + place // per_block
+        offset = place % per_block * self.columns.product.w_elements
+        return self.buffer.vload([block, k, offset], dtype)
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """A row of values for all columns, indexed by places in a tile."""
+
+    buffer: Buffer
+    runs: Sequence[tuple[int, int, Expr]]
+
+    def vload(self, at: Sequence[int], dtype: str) -> Expr:
+        start, _, column = next(run for run in reversed(self.runs) if run[0] <= at[0])
+        return self.buffer.vload([column + (at[0] - start)], dtype)
+
+
+def _dense(kernel: Dense, k: int, columns: Columns, storage: ActStorage) -> Any:
     """The kernel as a PrimFunc; k is rounded up to whole groups."""
-    m, n = kernel.m, kernel.n
-    columns = tile.vectors * product.columns
-    group_columns = n // kernel.out_groups
-    panels, row_tiles = _panels(kernel, product, tile), ceil(m / tile.rows)
-    group_panels = panels // kernel.out_groups
-    blocks = _row_blocks(row_tiles, panels)
-    y_dtype = storage.dtype if kernel.out == "int8" else "float32"
+    m, product, tile = kernel.m, columns.product, columns.tile
+    row_tiles = ceil(m / tile.rows)
+    blocks = row_blocks(row_tiles, columns.tiles)
 
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
         I.func_attr({"tirx.noalias": True})
-        x = I.arg("x", I.buffer((m, k), product.x_dtype))
-        w_shape = (panels, k // product.group, tile.vectors, product.w_elements)
-        w = I.arg("w", I.buffer(w_shape, product.w_dtype))
-        scale = I.arg("scale", I.buffer((n,))) if kernel.x == "int8" else None
-        bias = I.arg("bias", I.buffer((n + _pad_columns(kernel, columns),), product.acc_dtype))
-        rows = kernel.residual_rows
-        halves = kernel.residual_dtype == "float16"
-        residual_buffer = I.buffer((rows, n), "uint16" if halves else "float32") if rows else None
-        residual = I.arg("residual", residual_buffer) if rows else None
-        groups = kernel.out_groups
-        quant_shape = (groups, 4) if groups > 1 else (4,)
-        quant = I.arg("quant", I.buffer(quant_shape)) if kernel.out == "int8" else None
-        y = I.arg("y", I.buffer((m, n), y_dtype))
-
-        def finish(acc: Expr, row: Expr, column: Expr, group: Expr) -> Expr:
-            value = acc if scale is None else tirx.Cast("float32", acc) * scale[column]
-            if kernel.gelu and not kernel.residual_first:
-                value = gelu(value)
-            if residual is not None:
-                addend = residual[row if rows >= m else row % rows, column]
-                value = value + (half_to_float(addend) if halves else addend)
-            if kernel.gelu and kernel.residual_first:
-                value = gelu(value)
-            if quant is None:
-                return value
-            values = [quant[group, i] for i in range(4)] if groups > 1 else quant
-            return quantize(value, values, storage)
-
-        with I.parallel(panels * blocks) as task:
-            panel = task // blocks
-            group = panel // group_panels
-            overlaps = group_panels * columns > group_columns
-            within = _clamped(panel % group_panels * columns, group_columns - columns, overlaps)
-            column = I.bind(group * group_columns + within)
+        operands = declare(columns, k, storage)
+        with I.parallel(columns.tiles * blocks) as task:
+            group = task // blocks // columns.group_tiles
+            first = I.bind(columns.first(task // blocks))
+            runs = columns.runs(group, first)
+            w = _Blocks(operands.w, columns, group * columns.group_blocks)
+            bias = _Runs(operands.bias, runs)
             with I.serial(row_tiles // blocks) as i:
-                first = (task % blocks * (row_tiles // blocks) + i) * tile.rows
-                row = I.bind(_clamped(first, m - tile.rows, m % tile.rows != 0))
-                sums = tile_sums(x, w, bias, row, panel, column, k, product, tile)
-                width = min(group_columns, columns)
-                vector = epilogue_width(width, product.lanes, kernel.out)
+                at_row = (task % blocks * (row_tiles // blocks) + i) * tile.rows
+                row = I.bind(clamped(at_row, m - tile.rows, m % tile.rows != 0))
+                sums = tile_sums(operands.x, w, bias, row, first, 0, k, product, tile)
                 for r in range(tile.rows):
-                    for start in range(0, width, vector):
-                        # Where a vector does not fit any more, it overlaps the one before it.
-                        at = min(start, width - vector)
-                        with I.vectorized(vector) as lane:
-                            value = finish(sums[r][at + lane], row + r, column + at + lane, group)
-                            I.buffer_store(y, value, [row + r, column + at + lane])
+                    for place, width, column in runs:
+                        vector = epilogue_width(width, product.lanes, kernel.out)
+                        for start in range(0, width, vector):
+                            # Where a vector does not fit any more, it overlaps the one before it.
+                            at = min(start, width - vector)
+                            with I.vectorized(vector) as lane:
+                                acc = sums[r][place + at + lane]
+                                to = (row + r, column + at + lane)
+                                value = finish(kernel, operands, acc, *to, group)
+                                I.buffer_store(operands.y, value, list(to))
     return builder.get()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operands:
+    """The buffers of a dense kernel; those that it does not take are None."""
+
+    x: Buffer
+    w: Buffer
+    scale: Buffer
+    bias: Buffer
+    residual: Buffer
+    quant: Buffer
+    y: Buffer
+    storage: ActStorage
+
+
+def operand_names(kernel: Dense) -> tuple[str, ...]:
+    """The arguments of a dense kernel after x, in the order of `declare`."""
+    names = ["w"]
+    names += ["scale"] if kernel.x == "int8" else []
+    names += ["bias"]
+    names += ["residual"] if kernel.residual_rows else []
+    names += ["quant"] if kernel.out == "int8" else []
+    return (*names, "y")
+
+
+def declare(columns: Columns, k: int, storage: ActStorage) -> Operands:
+    """Declares the parameters of the PrimFunc under construction; k is in whole groups."""
+    kernel, product = columns.kernel, columns.product
+    n, rows, groups = kernel.n, kernel.residual_rows, kernel.out_groups
+    w_shape = (
+        *(groups * columns.group_blocks, k // product.group),
+        columns.per_block * product.w_elements,
+    )
+    padded = n + max(0, columns.block - columns.in_group)
+    residual_dtype = "uint16" if kernel.residual_dtype == "float16" else "float32"
+    y_dtype = storage.dtype if kernel.out == "int8" else "float32"
+    quant_shape = (groups, 4) if groups > 1 else (4,)
+    return Operands(
+        x=I.arg("x", I.buffer((kernel.m, k), product.x_dtype)),
+        w=I.arg("w", I.buffer(w_shape, product.w_dtype)),
+        scale=I.arg("scale", I.buffer((n,))) if kernel.x == "int8" else None,
+        bias=I.arg("bias", I.buffer((padded,), product.acc_dtype)),
+        residual=I.arg("residual", I.buffer((rows, n), residual_dtype)) if rows else None,
+        quant=I.arg("quant", I.buffer(quant_shape)) if kernel.out == "int8" else None,
+        y=I.arg("y", I.buffer((kernel.m, n), y_dtype)),
+        storage=storage,
+    )
+
+
+def finish(
+    kernel: Dense, operands: Operands, acc: Expr, row: Expr, column: Expr, group: Expr
+) -> Expr:
+    """What is stored for an accumulator, its bias included: the epilogue of one element."""
+    rows = kernel.residual_rows
+    value = acc
+    if operands.scale is not None:
+        value = tirx.Cast("float32", acc) * operands.scale[column]
+    if kernel.gelu and not kernel.residual_first:
+        value = gelu(value)
+    if rows:
+        addend = operands.residual[row if rows >= kernel.m else row % rows, column]
+        value = value + (half_to_float(addend) if kernel.residual_dtype == "float16" else addend)
+    if kernel.gelu and kernel.residual_first:
+        value = gelu(value)
+    if kernel.out != "int8":
+        return value
+    quant = operands.quant
+    of_group = [quant[group, i] for i in range(4)] if kernel.out_groups > 1 else quant
+    return quantize(value, of_group, operands.storage)
 
 
 def tile_sums(
@@ -190,7 +347,7 @@ def tile_sums(
     """Builds bias + x @ w for one tile: a buffer of columns for each row, all in registers."""
     rows, vectors, lanes = tile.rows, tile.vectors, product.lanes
     dtype = f"{product.acc_dtype}x{lanes}"
-    across = isinstance(product, WideningNeon)  # a vector is the partial sums of one column
+    partial = lanes // product.columns  # sums of a column, which are added up at the end
     acc = [registers(vectors * lanes, product.acc_dtype) for _ in range(rows)]
 
     def load(r: int, v: int) -> Expr:
@@ -215,7 +372,7 @@ def tile_sums(
 
     for v in range(vectors):
         zero = T.broadcast(tirx.const(0, product.acc_dtype), lanes)
-        start = zero if across else I.bind(bias.vload([column + v * lanes], dtype))
+        start = zero if partial > 1 else I.bind(bias.vload([column + v * lanes], dtype))
         for r in range(rows):
             store(acc, start, r, v)
     per_chunk = product.chunk // product.group
@@ -225,23 +382,24 @@ def tile_sums(
             multiply(chunk * per_chunk, per_chunk)
     for g in range(left):
         multiply(chunks * per_chunk + g, 1)
-    if not isinstance(product, WideningNeon):
+    if partial == 1:
         return acc
-    sums = [registers(vectors, product.acc_dtype) for _ in range(rows)]
+    sums = [registers(vectors * product.columns, product.acc_dtype) for _ in range(rows)]
     for r in range(rows):
-        for v in range(0, vectors, lanes):
-            total = product.sums([load(r, v + i) for i in range(lanes)])
-            store(sums, total + bias.vload([column + v], dtype), r, v // lanes)
+        for v in range(0, vectors, partial):
+            total = product.sums([load(r, v + i) for i in range(partial)])
+            addend = bias.vload([column + v * product.columns], dtype)
+            store(sums, total + addend, r, v // partial)
     return sums
 
 
 def registers(size: int, dtype: str) -> Buffer:
     """A small array that LLVM keeps in vector registers.
 
-    It has to be one of scope "global" and at most 1 KB: TVM asks the runtime for the memory of any
-    other on every call.
+    It has to be one of scope "global" and less than `_LOCAL_BYTES`: TVM asks the runtime for the
+    memory of any other on every call.
     """
-    assert size * 4 <= 1024
+    assert 4 * size < _LOCAL_BYTES
     return I.alloc_buffer((size,), dtype, scope="global")
 
 
@@ -255,7 +413,7 @@ def _group_rows(m: int, k: int, k_groups: int, source: str, target: str) -> Any:
         y = I.arg("y", I.buffer((m, k_groups), target))
         with I.parallel(m) as row:
             with I.serial(ceil(k / vector)) as i, I.vectorized(vector) as lane:
-                at = _clamped(i * vector, k - vector, k % vector != 0) + lane
+                at = clamped(i * vector, k - vector, k % vector != 0) + lane
                 I.buffer_store(y, tirx.Cast(target, x[row, at]), [row, at])
             for at in range(k, k_groups):
                 I.buffer_store(y, tirx.const(0, target), [row, at])
@@ -263,14 +421,19 @@ def _group_rows(m: int, k: int, k_groups: int, source: str, target: str) -> Any:
 
 
 def packing(
-    kernel: Dense, product: Product, tile: Tile, storage: ActStorage
+    kernel: Dense, product: Product, tile: Tile, storage: ActStorage, block: int = 0
 ) -> Mapping[str, Callable[[Mapping[str, Array]], Array]]:
-    """How the raw constants become those of `_dense`."""
-    columns = tile.vectors * product.columns
+    """How the raw constants become those of a kernel with this tile.
+
+    Args:
+        block: columns of a block of weights, (blocks, k / group, elements). If 0, a block is a
+            tile, and its vectors an axis of their own.
+    """
+    columns = block or tile.vectors * product.columns
     group_columns = kernel.n // kernel.out_groups
-    group_panels = _panels(kernel, product, tile) // kernel.out_groups
+    group_panels = ceil(group_columns / columns)
     panels = kernel.out_groups * group_panels
-    pad_columns = _pad_columns(kernel, columns)
+    pad_columns = max(0, columns - group_columns)
 
     def pack_w(raw: Mapping[str, Array]) -> Array:
         w = np.pad(raw["w"], ((0, -kernel.k % product.group), (0, pad_columns)))
@@ -280,8 +443,10 @@ def packing(
         first = np.arange(kernel.out_groups)[:, None] * group_columns + within
         w = w[:, first.reshape(-1, 1) + np.arange(columns)]  # (k, panels, columns)
         groups = w.shape[0] // product.group
-        w = w.reshape(groups, product.group, panels, tile.vectors, product.columns)
-        shape = (panels, groups, tile.vectors, product.w_elements)
+        vectors = columns // product.columns
+        w = w.reshape(groups, product.group, panels, vectors, product.columns)
+        elements = vectors * product.w_elements
+        shape = (panels, groups, *([elements] if block else [vectors, product.w_elements]))
         return np.ascontiguousarray(w.transpose(2, 0, 3, 4, 1)).reshape(shape)
 
     def pack_bias(raw: Mapping[str, Array]) -> Array:
@@ -298,24 +463,13 @@ def packing(
     return pack
 
 
-def _panels(kernel: Dense, product: Product, tile: Tile) -> int:
-    """Panels of columns, the last one of each group perhaps overlapping."""
-    group_columns = kernel.n // kernel.out_groups
-    return kernel.out_groups * ceil(group_columns / (tile.vectors * product.columns))
-
-
-def _pad_columns(kernel: Dense, columns: int) -> int:
-    """Columns by which a panel reaches beyond n, where it is wider than a group."""
-    return max(0, columns - kernel.n // kernel.out_groups)
-
-
-def _row_blocks(row_tiles: int, panels: int) -> int:
+def row_blocks(row_tiles: int, panels: int) -> int:
     """Into how many equal blocks to split the tiles of rows, so that there are tasks enough."""
     divisors = [d for d in range(1, row_tiles + 1) if row_tiles % d == 0]
     return next((d for d in divisors if d * panels >= _TASKS), row_tiles)
 
 
-def _clamped(value: Expr, highest: int, needed: bool) -> Expr:
+def clamped(value: Expr, highest: int, needed: bool) -> Expr:
     """min(value, highest), at least 0; just the value where it never gets there."""
     return tirx.min(value, max(0, highest)) if needed else value
 

@@ -19,6 +19,9 @@ from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.kernel import Act, ActStorage, Dense
 from gfcompile.targets.tvm.schedules.math import Expr
 
+# Columns of a block of weights on x86: a vector of AVX-512, a tile of AMX.
+X86_BLOCK = 16
+
 Buffer = Any  # a tvm.tirx.Buffer, under construction
 
 
@@ -60,6 +63,7 @@ class Product(ABC):
             otherwise every group is loaded, broadcast, on its own.
         temporaries: registers needed besides accumulators, weights and rows.
         vector_step: the number of vectors in a tile is a multiple of it.
+        block: columns of a block of packed weights; 0 where a block is a tile.
     """
 
     lanes: int
@@ -73,6 +77,7 @@ class Product(ABC):
     by_lane: ClassVar[bool] = False
     temporaries: ClassVar[int] = 1
     vector_step: ClassVar[int] = 1
+    block: ClassVar[int] = 0
 
     @property
     def columns(self) -> int:
@@ -87,7 +92,8 @@ class Product(ABC):
     def registers(self, tile: Tile) -> int:
         """Vector registers that the inner loop needs."""
         rows = tile.rows if self.by_lane else 0
-        return tile.rows * tile.vectors + tile.vectors + rows + self.temporaries
+        weights = tile.vectors if tile.rows > 1 else 1  # for one row, each is used as it is loaded
+        return tile.rows * tile.vectors + weights + rows + self.temporaries
 
     def loads(self, tile: Tile) -> float:
         """Loads for one group of k."""
@@ -109,12 +115,17 @@ class Product(ABC):
     def multiply(self, acc: Expr, a: Expr, b: Expr) -> Expr:
         """acc plus the products of x's operand a and the weights b."""
 
+    def sums(self, accumulators: Sequence[Expr]) -> Expr:
+        """The totals of accumulators that hold several sums of a column side by side."""
+        raise NotImplementedError(f"{type(self).__name__} has one sum for each column")
+
 
 class _BroadcastFloat(Product):
     """float32 on x86: a number of x, broadcast, times a vector of columns."""
 
     x_dtype = w_dtype = acc_dtype = "float32"
     group, chunk = 1, 4
+    block = X86_BLOCK
 
     def load_x(self, x: Buffer, row: Expr, k: Expr, groups: int) -> Sequence[Expr]:
         return [I.bind(T.broadcast(x[row, k + i], self.lanes)) for i in range(groups)]
@@ -155,6 +166,7 @@ class Vnni(Product):
 
     x_dtype, w_dtype = "uint8", "int8"
     group, chunk = 4, 8
+    block = X86_BLOCK
 
     def load_x(self, x: Buffer, row: Expr, k: Expr, groups: int) -> Sequence[Expr]:
         dtype = f"uint8x{4 * self.lanes}"
@@ -197,6 +209,36 @@ class MultiplyAddPairs(Product):
     def multiply(self, acc: Expr, a: Expr, b: Expr) -> Expr:
         name = {4: "sse2.pmadd.wd", 8: "avx2.pmadd.wd", 16: "avx512.pmaddw.d.512"}[self.lanes]
         return acc + _intrinsic(f"llvm.x86.{name}", f"int32x{self.lanes}", a, b)
+
+
+class MultiplyAddQuads(MultiplyAddPairs):
+    """pmaddwd over four k, which is how VNNI's weights lie: two sums for each column."""
+
+    group, chunk = 4, 8
+    vector_step = 2
+    block = X86_BLOCK
+
+    @property
+    def columns(self) -> int:
+        return self.lanes // 2
+
+    def load_w(self, w: Buffer, panel: Expr, group: Expr, vector: int) -> Expr:
+        narrow = Product.load_w(self, w, panel, group, vector)
+        return I.bind(tirx.Cast(f"int16x{2 * self.lanes}", narrow))
+
+    def load_x(self, x: Buffer, row: Expr, k: Expr, groups: int) -> Sequence[Expr]:
+        dtype = f"int16x{2 * self.lanes}"
+        quads = [
+            T.reinterpret(x.vload([row, k + 4 * i], "int16x4"), dtype="int64")
+            for i in range(groups)
+        ]
+        return [
+            I.bind(T.reinterpret(T.broadcast(quad, self.lanes // 2), dtype=dtype)) for quad in quads
+        ]
+
+    def sums(self, accumulators: Sequence[Expr]) -> Expr:
+        even, odd = (list(range(first, 2 * self.lanes, 2)) for first in (0, 1))
+        return T.Shuffle(list(accumulators), even) + T.Shuffle(list(accumulators), odd)
 
 
 class MultiplyAddInt16(MultiplyAddPairs):
@@ -288,7 +330,7 @@ def product_of(kernel: Dense, cpu: Cpu) -> Product:
         return Sdot(lanes) if cpu.int8_dot == "sdot" else WideningNeon(lanes)
     if kernel.x == "float32":
         return FloatSse(lanes) if cpu.vector_bytes == 16 else FloatFma(lanes)
-    return Vnni(lanes) if cpu.int8_dot == "vnni" else MultiplyAddPairs(lanes)
+    return Vnni(lanes) if cpu.int8_dot == "vnni" else MultiplyAddQuads(lanes)
 
 
 def activation_product_of(x: Act, cpu: Cpu) -> Product:

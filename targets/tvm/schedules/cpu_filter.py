@@ -29,6 +29,7 @@ from gfcompile.targets.tvm.schedules.cpu_tiling import (
     tile_rows,
 )
 from gfcompile.targets.tvm.schedules.math import half_to_float
+from gfcompile.targets.tvm.schedules.params import keep_params
 
 Expr = Any  # tvm.tirx.Expr, or a number where TVM accepts one
 Index = tuple[Expr, ...]
@@ -155,6 +156,8 @@ def _dft_tile(cpu: Cpu) -> _Tile:
         return _Tile(rows=6, columns=4, vectors=4)
     if cpu.vector_registers >= 32:
         return _Tile(rows=8, columns=2, vectors=1)
+    if cpu.vector_bytes == 16:  # blocks of 16 channels as on better x86, whose constants they share
+        return _Tile(rows=3, columns=4, vectors=4)
     return _Tile(rows=6, columns=2, vectors=2)
 
 
@@ -421,10 +424,18 @@ def _loaded(buffer: Any, at: Index, first: Expr, lanes: int, k_dtype: str) -> Ex
     """The vector of a packed constant at (*at, first), as float32."""
     if k_dtype == "float32":
         return buffer[(*at, span(first, lanes))]
+    if k_dtype == "int8":
+        return T.Cast(
+            f"float32x{lanes}" if lanes > 1 else "float32", buffer[(*at, span(first, lanes))]
+        )
     widened = T.alloc_buffer((lanes,), "float32")
     with T.vectorized(lanes) as lane:
         T.buffer_store(widened, half_to_float(buffer[(*at, first + lane)]), [lane])
     return widened[span(0, lanes)]
+
+
+def _float(value: Expr, lanes: int) -> Expr:
+    return T.Cast(f"float32x{lanes}" if lanes > 1 else "float32", value)
 
 
 _CACHE_LINE_BYTES = 64  # of channels in a block of the circular form
@@ -433,10 +444,12 @@ _CACHE_LINE_BYTES = 64  # of channels in a block of the circular form
 _OUTPUTS, _TAPS = 14, 8
 
 
-def schedule_circular_filter(kernel: CircularFilter, cpu: Cpu, _storage: ActStorage) -> Scheduled:
+def schedule_circular_filter(kernel: CircularFilter, cpu: Cpu, storage: ActStorage) -> Scheduled:
     """The filter as a depthwise circular convolution.
 
     Each row is first laid out once around and once more, so that no tap has to wrap along w.
+    Integers are widened to float32 there, which multiplies as many at a time as int32 and holds
+    their sums exactly.
     """
     h, w, c = kernel.h, kernel.w, kernel.c
     blocks = _cut(kernel.batch, c, _CACHE_LINE_BYTES // cpu.vector_bytes, cpu)
@@ -447,9 +460,21 @@ def schedule_circular_filter(kernel: CircularFilter, cpu: Cpu, _storage: ActStor
     outputs = tile_rows(w, _OUTPUTS if cpu.vector_registers >= 32 else _OUTPUTS // 2)
     together = max(count for count in range(1, _TAPS + 1) if w % count == 0)
     lane = span(0, lanes)
+    is_int8 = kernel.x == "int8"
+    assert not is_int8 or CircularFilter.exact_in_float(h, w), kernel
+    scales = c if is_int8 else 0
+    k_dtype = "int8" if is_int8 else kernel.k_dtype
 
     def vector(c0: Expr, v: Expr) -> Expr:
         return span(c0 + v * lanes, lanes)
+
+    def widened(value: Expr, zero_point: Any) -> Expr:
+        if not is_int8:
+            return value
+        return _float(value, lanes) - splat(zero_point[0], lanes)
+
+    def scaled(value: Expr, scale: Any, at: Expr) -> Expr:
+        return value * scale[at] if is_int8 else value
 
     def accumulate(sums: Any, taps: Any, wound: Any, at: Index, q: Expr, first: Expr) -> None:
         """Adds the taps q ... q + together of a row to all the sums; `at` is the row of x."""
@@ -462,8 +487,10 @@ def schedule_circular_filter(kernel: CircularFilter, cpu: Cpu, _storage: ActStor
 
     @T.prim_func(s_tir=True)
     def circular_filter(
-        x: T.Buffer((kernel.batch, h, w, c), "float32"),
-        weight: T.Buffer(kernel_shape, _stored(kernel.k_dtype)),
+        x: T.Buffer((kernel.batch, h, w, c), storage.dtype if is_int8 else "float32"),
+        weight: T.Buffer(kernel_shape, "int8" if is_int8 else _stored(kernel.k_dtype)),
+        scale: T.Buffer((max(scales, 1),), "float32"),
+        zero_point: T.Buffer((1,), "float32"),
         wound: T.Buffer(wound_shape, "float32"),
         taps: T.Buffer(taps_shape, "float32"),
         y: T.Buffer((kernel.batch, h, w, c), "float32"),
@@ -478,11 +505,15 @@ def schedule_circular_filter(kernel: CircularFilter, cpu: Cpu, _storage: ActStor
                     c0: T.let = blocks.start(block)
                     for i, j, v in T.grid(h, w, vectors):
                         taps[worker, v, i, j, lane] = _loaded(
-                            weight, (block, i, j), v * lanes, lanes, kernel.k_dtype
+                            weight, (block, i, j), v * lanes, lanes, k_dtype
                         )
-                        wound[worker, v, i, w - 1 + j, lane] = x[b, i, j, vector(c0, v)]
+                        wound[worker, v, i, w - 1 + j, lane] = widened(
+                            x[b, i, j, vector(c0, v)], zero_point
+                        )
                     for i, j, v in T.grid(h, w - 1, vectors):
-                        wound[worker, v, i, j, lane] = x[b, i, 1 + j, vector(c0, v)]
+                        wound[worker, v, i, j, lane] = widened(
+                            x[b, i, 1 + j, vector(c0, v)], zero_point
+                        )
                     for v, i, t in T.grid(vectors, h, ceil_div(w, outputs)):
                         first: T.let = T.min(t * outputs, w - outputs)
                         sums = T.alloc_buffer((outputs, lanes), "float32")
@@ -492,10 +523,17 @@ def schedule_circular_filter(kernel: CircularFilter, cpu: Cpu, _storage: ActStor
                             row: T.let = T.if_then_else(p <= i, i - p, i - p + h)
                             accumulate(sums, taps, wound, (worker, v, p, row), g * together, first)
                         for r in T.unroll(outputs):
-                            y[b, i, first + r, vector(c0, v)] = sums[r, lane]
+                            y[b, i, first + r, vector(c0, v)] = scaled(
+                                sums[r, lane], scale, vector(c0, v)
+                            )
 
+    pack = {"kernel": blocks.packed("kernel")}
+    if is_int8:
+        pack["zero_point"] = lambda raw: raw["zero_point"] + np.float32(storage.offset)
+    scaling = ("scale", "zero_point") if is_int8 else ()
+    func = keep_params(circular_filter, ("x", "weight", *scaling, "wound", "taps", "y"))
     return Scheduled(
-        steps=(Step(func=circular_filter, args=("x", "kernel", "wound", "taps", "y")),),
-        pack={"kernel": blocks.packed("kernel")},
+        steps=(Step(func=func, args=("x", "kernel", *scaling, "wound", "taps", "y")),),
+        pack=pack,
         temps={"wound": ("float32", wound_shape), "taps": ("float32", taps_shape)},
     )

@@ -1,0 +1,152 @@
+"""Dense int8 kernels on x86 CPUs with AMX: products of whole tiles, 16 rows by 64 bytes each.
+
+    for each pair of blocks of columns                  (parallel, with blocks of rows)
+      for each block of rows                            (two tiles of them)
+        four accumulator tiles = 0
+        for k: accumulators += x * w                    (tdpbusd)
+        y = epilogue(accumulators + bias)               (AVX-512, from memory: tiles have no lanes)
+
+Weights lie as for VNNI, whose groups of four k are the rows of a tile of w. A tile's rows and
+columns are set in steps of one row and four bytes, so nothing has to be padded: blocks of rows and
+columns overlap at the end as those of `cpu_dense` do.
+"""
+
+from math import ceil
+from typing import Any
+
+import numpy as np
+from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as I
+
+from gfcompile.targets.target import Cpu
+from gfcompile.targets.tvm.kernel import ActStorage, Array, Dense, Scheduled, Step
+from gfcompile.targets.tvm.schedules.cpu_dense import (
+    Columns,
+    clamped,
+    declare,
+    finish,
+    operand_names,
+    packing,
+    registers,
+    row_blocks,
+)
+from gfcompile.targets.tvm.schedules.cpu_dot import Tile, product_of
+from gfcompile.targets.tvm.schedules.math import Expr
+
+# One less than there are: a tile of sums, as the epilogue reads it, has to stay below 1 KB. A
+# product takes a cycle a row, so nothing is lost.
+_TILE_ROWS = 15
+_TILE_BYTES = 64  # of a row
+# With fewer rows, a tile does so little for its loads that VNNI is as fast.
+_LEAST_ROWS = 8
+# Accumulators are tiles 0 to 3, (row tile, vector); then those of x, then those of w.
+_X_TILE, _W_TILE = 4, 6
+_PAIR = 2  # of row tiles and of vectors: 2 x 2 accumulators for 2 + 2 loads
+
+
+def takes(kernel: Dense) -> bool:
+    """Whether AMX is worth while: VNNI does the rest."""
+    group_columns = kernel.n // kernel.out_groups
+    whole = kernel.k % 4 == 0 and group_columns >= 16
+    return kernel.x == "int8" and kernel.m >= _LEAST_ROWS and whole
+
+
+def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
+    """The int8 dense kernel for `cpu`, which has AMX."""
+    product = product_of(kernel, cpu)
+    m, k = kernel.m, kernel.k
+    depth = _depth(k)
+    row_tiles = min(_PAIR, ceil(m / _TILE_ROWS))
+    row_steps = ceil(m / (row_tiles * _TILE_ROWS))
+    tile_rows = ceil(m / (row_tiles * row_steps))
+    block_rows = min(row_tiles * tile_rows, m)
+    offset = block_rows - tile_rows  # of the second tile, which overlaps the first if it must
+    paired = min(_PAIR, kernel.n // kernel.out_groups // product.block)
+    tile = Tile(rows=block_rows, vectors=paired)
+    columns = Columns(kernel=kernel, product=product, tile=tile)
+    lanes = product.lanes
+    blocks = row_blocks(row_steps, columns.tiles)
+
+    with IRBuilder() as builder, I.prim_func(s_tir=True):
+        I.func_name("dense")
+        I.func_attr({"tirx.noalias": True})
+        operands = declare(columns, k, storage)
+        x, w, bias, y = operands.x, operands.w, operands.bias, operands.y
+        config = I.arg("config", I.buffer((_TILE_BYTES,), "uint8"))
+
+        def load_x(t: int, row: Expr, at: Expr) -> None:
+            _load(_X_TILE + t, x, [row + t * offset, at], k)
+
+        with I.parallel(columns.tiles * blocks) as task:
+            group = task // blocks // columns.group_tiles
+            first = I.bind(columns.first(task // blocks))
+            column = [I.bind(columns.column(group, first + v)) for v in range(paired)]
+            panel = group * columns.group_blocks + first
+            # A tile is stored where the epilogue reads it.
+            sums = [
+                [registers(tile_rows * lanes, "int32") for _ in range(paired)]
+                for _ in range(row_tiles)
+            ]
+            _tile("ldtilecfg", T.address_of(config[0]))
+            with I.serial(row_steps // blocks) as i:
+                step = (task % blocks * (row_steps // blocks) + i) * block_rows
+                row = I.bind(clamped(step, m - block_rows, m % block_rows != 0))
+                for t in range(row_tiles):
+                    for v in range(paired):
+                        _tile("tilezero", T.int8(_accumulator(t, v)))
+                with I.serial(k // depth) as chunk:
+                    for t in range(row_tiles):
+                        load_x(t, row, chunk * depth)
+                    for v in range(paired):
+                        _load(_W_TILE + v, w, [panel + v, chunk * (depth // 4), 0], _TILE_BYTES)
+                        for t in range(row_tiles):
+                            operand_tiles = T.int8(_X_TILE + t), T.int8(_W_TILE + v)
+                            _tile("tdpbusd", T.int8(_accumulator(t, v)), *operand_tiles)
+                for t in range(row_tiles):
+                    for v in range(paired):
+                        at = T.address_of(sums[t][v][0])
+                        _tile("tilestored64", T.int8(_accumulator(t, v)), at, T.int64(4 * lanes))
+                for t in range(row_tiles):
+                    with I.serial(tile_rows) as r:
+                        for v in range(paired):
+                            with I.vectorized(lanes) as lane:
+                                place = (row + t * offset + r, column[v] + lane)
+                                acc = sums[t][v][r * lanes + lane] + bias[place[1]]
+                                value = finish(kernel, operands, acc, *place, group)
+                                I.buffer_store(y, value, list(place))
+            _tile("tilerelease")
+    args = ("x", *operand_names(kernel), "config")
+    return Scheduled(
+        steps=(Step(func=builder.get(), args=args),),
+        pack=packing(kernel, product, tile, storage, block=columns.block),
+        consts={"config": _config(tile_rows, depth)},
+    )
+
+
+def _depth(k: int) -> int:
+    """The k of a tile: the most that divides k, in groups of four."""
+    return max(depth for depth in range(4, _TILE_BYTES + 1, 4) if k % depth == 0)
+
+
+def _accumulator(row_tile: int, vector: int) -> int:
+    return row_tile * _PAIR + vector
+
+
+def _load(tile: int, buffer: Any, at: list[Expr], stride: int) -> None:
+    _tile("tileloadd64", T.int8(tile), T.address_of(buffer[tuple(at)]), T.int64(stride))
+
+
+def _tile(instruction: str, *args: Expr) -> None:
+    I.evaluate(T.call_llvm_intrin("void", f"llvm.x86.{instruction}", *args))
+
+
+def _config(tile_rows: int, depth: int) -> Array:
+    """The operand of ldtilecfg (Intel SDM, volume 1, 18.3): palette 1, bytes a row, rows."""
+    config = np.zeros(_TILE_BYTES, np.uint8)
+    config[0] = 1
+    row_bytes, rows = config[16:32].view(np.uint16), config[48:56]
+    row_bytes[:_X_TILE], rows[:_X_TILE] = _TILE_BYTES, tile_rows
+    row_bytes[_X_TILE:_W_TILE], rows[_X_TILE:_W_TILE] = depth, tile_rows
+    row_bytes[_W_TILE:], rows[_W_TILE:] = _TILE_BYTES, depth // 4
+    return config
