@@ -88,12 +88,28 @@ def estimate(peaks: Peaks, cost: KernelCost, threads: int = 1) -> Estimate | Non
     return Estimate(us=us + peaks.call_us, bound=bound) if math.isfinite(us) else None
 
 
-def target_peaks(manifest: Manifest) -> Peaks | None:
-    """The roofline of the bundle's target; None for bundles that do not have it."""
+def target_peaks(manifest: Manifest, level: int = 0) -> Peaks | None:
+    """The roofline of the bundle's target; None for bundles that do not have it.
+
+    Args:
+        level: of the CPU, see `Target.levels`; 0 is the least one.
+    """
+    values, levels = manifest.extra.get("peaks"), manifest.extra.get("level_peaks")
+    if isinstance(levels, list | tuple) and 0 <= level < len(levels):
+        values = levels[level]
     try:
-        return from_json(Peaks, manifest.extra.get("peaks"))
+        return from_json(Peaks, values)
     except ValueError:
         return None
+
+
+def kernel_levels(manifest: Manifest) -> Mapping[str, int]:
+    """The level of the CPU that each kernel is for, by the name that a plan has for it."""
+    found = (record for record in manifest.kernels if isinstance(record, Mapping))
+    return {
+        _name_in_plan(record): level if isinstance(level := record.get("level", 0), int) else 0
+        for record in found
+    }
 
 
 def kernel_costs(manifest: Manifest) -> Mapping[str, KernelCost]:

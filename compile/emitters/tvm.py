@@ -72,6 +72,7 @@ def emit_plan(request: EmissionRequest, target: Target) -> Emission:
             "mcpu": target.cpu.mcpu,
             "qemu_cpu": target.cpu.qemu_cpu,
             "peaks": asdict(peaks(target)),
+            "level_peaks": [asdict(level) for level in artifact.level_peaks],
             "pruning": _pruning(request.pruning, program),
             "arena_bytes": artifact.arena.size_bytes,
             "arena_lower_bound_bytes": artifact.arena.lower_bound_bytes,

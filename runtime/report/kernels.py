@@ -13,6 +13,7 @@ from gfcompile.runtime.roofline import (
     Peaks,
     estimate,
     kernel_costs,
+    kernel_levels,
     target_peaks,
 )
 
@@ -112,16 +113,22 @@ class Kernels:
 
 def kernels_of(manifest: Manifest, result: ValidationResult | None) -> Kernels:
     """The kernels of a bundle, or of a result of its validation."""
-    costs, peaks = kernel_costs(manifest), target_peaks(manifest)
+    costs, levels = kernel_costs(manifest), kernel_levels(manifest)
     threads = result.protocol.threads if result is not None and result.protocol is not None else 1
+    measured = result is not None and bool(result.kernels)
     if result is not None and result.kernels:
         found = _measured(result, costs)
+        level = max(levels.get(kernel.name, 0) for kernel in found)
     else:
-        found = _counted(manifest, costs)
-    kernels = [_estimated(kernel, peaks, threads) for kernel in found]
-    measured = bool(result is not None and result.kernels)
+        # This machine has the best of its levels; of another, only the least one is certain.
+        level = max(levels.values(), default=0) if manifest.target == "host" else 0
+        found = [k for k in _counted(manifest, costs) if levels.get(k.name, 0) == level]
+    kernels = [
+        _estimated(kernel, target_peaks(manifest, levels.get(kernel.name, 0)), threads)
+        for kernel in found
+    ]
     kernels.sort(key=lambda k: (-((k.measured_us if measured else k.estimate_us) or 0.0), k.name))
-    return Kernels(all=tuple(kernels), peaks=peaks, measured=measured)
+    return Kernels(all=tuple(kernels), peaks=target_peaks(manifest, level), measured=measured)
 
 
 def _measured(result: ValidationResult, costs: Mapping[str, KernelCost]) -> Sequence[Kernel]:

@@ -17,7 +17,7 @@ import gfcompile.runtime.device as runtime_device
 from gfcompile.quantize.int4 import fits_int4, pack_int4
 from gfcompile.runtime.bench import BENCH_NAME
 from gfcompile.runtime.errors import CompileError
-from gfcompile.runtime.roofline import KernelCost, estimate
+from gfcompile.runtime.roofline import KernelCost, Peaks, estimate
 from gfcompile.targets.target import Cpu, Gpu, Target, peaks
 from gfcompile.targets.tvm import cuda, link
 from gfcompile.targets.tvm.cost import costs
@@ -67,12 +67,14 @@ class Artifact:
         better_plans: those of the target's levels that gain by it, in plan-1.bin, plan-2.bin, ...
         arena: how activations share memory.
         kernels: one record per compiled function, for the manifest.
+        level_peaks: of the CPU of each level, the least one first, or of the GPU.
         cuda_source: what NVRTC compiled, for a stand-in driver; "" on a CPU.
     """
 
     plan: Plan
     arena: Arena
     kernels: tuple[Mapping[str, Any], ...]
+    level_peaks: tuple[Peaks, ...]
     cuda_source: str = ""
     better_plans: tuple[Plan, ...] = ()
 
@@ -229,8 +231,11 @@ def emit(
         plan=plans[0],
         arena=built[0][1],
         kernels=tuple(
-            record for level in levels for record in _kernel_records(program, level, module, target)
+            {**record, "level": number}
+            for number, level in enumerate(levels)
+            for record in _kernel_records(program, level, module, target)
         ),
+        level_peaks=tuple(peaks(_at_level(target, level)) for level in levels),
         cuda_source="" if module is None else module.source,
         better_plans=tuple(plans[1:]),
     )
@@ -399,6 +404,13 @@ def _workspace_bytes(functions: Mapping[Kernel, Sequence[_Function]]) -> int:
     return most
 
 
+def _at_level(target: Target, level: _Level) -> Target:
+    """The target as it is where the CPU has the level's instructions."""
+    if isinstance(level.device, Gpu):
+        return target
+    return dataclasses.replace(target, cpu=level.device, levels=())
+
+
 def _kernel_records(
     program: Program, level: _Level, module: cuda.CudaModule | None, target: Target
 ) -> tuple[Mapping[str, Any], ...]:
@@ -406,8 +418,7 @@ def _kernel_records(
     for call in program.calls:
         uses[call.kernel] = uses.get(call.kernel, 0) + 1
     records = []
-    if isinstance(level.device, Cpu):
-        target = dataclasses.replace(target, cpu=level.device, levels=())
+    target = _at_level(target, level)
     for kernel, steps in level.functions.items():
         scheduled = level.scheduled[kernel]
         for function, cost in zip(steps, costs(kernel, scheduled, target), strict=True):

@@ -20,7 +20,8 @@ from gfcompile.targets.tvm.schedule import act_storage, schedule
 
 
 def costs_of(kernel: Kernel, target: Target = RASPBERRY_PI_4):
-    return costs(kernel, schedule(kernel, target, act_storage(target)), target)
+    device = target.gpu or target.cpu
+    return costs(kernel, schedule(kernel, device, act_storage(device)), target)
 
 
 def test_a_product_is_two_operations_per_weight_and_row_and_moves_its_operands_once() -> None:
