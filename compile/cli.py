@@ -38,6 +38,7 @@ from gfcompile.compile.training_options import (
     finetune_config,
     quantize_config,
 )
+from gfcompile.compile.tuning_options import add_tuning_arguments, tune_config
 from gfcompile.runtime.errors import GfcompileError, UserError
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ def _compile(options: argparse.Namespace) -> None:
             input="tensor" if is_coreml and options.input == "tensor" else "image",
             license=options.license,
         ),
+        tuning_db=options.tuning_db,
         cache=not options.no_cache,
     )
     bundle = compile_model(config, progress)
@@ -311,6 +313,48 @@ def _finetune(options: argparse.Namespace) -> None:
     )
 
 
+def _tune(options: argparse.Namespace) -> None:
+    from gfcompile.compile.progress import ConsoleProgress, SilentProgress
+    from gfcompile.compile.tuning import tune_model
+    from gfcompile.compile.tuning_progress import ConsoleTrials
+
+    config = tune_config(options)
+    progress = SilentProgress() if options.quiet else ConsoleProgress()
+    with ConsoleTrials(quiet=options.quiet) as trials:
+        try:
+            tuned = tune_model(config, progress, trials)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"{config.path} has what was found; the same command goes on"
+            ) from None
+    if options.quiet:
+        print(tuned.path)
+        return
+    estimated = "" if tuned.how == "measured" else " (static: an estimate, nothing was measured)"
+    print(f"\n{config.model} for {config.target}, {tuned.how} on {tuned.device}{estimated}")
+    print_table(
+        ("kernel", "calls", "default", "best", "trials", "failed"),
+        [
+            (
+                finding.name,
+                str(finding.uses),
+                f"{finding.default_cost:.4g} {finding.unit}",
+                f"{finding.ratio:.3f}",
+                str(finding.trials),
+                str(finding.failed),
+            )
+            for finding in tuned.findings
+        ],
+        right={1, 2, 3, 4, 5},
+    )
+    print(f"all of them: {tuned.ratio:.3f} of the default's {tuned.findings[0].unit}")
+    print(f"{tuned.path}")
+    print(
+        f"next: gfcompile --model {options.model} --target {options.target}"
+        f"{' --int8' if options.int8 else ''} --tuning-db {tuned.path}"
+    )
+
+
 @contextmanager
 def _resumable(job: "TrainingJob") -> Iterator[None]:
     """An interrupted training says how it goes on."""
@@ -338,8 +382,8 @@ def _analyze(options: argparse.Namespace, progress: "Progress") -> None:
     path = options.plot or Path(f"{options.model}-sensitivity.svg")
     path.write_text(plot(results, title=f"{options.model}: loss of quantizing one layer alone"))
     print(
-        f"\nover up to {ANALYSED_IMAGES} images; filters stay in float, the rows show what int8 "
-        f"would cost them\n{path}: the plot"
+        f"\nover up to {ANALYSED_IMAGES} images; filters stay in float unless --int8-filter makes "
+        f"circular int8 of them\n{path}: the plot"
     )
 
 
@@ -478,6 +522,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], int | None]]] = {
     "compile": ("compile a model to a bundle (what is done if no command is named)", _compile),
     "quantize": ("train a model for int8, and write a quantized checkpoint", _quantize),
     "finetune": ("train a model to drop patches, from its parent's weights", _finetune),
+    "tune": ("search for faster kernels on a device, into a tuning database", _tune),
     "run": ("classify images with a bundle", _run),
     "validate": ("measure a bundle on a device, against a budget", validate_command),
     "profile": ("time each kernel of a bundle on a device", profile_command),
@@ -585,6 +630,13 @@ def _compile_arguments(parser: argparse.ArgumentParser) -> None:
         help="ane: channels first, as the Neural Engine likes it; plain: as the graph is",
     )
     coreml.add_argument("--license", default="", metavar="TEXT", help="for the licence field")
+    parser.add_argument(
+        "--tuning-db",
+        type=_tuning_db,
+        default="shipped",
+        metavar="FILE",
+        help="what `gfcompile tune` found, used before what gfcompile ships; none: neither",
+    )
     parser.add_argument("--no-cache", action="store_true", help="build everything, keep nothing")
     parser.add_argument("--quiet", action="store_true", help="print only the bundle's path")
     add_quantization_arguments(parser)
@@ -662,6 +714,7 @@ _ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "compile": _compile_arguments,
     "quantize": _quantize_arguments,
     "finetune": _finetune_arguments,
+    "tune": add_tuning_arguments,
     "run": _run_arguments,
     "validate": validate_arguments,
     "profile": profile_arguments,
@@ -670,6 +723,10 @@ _ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "models": _list_arguments,
     "targets": _list_arguments,
 }
+
+
+def _tuning_db(text: str) -> Path | str:
+    return text if text in ("shipped", "none") else Path(text)
 
 
 def _positive(text: str) -> int:

@@ -82,6 +82,8 @@ class CompileConfig:
         labels: a text file with one class name per line, copied into the bundle.
         tflite: for targets of the TFLite emitter.
         coreml: for the target of the Core ML emitter.
+        tuning_db: what `gfcompile tune` wrote, used before what gfcompile ships; "shipped" for the
+            latter alone, "none" for neither. For targets with kernels of our own.
         cache: whether to keep and reuse results in the user's cache.
     """
 
@@ -104,6 +106,7 @@ class CompileConfig:
     seed: int = 0
     tflite: TfliteOptions = field(default_factory=TfliteOptions)
     coreml: CoremlOptions = field(default_factory=CoremlOptions)
+    tuning_db: Path | Literal["shipped", "none"] = "shipped"
     cache: bool = True
 
 
@@ -112,6 +115,7 @@ def compile_model(
     progress: Progress | None = None,
     *,
     module: "nn.Module | None" = None,
+    pruning: Pruning | None = None,
 ) -> Bundle:
     """Compiles what `config` says into a bundle, which appears at its output whole or not at all.
 
@@ -120,6 +124,8 @@ def compile_model(
         progress: told of stages and of whatever is not as the user might think.
         module: a torch module of your own, (1, 3, image_size, image_size) -> (1, classes), in
             place of a model of the zoo; `config.image_size` is then needed.
+        pruning: how that module drops patches, if it does. Which ones it keeps is then compared;
+            otherwise another choice between two of nearly the same score is an error.
 
     Raises:
         UserError: something in `config` that cannot be.
@@ -127,7 +133,7 @@ def compile_model(
     """
     progress = progress or SilentProgress()
     target = find_target(config.target)
-    job = _Job(config=config, target=target, progress=progress, module=module)
+    job = _Job(config=config, target=target, progress=progress, module=module, pruning=pruning)
     output = config.output or default_output(config.model, target.name, job.precision)
     check_output(output)
     job.check()
@@ -144,12 +150,25 @@ def compile_model(
     return bundle
 
 
+def lowered_graph(config: CompileConfig, cache: Cache, progress: Progress) -> "Graph":
+    """The graph that `config`'s kernels are compiled from.
+
+    Raises:
+        UserError, CompileError: see `compile_model`.
+    """
+    target = find_target(config.target)
+    job = _Job(config=config, target=target, progress=progress, module=None, pruning=None)
+    job.check()
+    return job.lowered(cache)[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Job:
     config: CompileConfig
     target: AnyTarget
     progress: Progress
     module: "nn.Module | None"
+    pruning: Pruning | None
 
     @property
     def precision(self) -> RequestedPrecision:
@@ -220,6 +239,11 @@ class _Job:
             UserError: see `compile_model`.
         """
         config, target = self.config, self.target
+        if isinstance(config.tuning_db, Path):
+            if not isinstance(target, Target):
+                raise UserError(f"--tuning-db: {target.name} has no kernels of ours to tune")
+            if not config.tuning_db.is_file():
+                raise UserError(f"--tuning-db {config.tuning_db}: no such file; make one by tune")
         if isinstance(target, Target):
             if self.precision == "float16":
                 raise UserError(
@@ -247,6 +271,8 @@ class _Job:
             "labels": self.config.labels,
             "precision": self.precision,
             "options": [self.config.tflite, self.config.coreml],
+            # A file by its content. What gfcompile ships is part of its sources, as all keys are.
+            "tuning_db": self.config.tuning_db,
         }
 
     def graph_key(self, loaded: "_Loaded") -> Mapping[str, object]:
@@ -306,19 +332,22 @@ class _Job:
 
     def write(self, output: Path, cache: Cache) -> Bundle:
         """Makes the bundle at `output`."""
+        graph, loaded, golden = self.lowered(cache)
+        return write_bundle(lambda folder: self.emit(loaded, graph, golden, folder), output)
+
+    def lowered(self, cache: Cache) -> "tuple[Graph, _Loaded, Golden]":
+        """The graph, and what it came from."""
         with self.progress.stage("load the model"):
             loaded = self.load()
             golden = _golden(loaded.transform)
         if self.config.dump is not None or self.module is not None:
-            graph = self.graph(loaded, golden)
-        else:
-            from gfcompile.compile.graph import Graph
+            return self.graph(loaded, golden), loaded, golden
+        from gfcompile.compile.graph import Graph
 
-            made = cache.folder(
-                self.graph_key(loaded), lambda folder: self.graph(loaded, golden).write(folder)
-            )
-            graph = Graph.read(made)
-        return write_bundle(lambda folder: self.emit(loaded, graph, golden, folder), output)
+        made = cache.folder(
+            self.graph_key(loaded), lambda folder: self.graph(loaded, golden).write(folder)
+        )
+        return Graph.read(made), loaded, golden
 
     def load(self) -> "_Loaded":
         config = self.config
@@ -329,6 +358,7 @@ class _Job:
                 transform=imagenet_transform(config.image_size),
                 weights="a module given by the caller",
                 is_random=False,
+                pruning=self.pruning,
             )
         model: LoadedModel = load_model(
             config.model,
@@ -451,7 +481,7 @@ class _Job:
         if isinstance(target, Target):
             from gfcompile.compile.emitters.tvm import emit_plan
 
-            return emit_plan(request, target)
+            return emit_plan(request, target, self.config.tuning_db)
         if target.emitter == "tflite":
             from gfcompile.compile.emitters.tflite import emit_tflite
 

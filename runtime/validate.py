@@ -43,7 +43,7 @@ from gfcompile.runtime.verdict import compared_with, judge
 from gfcompile.runtime.version import VERSION
 
 SINGLE_STREAM_RUNS, SINGLE_STREAM_S = 1024, 60
-_NEEDED = ("plan.bin", "weights.bin", "kernels.ptx", "kernels.cubin", BENCH_NAME)
+_FOR_PROGRAMMERS = ("gfrt.h", "gfrt.py", "labels.txt")  # gfbench needs every other file
 _IMAGES, _OUTPUTS = "golden.u8", "outputs.f32"
 _QEMU_IMAGES = 2  # of the golden ones: an emulated inference takes seconds
 _NO_DEMANDS = Budget()
@@ -252,7 +252,9 @@ class _ResultOf:
         """What the device needs, by its name there."""
         bundle, manifest = self.config.bundle, self.manifest
         files = {
-            name: bundle / name for name in (*_NEEDED, manifest.library) if name in manifest.files
+            name: bundle / name
+            for name in manifest.files
+            if "/" not in name and name not in _FOR_PROGRAMMERS
         }
         if BENCH_NAME not in files:
             raise BundleError(f"{bundle} has no {BENCH_NAME}; compile it again")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from gfcompile.runtime.bundle import Manifest
 from gfcompile.runtime.ranking import rank_correlation
@@ -13,7 +14,7 @@ from gfcompile.runtime.roofline import (
     Peaks,
     estimate,
     kernel_costs,
-    kernel_levels,
+    roofline,
     target_peaks,
 )
 
@@ -113,22 +114,16 @@ class Kernels:
 
 def kernels_of(manifest: Manifest, result: ValidationResult | None) -> Kernels:
     """The kernels of a bundle, or of a result of its validation."""
-    costs, levels = kernel_costs(manifest), kernel_levels(manifest)
+    costs, peaks = kernel_costs(manifest), target_peaks(manifest)
     threads = result.protocol.threads if result is not None and result.protocol is not None else 1
-    measured = result is not None and bool(result.kernels)
     if result is not None and result.kernels:
         found = _measured(result, costs)
-        level = max(levels.get(kernel.name, 0) for kernel in found)
     else:
-        # This machine has the best of its levels; of another, only the least one is certain.
-        level = max(levels.values(), default=0) if manifest.target == "host" else 0
-        found = [k for k in _counted(manifest, costs) if levels.get(k.name, 0) == level]
-    kernels = [
-        _estimated(kernel, target_peaks(manifest, levels.get(kernel.name, 0)), threads)
-        for kernel in found
-    ]
+        found = _counted(manifest, costs)
+    kernels = [_estimated(kernel, peaks, threads) for kernel in found]
+    measured = bool(result is not None and result.kernels)
     kernels.sort(key=lambda k: (-((k.measured_us if measured else k.estimate_us) or 0.0), k.name))
-    return Kernels(all=tuple(kernels), peaks=target_peaks(manifest, level), measured=measured)
+    return Kernels(all=tuple(kernels), peaks=peaks, measured=measured)
 
 
 def _measured(result: ValidationResult, costs: Mapping[str, KernelCost]) -> Sequence[Kernel]:
@@ -141,6 +136,7 @@ def _measured(result: ValidationResult, costs: Mapping[str, KernelCost]) -> Sequ
             bytes=step.bytes,
             arithmetic=step.arithmetic,
             issue_us=costs.get(step.kernel, KernelCost()).issue_us,
+            peak_gops=costs.get(step.kernel, KernelCost()).peak_gops,
         )
     return [
         Kernel(name=name, calls=len(of_name), cost=known[name], measured_us=sum(of_name))
@@ -150,7 +146,11 @@ def _measured(result: ValidationResult, costs: Mapping[str, KernelCost]) -> Sequ
 
 def _counted(manifest: Manifest, costs: Mapping[str, KernelCost]) -> Sequence[Kernel]:
     kernels = []
+    # Those for the best CPU, where a library has kernels for several.
+    best = max(map(_level, records(manifest.kernels)), default=0)
     for record in records(manifest.kernels):
+        if _level(record) != best:
+            continue
         calls = figure(record.get("calls"))
         if calls is not None and 1 <= calls < _MOST:
             name = str(record.get("symbol", record.get("name", "")))
@@ -158,16 +158,23 @@ def _counted(manifest: Manifest, costs: Mapping[str, KernelCost]) -> Sequence[Ke
     return kernels
 
 
+def _level(record: Mapping[str, Any]) -> float:
+    return figure(record.get("level")) or 0
+
+
 def _estimated(kernel: Kernel, peaks: Peaks | None, threads: int) -> Kernel:
     cost = kernel.cost
-    if any(x is not None and not _sane(x) for x in (cost.flops, cost.bytes, cost.issue_us)):
+    known = (cost.flops, cost.bytes, cost.issue_us, cost.peak_gops)
+    if any(x is not None and not _sane(x) for x in known):
         return replace(kernel, cost=KernelCost())
     if peaks is None or not _positive(peaks):
         return kernel
-    least = None
-    if cost.flops is not None and cost.bytes is not None:
-        least, _ = peaks.least_us(cost.flops, cost.bytes, cost.arithmetic, threads)
-    return replace(kernel, estimate=estimate(peaks, cost, threads), roofline_us=least)
+    least = roofline(peaks, cost, threads)
+    return replace(
+        kernel,
+        estimate=estimate(peaks, cost, threads),
+        roofline_us=None if least is None else least.us,
+    )
 
 
 def _sane(amount: float) -> bool:

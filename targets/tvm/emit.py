@@ -4,10 +4,10 @@ import dataclasses
 import hashlib
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import tvm
@@ -17,9 +17,10 @@ import gfcompile.runtime.device as runtime_device
 from gfcompile.quantize.int4 import fits_int4, pack_int4
 from gfcompile.runtime.bench import BENCH_NAME
 from gfcompile.runtime.errors import CompileError
-from gfcompile.runtime.roofline import KernelCost, Peaks, estimate
+from gfcompile.runtime.roofline import KernelCost, estimate
 from gfcompile.targets.target import Cpu, Gpu, Target, peaks
 from gfcompile.targets.tvm import cuda, link
+from gfcompile.targets.tvm.choices import Choice, to_json
 from gfcompile.targets.tvm.cost import costs
 from gfcompile.targets.tvm.grouped import GroupedRows, find_rows
 from gfcompile.targets.tvm.instructions import count_instructions, issue_us
@@ -67,16 +68,30 @@ class Artifact:
         better_plans: those of the target's levels that gain by it, in plan-1.bin, plan-2.bin, ...
         arena: how activations share memory.
         kernels: one record per compiled function, for the manifest.
-        level_peaks: of the CPU of each level, the least one first, or of the GPU.
         cuda_source: what NVRTC compiled, for a stand-in driver; "" on a CPU.
     """
 
     plan: Plan
     arena: Arena
     kernels: tuple[Mapping[str, Any], ...]
-    level_peaks: tuple[Peaks, ...]
     cuda_source: str = ""
     better_plans: tuple[Plan, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What a tuning database says of a kernel.
+
+    Attributes:
+        how: "measured" on a device, or "static": estimated without one.
+    """
+
+    choice: Choice
+    how: Literal["measured", "static"]
+
+
+# What is known of kernels on a CPU or GPU; the schedules' own rules serve those that it leaves out.
+Tuning = Callable[[Iterable[Kernel], Cpu | Gpu], Mapping[Kernel, Tuned]]
 
 
 @dataclass(frozen=True)
@@ -137,6 +152,7 @@ class _Level:
     storage: ActStorage
     scheduled: Mapping[Kernel, Scheduled]
     functions: Mapping[Kernel, Sequence[_Function]]
+    tuned: Mapping[Kernel, Tuned]
 
 
 def emit(
@@ -148,6 +164,7 @@ def emit(
     mean: tuple[float, float, float] | None,
     std: tuple[float, float, float] | None,
     group_size: int | None = None,
+    tuning: Tuning | None = None,
 ) -> Artifact:
     """Writes `library`, plan.bin, weights.bin and, for a GPU, kernels.ptx and kernels.cubin.
 
@@ -156,11 +173,12 @@ def emit(
         library: file name of the shared library.
         mean, std: the normalization of the image input, if it is one.
         group_size: how many weights of four bits share a factor; None where none do.
+        tuning: a tuning database's choices; without it the schedules' own rules choose.
 
     Raises:
         CompileError: a kernel that cannot be compiled for the target.
     """
-    levels = _levels(program, target)
+    levels = _levels(program, target, tuning or (lambda _kernels, _device: {}))
     base = levels[0]
     module = None
     objects = []
@@ -231,11 +249,10 @@ def emit(
         plan=plans[0],
         arena=built[0][1],
         kernels=tuple(
-            {**record, "level": number}
+            record
             for number, level in enumerate(levels)
-            for record in _kernel_records(program, level, module, target)
+            for record in _kernel_records(program, level, number, module, target)
         ),
-        level_peaks=tuple(peaks(_at_level(target, level)) for level in levels),
         cuda_source="" if module is None else module.source,
         better_plans=tuple(plans[1:]),
     )
@@ -246,7 +263,7 @@ def _plan_name(level: int) -> str:
     return f"plan-{level}.bin" if level else "plan.bin"
 
 
-def _levels(program: Program, target: Target) -> list[_Level]:
+def _levels(program: Program, target: Target, tuning: Tuning) -> list[_Level]:
     """The kernels for the target's least CPU, or for its GPU, and for each level above it.
 
     A level is left out where its extra instructions serve nothing: same functions, same vectors.
@@ -255,13 +272,25 @@ def _levels(program: Program, target: Target) -> list[_Level]:
     for device in (target.gpu or target.cpu, *target.levels):
         storage = act_storage(device)
         kernels = dict.fromkeys(call.kernel for call in program.calls)
-        scheduled = {kernel: schedule(kernel, device, storage) for kernel in kernels}
+        tuned = tuning(kernels, device)
+        scheduled = {
+            kernel: schedule(
+                kernel, device, storage, tuned[kernel].choice if kernel in tuned else None
+            )
+            for kernel in kernels
+        }
         suffix = f"_level{len(levels)}" if levels else ""
         functions = _functions(scheduled, suffix)
         if levels and _gains_nothing(levels[-1], device, scheduled):
             continue
         levels.append(
-            _Level(device=device, storage=storage, scheduled=scheduled, functions=functions)
+            _Level(
+                device=device,
+                storage=storage,
+                scheduled=scheduled,
+                functions=functions,
+                tuned=tuned,
+            )
         )
     return levels
 
@@ -404,35 +433,36 @@ def _workspace_bytes(functions: Mapping[Kernel, Sequence[_Function]]) -> int:
     return most
 
 
-def _at_level(target: Target, level: _Level) -> Target:
-    """The target as it is where the CPU has the level's instructions."""
-    if isinstance(level.device, Gpu):
-        return target
-    return dataclasses.replace(target, cpu=level.device, levels=())
-
-
 def _kernel_records(
-    program: Program, level: _Level, module: cuda.CudaModule | None, target: Target
+    program: Program, level: _Level, number: int, module: cuda.CudaModule | None, target: Target
 ) -> tuple[Mapping[str, Any], ...]:
     uses: dict[Kernel, int] = {}
     for call in program.calls:
         uses[call.kernel] = uses.get(call.kernel, 0) + 1
     records = []
-    target = _at_level(target, level)
+    if isinstance(level.device, Cpu):
+        target = dataclasses.replace(target, cpu=level.device, levels=())
     for kernel, steps in level.functions.items():
         scheduled = level.scheduled[kernel]
         for function, cost in zip(steps, costs(kernel, scheduled, target), strict=True):
-            issued_us = round(issue_us(count_instructions(function.func, target), target), 4)
+            instructions = count_instructions(function.func, target)
+            issued_us = round(issue_us(instructions, target), 4)
             known = KernelCost(**dataclasses.asdict(cost), issue_us=issued_us)
-            record = {
+            record: dict[str, Any] = {
                 "name": function.name,
                 "calls": uses[kernel],
-                **dataclasses.asdict(known),
+                **dataclasses.asdict(cost),
+                "issue_us": issued_us,
             }
             if (guess := estimate(peaks(target), known)) is not None:
                 record |= {"estimate_us": round(guess.us, 4), "bound": guess.bound}
+            if number:  # a better CPU than the one whose peaks the manifest has
+                record |= {"level": number, "peak_gops": peaks(target).rate(cost.arithmetic)}
             if module is not None:
                 record |= dataclasses.asdict(module.kernels[function.name])
+            if kernel in level.tuned:
+                record["tuned"] = level.tuned[kernel].how
+                record["choice"] = to_json(level.tuned[kernel].choice)
             records.append(record)
     return tuple(records)
 

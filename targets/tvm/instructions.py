@@ -193,12 +193,9 @@ class _Counter:
         self.add("special" if name in _ROOTS else "arithmetic", node.ty, times, lanes)
 
     def tile(self, node: Any, times: float) -> None:
-        """An instruction on whole tiles of AMX; smaller ones count as full ones.
-
-        What else returns nothing, as a GPU's barrier does, is free.
-        """
-        if str(getattr(node.op, "name", "")) != "tirx.call_llvm_intrin":
-            return
+        """An instruction on whole tiles of AMX; smaller ones count as full ones."""
+        if self.cpu is None:
+            return  # a GPU's barrier
         known = {
             codegen.llvm_lookup_intrinsic_id(f"llvm.x86.{name}"): name
             for name in ("tdpbusd", "tileloadd64", "tilestored64")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from gfcompile.targets.target import Cpu, Gpu
+from gfcompile.targets.tvm.choices import Choice
 from gfcompile.targets.tvm.kernel import (
     ActStorage,
     Attention,
@@ -45,10 +46,12 @@ from gfcompile.targets.tvm.schedules import (
 from gfcompile.targets.tvm.schedules.generic import schedule_generic_cpu, schedule_generic_gpu
 
 
-def _dense_cpu(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
+def _dense_cpu(
+    kernel: Dense, cpu: Cpu, storage: ActStorage, choice: cpu_dense.DenseChoice | None = None
+) -> Scheduled:
     if cpu.amx and cpu_amx.takes(kernel):
         return cpu_amx.schedule_dense(kernel, cpu, storage)
-    return cpu_dense.schedule_dense(kernel, cpu, storage)
+    return cpu_dense.schedule_dense(kernel, cpu, storage, choice)
 
 
 # Kernel class -> its schedule on a CPU, its schedule on a GPU.
@@ -78,11 +81,18 @@ def act_storage(device: Cpu | Gpu) -> ActStorage:
     return ActStorage() if isinstance(device, Gpu) else cpu_dense.act_storage(device)
 
 
-def schedule(kernel: Kernel, device: Cpu | Gpu, storage: ActStorage) -> Scheduled:
-    """The functions that compute `kernel` on `device`."""
+def schedule(
+    kernel: Kernel, device: Cpu | Gpu, storage: ActStorage, choice: Choice | None = None
+) -> Scheduled:
+    """The functions that compute `kernel` on `device`.
+
+    Args:
+        choice: of the kernel's design space, see `choices`; by default the schedule's own rule.
+    """
+    chosen = () if choice is None else (choice,)
     if isinstance(kernel, Generic):
         if isinstance(device, Gpu):
             return schedule_generic_gpu(kernel, device)
-        return schedule_generic_cpu(kernel, device)
+        return schedule_generic_cpu(kernel, device, *chosen)
     on_cpu, on_gpu = _SCHEDULES[type(kernel)]
-    return (on_gpu if isinstance(device, Gpu) else on_cpu)(kernel, device, storage)
+    return (on_gpu if isinstance(device, Gpu) else on_cpu)(kernel, device, storage, *chosen)

@@ -27,10 +27,8 @@ CASES: list[tuple[ModelSpec, int, Layout]] = [
     (SPEC, 1, "plain"),
     (PYRAMID, 3, "ane"),
     (pruning_cases.DEIT, 2, "ane"),
-    (pruning_cases.DEIT, 1, "plain"),
     (pruning_cases.LVVIT, 2, "plain"),
     (pruning_cases.CONVNEXT, 2, "ane"),
-    (pruning_cases.SWIN, 1, "ane"),
     (pruning_cases.SWIN, 2, "plain"),
     (pruning_cases.whole(pruning_cases.LVVIT), 1, "ane"),
 ]

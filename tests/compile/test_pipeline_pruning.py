@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import gfcompile.runtime
+from gfcompile.compile.emission import Pruning
 from gfcompile.compile.pipeline import CompileConfig, compile_model
 
 
@@ -22,7 +23,11 @@ def test_every_family_compiles_and_agrees_with_torch(tmp_path: Path, family: str
         output=tmp_path / "out",
         cache=False,
     )
-    bundle = compile_model(config, module=module)
+    pruning = Pruning(kept=spec.dropping, chosen_anew=spec.chooses_anew)
+    bundle = compile_model(config, module=module, pruning=pruning)
+    (entry,) = (e for e in bundle.manifest.ledger if e["stage"] == "artifact")
+    assert len(entry["tokens_kept"]) == len(spec.kept_patches)
+    assert min(entry["tokens_kept"]) == 1
     generator = np.random.default_rng(0)
     image = generator.standard_normal((1, 3, spec.image_size, spec.image_size), np.float32)
     with gfcompile.runtime.load(bundle.path) as session:

@@ -241,16 +241,3 @@ def test_ticks_are_few_and_inside(low: float, span: float) -> None:
     found = ticks(low, low + span)
     assert len(found) <= 6
     assert all(low - 1e-6 * span <= t <= low + span * (1 + 1e-6) for t in found)
-
-
-def test_kernels_of_a_better_cpu_are_held_against_its_peaks() -> None:
-    plain, better = dict(cases.manifest().kernels[0]), dict(cases.manifest().kernels[0])
-    better |= {"name": f"{plain['name']}_level1", "level": 1}
-    peaks = cases.manifest().extra["peaks"]
-    extra = {"peaks": peaks, "level_peaks": [peaks, {**peaks, "int8_gops": 288.0}]}
-    made = cases.manifest(kernels=(plain, better), extra=extra)
-    (least,) = kernels_of(made, None).all
-    assert least.name == plain["name"]
-    (best,) = kernels_of(replace(made, target="host"), None).all
-    assert best.name == better["name"]
-    assert best.roofline_us == pytest.approx((least.roofline_us or 0) / 10)

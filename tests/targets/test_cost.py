@@ -1,8 +1,11 @@
 """Operations and bytes of kernels against counts by other means."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from gfcompile.runtime.roofline import KernelCost, roofline
 from gfcompile.targets.jetson import JETSON_TX2
 from gfcompile.targets.raspberry_pi import RASPBERRY_PI_4
 from gfcompile.targets.target import Target, peaks
@@ -83,3 +86,13 @@ def test_the_roofline_is_the_larger_of_two_times() -> None:
     assert (us, bound) == (pytest.approx(100), "memory")
     assert peaks(JETSON_TX2).cores == 1
     assert np.isclose(peaks(JETSON_TX2).rate("float32", 4), 670)
+
+
+def test_a_kernel_for_a_better_cpu_has_that_cpus_roof() -> None:
+    roof = peaks(RASPBERRY_PI_4)
+    cost = KernelCost(flops=28_800_000, bytes=100, arithmetic="int8")
+    least, better = (roofline(roof, c) for c in (cost, replace(cost, peak_gops=288.0)))
+    assert least is not None
+    assert better is not None
+    assert (least.us, better.us) == (pytest.approx(1000), pytest.approx(100))
+    assert roofline(roof, KernelCost(flops=1)) is None

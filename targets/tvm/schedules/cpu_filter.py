@@ -4,7 +4,7 @@ A block is one or a few vectors of channels, and everything about its grid happe
 is in cache: no transpose and no complex product ever becomes a pass over memory of its own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,8 +132,8 @@ def _bases(n: int, *, mirrored: bool) -> Array:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Tile:
-    """Registers of the small products.
+class FilterTile:
+    """Registers of the small products; results are the same bits whatever it is.
 
     Attributes:
         rows: sums per column, at most.
@@ -146,25 +146,45 @@ class _Tile:
     vectors: int
 
 
-def _dft_tile(cpu: Cpu) -> _Tile:
+def _dft_tile(cpu: Cpu) -> FilterTile:
     """The fastest of seven or eight tiles on grids of 7 to 56.
 
     AVX-512 and AVX2 by time, NEON by instructions: 0.36 per multiply-add in the inner loop, which
     broadcasts matrix elements by lane. 14 x 14 x 384 takes 0.05 ms with AVX-512.
     """
     if cpu.arch == "aarch64":
-        return _Tile(rows=6, columns=4, vectors=4)
+        return FilterTile(rows=6, columns=4, vectors=4)
     if cpu.vector_registers >= 32:
-        return _Tile(rows=8, columns=2, vectors=1)
+        return FilterTile(rows=8, columns=2, vectors=1)
     if cpu.vector_bytes == 16:  # blocks of 16 channels as on better x86, whose constants they share
-        return _Tile(rows=3, columns=4, vectors=4)
-    return _Tile(rows=6, columns=2, vectors=2)
+        return FilterTile(rows=3, columns=4, vectors=4)
+    return FilterTile(rows=6, columns=2, vectors=2)
 
 
-def schedule_dft_filter(kernel: DftFilter, cpu: Cpu, _storage: ActStorage) -> Scheduled:
+def dft_filter_choices(kernel: DftFilter, cpu: Cpu) -> Sequence[FilterTile]:
+    """Every tile that is worth measuring; the default one leads.
+
+    Blocks stay as wide as they are: constants are packed by them, and shared by several CPUs.
+    """
+    default = _dft_tile(cpu)
+    # Sums, and a vector of each column; what is longer than half a spectrum is no tile.
+    most_rows = max(kernel.h, kernel.w) // 2 + 1
+    tiles = [
+        FilterTile(rows=rows, columns=columns, vectors=default.vectors)
+        for rows in range(1, most_rows + 1)
+        for columns in (1, 2, 3, 4, 6, 8)
+        if columns % default.vectors == 0
+        and cpu.vector_registers // 3 <= rows * columns + columns < cpu.vector_registers
+    ]
+    return [default, *(tile for tile in tiles if tile != default)]
+
+
+def schedule_dft_filter(
+    kernel: DftFilter, cpu: Cpu, _storage: ActStorage, choice: FilterTile | None = None
+) -> Scheduled:
     """The filter by separable real DFTs: along w, along h, times K, back along h, along w."""
     h, w, c = kernel.h, kernel.w, kernel.c
-    tile = _dft_tile(cpu)
+    tile = choice or _dft_tile(cpu)
     blocks = _cut(kernel.batch, c, tile.vectors, cpu)
     vectors, lanes = blocks.vectors, blocks.lanes
     rows = min(h, tile.columns // tile.vectors)  # of the grid, transformed together
