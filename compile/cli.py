@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from gfcompile.compile.progress import Progress
     from gfcompile.compile.quantization import Quantized
     from gfcompile.compile.training_job import TrainingJob
+    from gfcompile.runtime.bundle import Manifest
     from gfcompile.targets.target import AnyTarget, Target
 
 _EPILOG = """\
@@ -172,6 +173,7 @@ def _print_bundle(bundle: "Bundle", target: "AnyTarget", notes: Sequence[str], t
     print(f"             computed as {precision.compute}")
     for note in dict.fromkeys([*manifest.notes, *notes]):
         print(f"  note       {note}")
+    _print_estimate(manifest)
     if manifest.ledger:
         print()
         _print_ledger(manifest.ledger)
@@ -180,6 +182,23 @@ def _print_bundle(bundle: "Bundle", target: "AnyTarget", notes: Sequence[str], t
     count = len(manifest.files) + 1
     print(f"\n{bundle.path}: {bundle.size_bytes / 1e6:.1f} MB in {count} files, {took:.1f} s")
     print(f"next: {_next_step(bundle, target)}")
+
+
+def _print_estimate(manifest: "Manifest") -> None:
+    """What an inference would take, and the kernels that would take the most of it."""
+    from gfcompile.runtime.report.html import duration
+    from gfcompile.runtime.report.kernels import kernels_of
+
+    kernels = kernels_of(manifest, None)
+    if kernels.estimate_us is None:
+        return
+    print(f"  estimate   {duration(kernels.estimate_us)} per inference, not measured; of it")
+    for kernel in kernels.all[:3]:
+        assert kernel.estimate is not None
+        print(
+            f"             {duration(kernel.estimate_us):>8}  {kernel.name}, "
+            f"{_count(kernel.calls, 'call')}, bound by {kernel.estimate.bound}"
+        )
 
 
 def _print_ledger(ledger: Sequence[Mapping[str, Any]]) -> None:

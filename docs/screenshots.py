@@ -1,4 +1,4 @@
-"""Writes report-light.png, report-dark.png and report-narrow.png beside this file.
+"""Writes report-light.png, -dark, -narrow and -kernels beside this file.
 
 python docs/screenshots.py demo/report.html
 """
@@ -12,6 +12,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 VIEWS = (("light", "light", 960, 1500), ("dark", "dark", 960, 1500), ("narrow", "light", 360, 1500))
+SECTIONS = ("What it sees", "Where the time")
 COLOURS = 128  # the photo is small; the rest of a page has few
 
 
@@ -25,11 +26,25 @@ def main() -> None:
                 viewport={"width": width, "height": height}, color_scheme=scheme
             )
             page.goto(page_file.as_uri())
-            picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-            target = Path(__file__).with_name(f"report-{name}.png")
-            picture.quantize(COLOURS, dither=Image.Dither.NONE).save(target, optimize=True)
-            print(f"{target}: {target.stat().st_size / 1e3:.0f} KB")
+            save(page.screenshot(), name)
+        page = browser.new_page(viewport={"width": 960, "height": 1500})
+        page.goto(page_file.as_uri())
+        first, last = (page.locator(f"section:has(h2:text('{title}'))") for title in SECTIONS)
+        top, end = first.bounding_box(), last.bounding_box()
+        assert top is not None
+        assert end is not None
+        height = min(end["y"] + end["height"] - top["y"], 1500)
+        clip = {"x": 0, "y": top["y"], "width": 960, "height": height}
+        save(page.screenshot(full_page=True, clip=clip), "kernels")
         browser.close()
+
+
+def save(png: bytes, name: str) -> None:
+    """Writes a picture of few colours, which is a small file."""
+    target = Path(__file__).with_name(f"report-{name}.png")
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(target, optimize=True)
+    print(f"{target}: {target.stat().st_size / 1e3:.0f} KB")
 
 
 if __name__ == "__main__":

@@ -55,8 +55,9 @@ def qemu_aarch64(cpu: str) -> list[str]:
 
 def need_chromium() -> str:
     """The path of a Chromium for Playwright to drive, or the end of the test that needs it."""
-    if importlib.util.find_spec("playwright") is None:
-        _lacking("playwright", "none; pip install -e '.[dev]'")
+    for module in ("playwright", "axe_playwright_python"):
+        if importlib.util.find_spec(module) is None:
+            _lacking(module, "none; pip install -e '.[dev]'")
     others = (shutil.which(name) for name in ("chromium", "google-chrome"))
     return next((path for path in others if path), None) or need("chromium-headless-shell")
 

@@ -69,8 +69,7 @@ def histogram(
     low = min([ordered[0], *(mark.value for mark in marks)])
     p99 = ordered[math.ceil(0.99 * len(ordered)) - 1]
     last_mark = max((mark.value for mark in marks), default=p99)
-    high = max(p99 + 0.15 * (p99 - low), last_mark + 0.03 * (last_mark - low))
-    high = min(high, max(ordered[-1], last_mark))
+    high = max(min(p99 + 0.15 * (p99 - low), ordered[-1]), last_mark + 0.03 * (last_mark - low))
     if not high > low:
         low, high = 0.95 * low - 1e-9, 1.05 * high + 1e-9
     bins = max(8, min(most_bins, round(2 * math.sqrt(len(values)))))

@@ -68,7 +68,7 @@ def look(bundle: Path, manifest: Manifest, photo: Path | None = None) -> Picture
     pixels = images.cropped(photo, transform) if photo else _golden_pixels(bundle, transform)
     if pixels is None:
         return None
-    name = photo.name if photo else "the bundle's golden photo"
+    name = photo.name if photo else "The bundle's golden photo"
     if photo is None and not mapping(manifest.extra.get("pruning")):
         return _recorded(bundle, pixels, name)
     try:

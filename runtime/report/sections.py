@@ -251,7 +251,7 @@ def picture(seen: Picture | None) -> Html | None:
         aria_label=f"photo: {seen.source}",
     )
     stages = [_stage(seen, i) for i in range(len(seen.kept))]
-    lead = f"{seen.source[:1].upper()}{seen.source[1:]}, cropped to {width} × {height}"
+    lead = f"{seen.source}, cropped to {width} × {height}"
     if stages:
         last = len(seen.kept[-1])
         lead += f"; {last} of {seen.patches} patches reach the last blocks"

@@ -17,6 +17,7 @@ import gfcompile.runtime.device as runtime_device
 from gfcompile.quantize.int4 import fits_int4, pack_int4
 from gfcompile.runtime.bench import BENCH_NAME
 from gfcompile.runtime.errors import CompileError
+from gfcompile.runtime.roofline import KernelCost, estimate
 from gfcompile.targets.target import Cpu, Gpu, Target, peaks
 from gfcompile.targets.tvm import cuda, link
 from gfcompile.targets.tvm.choices import Choice, to_json
@@ -445,12 +446,16 @@ def _kernel_records(
         scheduled = level.scheduled[kernel]
         for function, cost in zip(steps, costs(kernel, scheduled, target), strict=True):
             instructions = count_instructions(function.func, target)
+            issued_us = round(issue_us(instructions, target), 4)
+            known = KernelCost(**dataclasses.asdict(cost), issue_us=issued_us)
             record: dict[str, Any] = {
                 "name": function.name,
                 "calls": uses[kernel],
                 **dataclasses.asdict(cost),
-                "issue_us": round(issue_us(instructions, target), 4),
+                "issue_us": issued_us,
             }
+            if (guess := estimate(peaks(target), known)) is not None:
+                record |= {"estimate_us": round(guess.us, 4), "bound": guess.bound}
             if number:  # a better CPU than the one whose peaks the manifest has
                 record |= {"level": number, "peak_gops": peaks(target).rate(cost.arithmetic)}
             if module is not None:

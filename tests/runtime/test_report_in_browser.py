@@ -97,7 +97,6 @@ def test_a_phone_does_not_scroll_sideways(browser: Any, pages: dict[str, Path], 
 def test_contrast_names_and_structure_are_accessible(
     browser: Any, pages: dict[str, Path], scheme: Scheme, width: int
 ) -> None:
-    pytest.importorskip("axe_playwright_python")
     from axe_playwright_python.sync_playwright import Axe
 
     for name in PAGES:
