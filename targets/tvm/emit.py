@@ -17,7 +17,7 @@ import gfcompile.runtime.device as runtime_device
 from gfcompile.quantize.int4 import fits_int4, pack_int4
 from gfcompile.runtime.bench import BENCH_NAME
 from gfcompile.runtime.errors import CompileError
-from gfcompile.targets.target import Cpu, Gpu, Target
+from gfcompile.targets.target import Cpu, Target
 from gfcompile.targets.tvm import cuda, link
 from gfcompile.targets.tvm.cost import costs
 from gfcompile.targets.tvm.grouped import GroupedRows, find_rows
@@ -128,9 +128,9 @@ class _Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class _Level:
-    """The kernels for one CPU or GPU."""
+    """The kernels for one CPU or GPU; `target` has that one alone."""
 
-    device: Cpu | Gpu
+    target: Target
     storage: ActStorage
     scheduled: Mapping[Kernel, Scheduled]
     functions: Mapping[Kernel, Sequence[_Function]]
@@ -163,8 +163,8 @@ def emit(
     objects = []
     if target.gpu is None:
         for i, level in enumerate(levels):
-            assert isinstance(level.device, Cpu)
-            objects.append(_compile_cpu(level.functions, level.device, folder / f"kernels{i}.o"))
+            compiled = _compile_cpu(level.functions, level.target.cpu, folder / f"kernels{i}.o")
+            objects.append(compiled)
     else:
         module = cuda.compile_cuda(
             {f.name: f.func for steps in base.functions.values() for f in steps}, target.gpu
@@ -198,13 +198,13 @@ def emit(
         shutil.copy(Path(runtime_device.__file__).parent / name, folder)
     plans = []
     for level, builder, (steps, arena) in zip(levels, builders, built, strict=True):
-        cpu = level.device if isinstance(level.device, Cpu) else None
+        on_cpu = target.gpu is None
         plan = Plan(
-            device="cpu" if cpu else "cuda",
+            device="cpu" if on_cpu else "cuda",
             arch=target.cpu.arch,
             library=library,
             library_id=library_id,
-            cpu_features=link.cpu_features(cpu) if cpu else (),
+            cpu_features=link.cpu_features(level.target.cpu) if on_cpu else (),
             compute_capability=target.gpu.compute_capability if target.gpu else (0, 0),
             tensors=builder.tensors(),
             steps=steps,
@@ -228,7 +228,7 @@ def emit(
         plan=plans[0],
         arena=built[0][1],
         kernels=tuple(
-            record for level in levels for record in _kernel_records(program, level, module, target)
+            record for level in levels for record in _kernel_records(program, level, module)
         ),
         cuda_source="" if module is None else module.source,
         better_plans=tuple(plans[1:]),
@@ -246,23 +246,24 @@ def _levels(program: Program, target: Target) -> list[_Level]:
     A level is left out where its extra instructions serve nothing: same functions, same vectors.
     """
     levels: list[_Level] = []
-    for device in (target.gpu or target.cpu, *target.levels):
-        storage = act_storage(device)
+    for cpu in (target.cpu, *target.levels):
+        alone = dataclasses.replace(target, cpu=cpu, levels=())
+        storage = act_storage(alone)
         kernels = dict.fromkeys(call.kernel for call in program.calls)
-        scheduled = {kernel: schedule(kernel, device, storage) for kernel in kernels}
+        scheduled = {kernel: schedule(kernel, alone, storage) for kernel in kernels}
         suffix = f"_level{len(levels)}" if levels else ""
         functions = _functions(scheduled, suffix)
-        if levels and _gains_nothing(levels[-1], device, scheduled):
+        if levels and _gains_nothing(levels[-1], cpu, scheduled):
             continue
         levels.append(
-            _Level(device=device, storage=storage, scheduled=scheduled, functions=functions)
+            _Level(target=alone, storage=storage, scheduled=scheduled, functions=functions)
         )
     return levels
 
 
-def _gains_nothing(below: _Level, device: Cpu | Gpu, scheduled: Mapping[Kernel, Scheduled]) -> bool:
-    """Whether kernels scheduled for `device` are those of the level below it."""
-    if getattr(below.device, "mcpu", None) != getattr(device, "mcpu", None):
+def _gains_nothing(below: _Level, cpu: Cpu, scheduled: Mapping[Kernel, Scheduled]) -> bool:
+    """Whether kernels scheduled for `cpu` are those of the level below it."""
+    if below.target.cpu.mcpu != cpu.mcpu:
         return False
     return all(
         len(plan.steps) == len(below.scheduled[kernel].steps)
@@ -397,23 +398,21 @@ def _workspace_bytes(functions: Mapping[Kernel, Sequence[_Function]]) -> int:
 
 
 def _kernel_records(
-    program: Program, level: _Level, module: cuda.CudaModule | None, target: Target
+    program: Program, level: _Level, module: cuda.CudaModule | None
 ) -> tuple[Mapping[str, Any], ...]:
     uses: dict[Kernel, int] = {}
     for call in program.calls:
         uses[call.kernel] = uses.get(call.kernel, 0) + 1
     records = []
-    if isinstance(level.device, Cpu):
-        target = dataclasses.replace(target, cpu=level.device, levels=())
     for kernel, steps in level.functions.items():
         scheduled = level.scheduled[kernel]
-        for function, cost in zip(steps, costs(kernel, scheduled, target), strict=True):
-            instructions = count_instructions(function.func, target)
+        for function, cost in zip(steps, costs(kernel, scheduled, level.target), strict=True):
+            instructions = count_instructions(function.func, level.target)
             record = {
                 "name": function.name,
                 "calls": uses[kernel],
                 **dataclasses.asdict(cost),
-                "issue_us": round(issue_us(instructions, target), 4),
+                "issue_us": round(issue_us(instructions, level.target), 4),
             }
             if module is not None:
                 record |= dataclasses.asdict(module.kernels[function.name])

@@ -1,8 +1,9 @@
 """Schedules: for each kernel class, how it is computed on CPUs and on CUDA GPUs."""
 
 from collections.abc import Callable
+from typing import Any
 
-from gfcompile.targets.target import Cpu, Gpu
+from gfcompile.targets.target import Cpu, Target
 from gfcompile.targets.tvm.kernel import (
     ActStorage,
     Attention,
@@ -73,16 +74,15 @@ _SCHEDULES: dict[type, tuple[Callable[..., Scheduled], Callable[..., Scheduled]]
 }
 
 
-def act_storage(device: Cpu | Gpu) -> ActStorage:
-    """How int8 activations lie in memory on `device`."""
-    return ActStorage() if isinstance(device, Gpu) else cpu_dense.act_storage(device)
+def act_storage(target: Target) -> ActStorage:
+    """How int8 activations lie in memory on `target`."""
+    return ActStorage() if target.gpu else cpu_dense.act_storage(target.cpu)
 
 
-def schedule(kernel: Kernel, device: Cpu | Gpu, storage: ActStorage) -> Scheduled:
-    """The functions that compute `kernel` on `device`."""
+def schedule(kernel: Kernel, target: Target, storage: ActStorage) -> Scheduled:
+    """The functions that compute `kernel` on `target`, by its least level."""
+    device: Any = target.gpu or target.cpu
     if isinstance(kernel, Generic):
-        if isinstance(device, Gpu):
-            return schedule_generic_gpu(kernel, device)
-        return schedule_generic_cpu(kernel, device)
+        return (schedule_generic_gpu if target.gpu else schedule_generic_cpu)(kernel, device)
     on_cpu, on_gpu = _SCHEDULES[type(kernel)]
-    return (on_gpu if isinstance(device, Gpu) else on_cpu)(kernel, device, storage)
+    return (on_gpu if target.gpu else on_cpu)(kernel, device, storage)
