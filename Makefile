@@ -1,16 +1,19 @@
 # make demo   compile gfnet_xs for a Jetson TX2 and for this machine, and classify a photo
 # make test   lint, types, import contracts and every test
+# make report an example report, in demo/report.html
 # make bench  the table against ONNX Runtime
 # make clean  remove what these made
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench install tools clean
+.PHONY: help demo test lint report screenshots bench install tools clean
 
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 PHOTO := $(abspath runtime/photos/cat.jpg)
-# qemu and arm64's libc run the ARM bundles; gcc builds the C example as a user would.
-PACKAGES := qemu-user libc6-arm64-cross gcc libc6-dev
+# qemu and arm64's libc run the ARM bundles; gcc builds the C example as a user would; a sshd of
+# the tests' own stands in for a board; reports are looked at in Chromium.
+PACKAGES := qemu-user libc6-arm64-cross gcc libc6-dev openssh-client openssh-server \
+    chromium-headless-shell
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -29,6 +32,19 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# validate ends with 1 if the machine misses the budget; the report then says so.
+report: $(VENV)/.installed
+	mkdir -p demo
+	cd demo && $(BIN)/gfcompile --model dynamicvit_deit_s --target host --int8
+	-cd demo && $(BIN)/gfcompile validate dynamicvit_deit_s-host-int8 --runs 500 \
+	    --max-latency-ms 100 --min-agreement 0.5
+	cd demo && $(BIN)/gfcompile report dynamicvit_deit_s-host-int8 --photo $(PHOTO) \
+	    --output report.html
+
+# Pictures of it for the README.
+screenshots: tools $(VENV)/.installed-dev report
+	$(BIN)/python docs/screenshots.py demo/report.html
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/cpu.py

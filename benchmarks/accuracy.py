@@ -42,6 +42,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gfcompile
+from gfcompile.compile.emission import Pruning
 from gfcompile.compile.finetuning import PruningConfig
 from gfcompile.compile.models import dynamicvit, gfnet
 from gfcompile.compile.models.dynamicvit_specs import ViTSpec
@@ -130,6 +131,7 @@ class Variant:
 
 
 PRUNED = f"pruned to {KEEP_RATIO}"
+PRUNING = Pruning(kept=PRUNED_SPEC.dropping, chosen_anew=PRUNED_SPEC.chooses_anew)
 VARIANTS = (
     *(Variant(bits=bits, trained=trained) for bits in (8, 4) for trained in (False, True)),
     *(Variant(bits=8, trained=trained, outliers=True) for trained in (False, True)),
@@ -276,7 +278,14 @@ class Run:
 
     def floating(self, module: nn.Module, name: str) -> Result:
         """The module compiled in float32."""
-        logits, _ = run_bundle(self.kind, module, self.place / name, self.test[0], checkpoint=None)
+        logits, _ = run_bundle(
+            self.kind,
+            module,
+            self.place / name,
+            self.test[0],
+            checkpoint=None,
+            is_pruned=name.startswith(PRUNED),
+        )
         return _result(self.kind, self.seed, name, logits, self.test[1])
 
     def quantized(
@@ -297,7 +306,14 @@ class Run:
             device="cpu",
         )
         quantize_model(config, module=module)
-        logits, graph = run_bundle(self.kind, module, place / name, images, checkpoint=path)
+        logits, graph = run_bundle(
+            self.kind,
+            module,
+            place / name,
+            images,
+            checkpoint=path,
+            is_pruned=name.startswith(PRUNED),
+        )
         fake = run_fake_quantized(module, path, images)
         result = _result(self.kind, self.seed, name, logits, self.test[1])
         predicted = logits.argmax(1)
@@ -401,7 +417,13 @@ def _copy(module: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
 
 
 def run_bundle(
-    kind: Kind, module: nn.Module, place: Path, images: torch.Tensor, *, checkpoint: Path | None
+    kind: Kind,
+    module: nn.Module,
+    place: Path,
+    images: torch.Tensor,
+    *,
+    checkpoint: Path | None,
+    is_pruned: bool,
 ) -> tuple[Array, Array]:
     """Logits of the compiled bundle, and of the graph that it was compiled from."""
     bundle = gfcompile.compile_model(
@@ -415,6 +437,7 @@ def run_bundle(
             dump=place / "dump",
         ),
         module=module,
+        pruning=PRUNING if is_pruned else None,
     )
     with load(bundle.path) as compiled:
         ours = np.concatenate([compiled.run(image[np.newaxis]) for image in images.numpy()])

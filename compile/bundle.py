@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from gfcompile.compile import interruption
 from gfcompile.compile.cache import sync_files
 from gfcompile.runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, read_manifest
 from gfcompile.runtime.errors import BundleError, UserError
@@ -126,6 +127,7 @@ def _entries(folder: Path) -> dict[str, FileEntry]:
 
 
 def _put_in_place(made: Path, output: Path) -> None:
+    interruption.check()
     sync_files([path for path in made.rglob("*") if path.is_file()])
     try:
         made.rename(output)  # where nothing is, or an empty folder

@@ -3,27 +3,31 @@
 The only place that prints and exits.
 """
 
-import _thread
 import argparse
 import errno
 import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gfcompile import __version__
+from gfcompile.compile import interruption
 from gfcompile.compile.device_commands import (
     profile_arguments,
     profile_command,
     validate_arguments,
     validate_command,
+)
+from gfcompile.compile.report_commands import (
+    compare_arguments,
+    compare_command,
+    report_arguments,
+    report_command,
 )
 from gfcompile.compile.tables import print_table
 from gfcompile.compile.training_options import (
@@ -34,6 +38,7 @@ from gfcompile.compile.training_options import (
     finetune_config,
     quantize_config,
 )
+from gfcompile.compile.tuning_options import add_tuning_arguments, tune_config
 from gfcompile.runtime.errors import GfcompileError, UserError
 
 if TYPE_CHECKING:
@@ -60,14 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
-        with _ending_by_signal() as ended_by:
+        with interruption.ending_by_signal():
             options = _parse(arguments)
             code: int | None = options.command(options)
             sys.stdout.flush()
         return code or 0
     except KeyboardInterrupt as interrupt:
-        _complain(f"interrupted; {interrupt if interrupt.args else 'nothing was written'}")
-        return 128 + (ended_by[0] if ended_by else signal.SIGINT)
+        return _interrupted(str(interrupt))
     except GfcompileError as error:
         _raise_again_if(debug)
         _complain(f"error: {error}")
@@ -82,11 +86,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         _raise_again_if(debug)
+        if interruption.came():  # a library has made an error of it
+            return _interrupted("")
         _complain(
             f"internal error: {type(error).__name__}: {_one_line(str(error))} "
             "(--debug shows where; please report it)"
         )
         return 1
+
+
+def _interrupted(what_is_left: str) -> int:
+    """Says so, and returns the exit code."""
+    _complain(f"interrupted; {what_is_left or 'nothing was written'}")
+    return 128 + (interruption.came() or signal.SIGINT)
 
 
 def _compile(options: argparse.Namespace) -> None:
@@ -107,7 +119,8 @@ def _compile(options: argparse.Namespace) -> None:
         if not _is_first_process():
             return
         # As the checkpoint says.
-        options.weight_bits, options.group_size, options.keep_float = 8, None, []
+        options.weight_bits, options.group_size = 8, None
+        options.keep_float, options.int8_filters = [], []
     is_coreml = options.target == "coreml"
     config = CompileConfig(
         model=options.model,
@@ -122,6 +135,7 @@ def _compile(options: argparse.Namespace) -> None:
         weight_bits=options.weight_bits,
         group_size=options.group_size,
         keep_float=tuple(options.keep_float),
+        int8_filters=tuple(options.int8_filters),
         output=options.output,
         dump=options.dump,
         labels=options.labels,
@@ -135,6 +149,7 @@ def _compile(options: argparse.Namespace) -> None:
             input="tensor" if is_coreml and options.input == "tensor" else "image",
             license=options.license,
         ),
+        tuning_db=options.tuning_db,
         cache=not options.no_cache,
     )
     bundle = compile_model(config, progress)
@@ -204,11 +219,9 @@ def _next_step(bundle: "Bundle", target: "AnyTarget") -> str:
     if isinstance(target, ModelFormat):
         return f"gfcompile run {bundle.path} PHOTO"
     if target.gpu is not None:
-        name = bundle.path.name
-        return f"copy {bundle.path} to the board, and there: {name}/gfbench {name}"
+        return f"gfcompile validate {bundle.path} --device ssh://USER@BOARD"
     if target.cpu.android_api is not None:
-        there = f"/data/local/tmp/{bundle.path.name}"
-        return f"adb push {bundle.path} /data/local/tmp/, then: adb shell {there}/gfbench {there}"
+        return f"gfcompile validate {bundle.path} --device adb://SERIAL"
     if target.cpu.arch == platform.machine():
         return f"gfcompile run {bundle.path} PHOTO"
     return f"gfcompile run {bundle.path} PHOTO --device qemu"
@@ -281,6 +294,48 @@ def _finetune(options: argparse.Namespace) -> None:
     )
 
 
+def _tune(options: argparse.Namespace) -> None:
+    from gfcompile.compile.progress import ConsoleProgress, SilentProgress
+    from gfcompile.compile.tuning import tune_model
+    from gfcompile.compile.tuning_progress import ConsoleTrials
+
+    config = tune_config(options)
+    progress = SilentProgress() if options.quiet else ConsoleProgress()
+    with ConsoleTrials(quiet=options.quiet) as trials:
+        try:
+            tuned = tune_model(config, progress, trials)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"{config.path} has what was found; the same command goes on"
+            ) from None
+    if options.quiet:
+        print(tuned.path)
+        return
+    estimated = "" if tuned.how == "measured" else " (static: an estimate, nothing was measured)"
+    print(f"\n{config.model} for {config.target}, {tuned.how} on {tuned.device}{estimated}")
+    print_table(
+        ("kernel", "calls", "default", "best", "trials", "failed"),
+        [
+            (
+                finding.name,
+                str(finding.uses),
+                f"{finding.default_cost:.4g} {finding.unit}",
+                f"{finding.ratio:.3f}",
+                str(finding.trials),
+                str(finding.failed),
+            )
+            for finding in tuned.findings
+        ],
+        right={1, 2, 3, 4, 5},
+    )
+    print(f"all of them: {tuned.ratio:.3f} of the default's {tuned.findings[0].unit}")
+    print(f"{tuned.path}")
+    print(
+        f"next: gfcompile --model {options.model} --target {options.target}"
+        f"{' --int8' if options.int8 else ''} --tuning-db {tuned.path}"
+    )
+
+
 @contextmanager
 def _resumable(job: "TrainingJob") -> Iterator[None]:
     """An interrupted training says how it goes on."""
@@ -308,8 +363,8 @@ def _analyze(options: argparse.Namespace, progress: "Progress") -> None:
     path = options.plot or Path(f"{options.model}-sensitivity.svg")
     path.write_text(plot(results, title=f"{options.model}: loss of quantizing one layer alone"))
     print(
-        f"\nover up to {ANALYSED_IMAGES} images; filters stay in float, the rows show what int8 "
-        f"would cost them\n{path}: the plot"
+        f"\nover up to {ANALYSED_IMAGES} images; filters stay in float unless --int8-filter makes "
+        f"circular int8 of them\n{path}: the plot"
     )
 
 
@@ -448,9 +503,12 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], int | None]]] = {
     "compile": ("compile a model to a bundle (what is done if no command is named)", _compile),
     "quantize": ("train a model for int8, and write a quantized checkpoint", _quantize),
     "finetune": ("train a model to drop patches, from its parent's weights", _finetune),
+    "tune": ("search for faster kernels on a device, into a tuning database", _tune),
     "run": ("classify images with a bundle", _run),
     "validate": ("measure a bundle on a device, against a budget", validate_command),
     "profile": ("time each kernel of a bundle on a device", profile_command),
+    "report": ("write a page about a bundle, measured or estimated", report_command),
+    "compare": ("put bundles and results side by side", compare_command),
     "models": ("list the models", _models),
     "targets": ("list the targets, and what int8 means there", _targets),
 }
@@ -553,6 +611,13 @@ def _compile_arguments(parser: argparse.ArgumentParser) -> None:
         help="ane: channels first, as the Neural Engine likes it; plain: as the graph is",
     )
     coreml.add_argument("--license", default="", metavar="TEXT", help="for the licence field")
+    parser.add_argument(
+        "--tuning-db",
+        type=_tuning_db,
+        default="shipped",
+        metavar="FILE",
+        help="what `gfcompile tune` found, used before what gfcompile ships; none: neither",
+    )
     parser.add_argument("--no-cache", action="store_true", help="build everything, keep nothing")
     parser.add_argument("--quiet", action="store_true", help="print only the bundle's path")
     add_quantization_arguments(parser)
@@ -630,12 +695,19 @@ _ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "compile": _compile_arguments,
     "quantize": _quantize_arguments,
     "finetune": _finetune_arguments,
+    "tune": add_tuning_arguments,
     "run": _run_arguments,
     "validate": validate_arguments,
     "profile": profile_arguments,
+    "report": report_arguments,
+    "compare": compare_arguments,
     "models": _list_arguments,
     "targets": _list_arguments,
 }
+
+
+def _tuning_db(text: str) -> Path | str:
+    return text if text in ("shipped", "none") else Path(text)
 
 
 def _positive(text: str) -> int:
@@ -660,50 +732,6 @@ def _unknown_command(word: str) -> str:
     near = difflib.get_close_matches(word, _COMMANDS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"unknown command {word!r}{hint} (known: {', '.join(_COMMANDS)})"
-
-
-class _Interrupted(KeyboardInterrupt):
-    """By its own name, for one that passes through exec() makes CPython end itself by SIGINT at
-    exit if it is a KeyboardInterrupt precisely, handled or not (run_eval_code_obj in pythonrun.c).
-    """
-
-
-@contextmanager
-def _ending_by_signal() -> Iterator[list[int]]:
-    """SIGTERM ends the command as Ctrl-C does, and a second Ctrl-C does not disturb the clean-up.
-
-    Yields:
-        the number of the signal that came, once it did.
-    """
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield came  # only the main thread may handle signals
-        return
-
-    def handle(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 - signal's
-        came.append(number)
-        for caught in previous:
-            signal.signal(caught, signal.SIG_IGN)
-        raise _Interrupted
-
-    def deliver_again(unraisable: "sys.UnraisableHookArgs") -> None:
-        # Python drops what is raised in a destructor or a weak reference's callback.
-        if unraisable.exc_type is _Interrupted:
-            number = signal.Signals(came[0])
-            signal.signal(number, handle)
-            # Later, since what this hook raises is dropped as well.
-            threading.Timer(0.05, _thread.interrupt_main, (number,)).start()
-        else:
-            previous_hook(unraisable)
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    previous_hook, sys.unraisablehook = sys.unraisablehook, deliver_again
-    try:
-        yield came
-    finally:
-        sys.unraisablehook = previous_hook
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _system_failure(error: OSError | MemoryError) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gfcompile.compile.tables import print_table
 from gfcompile.runtime.devices import ADDRESSES
+from gfcompile.runtime.placement import placement_lines
 from gfcompile.runtime.results import Budget, KernelTime, ValidationResult
 
 MISSED = 1  # exit code where a budget or the numbers were missed
@@ -76,7 +77,8 @@ def _device_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def validate_command(options: argparse.Namespace) -> int:
-    """Validates, keeps the result, prints it, and returns the exit code."""
+    """Validates, keeps result and report, prints the result, and returns the exit code."""
+    from gfcompile.compile.report_commands import write_validation_report
     from gfcompile.runtime.validate import keep
 
     budget = Budget(
@@ -87,11 +89,13 @@ def validate_command(options: argparse.Namespace) -> int:
     )
     result = _validated(options, budget, options.against, quiet=options.quiet or options.json)
     path = keep(result, options.bundle)
+    report = path.with_suffix(".html")
+    write_validation_report(result, options.bundle, report)
     if options.json:
         print(json.dumps(result.to_dict(), indent=1, allow_nan=False))
     else:
         print_result(result, brief=options.quiet)
-        print(f"{path}: the result" if not options.quiet else path)
+        print(f"{path}: the result\n{report}: the report" if not options.quiet else path)
     return 0 if result.verdict.passed else MISSED
 
 
@@ -99,7 +103,7 @@ def profile_command(options: argparse.Namespace) -> int:
     """Prints the kernels, the slowest first."""
     from gfcompile.runtime.bundle import read_manifest
     from gfcompile.runtime.errors import UserError
-    from gfcompile.runtime.roofline import target_peaks
+    from gfcompile.runtime.roofline import KernelCost, kernel_costs, roofline, target_peaks
 
     options.runs = 50 if options.runs is None else options.runs
     result = _validated(options, Budget(), None, quiet=options.json)
@@ -109,16 +113,15 @@ def profile_command(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([_kernel_json(kernel) for kernel in kernels], indent=1))
         return 0
-    peaks = target_peaks(read_manifest(options.bundle))
+    manifest = read_manifest(options.bundle)
+    peaks, costs = target_peaks(manifest), kernel_costs(manifest)
     total_us = sum(kernel.median_us for kernel in kernels)
     rows: list[tuple[str, ...]] = []
     for kernel in kernels:
-        roof = "-"
-        if peaks is not None and kernel.flops is not None and kernel.bytes is not None:
-            least_us, bound = peaks.least_us(
-                kernel.flops, kernel.bytes, kernel.arithmetic, options.threads
-            )
-            roof = f"{_ratio(least_us, kernel.median_us):.0%} of {bound}"
+        cost = costs.get(kernel.kernel, KernelCost())
+        least = None if peaks is None else roofline(peaks, cost, options.threads)
+        share = "-" if least is None else f"{_ratio(least.us, kernel.median_us):.0%}"
+        roof = share if least is None else f"{share} of {least.bound}"
         rows.append(
             (
                 kernel.label,
@@ -153,6 +156,8 @@ def print_result(result: ValidationResult, *, brief: bool = False) -> None:
         _print_state(result)
         _print_latency(result)
         _print_numbers(result)
+        for line in placement_lines(result.placements):
+            print(f"  {line}")
     _print_cautions(result)
     for reason in result.verdict.reasons:
         print(f"  {reason}")
@@ -228,7 +233,7 @@ def _print_latency(result: ValidationResult) -> None:
 def _print_numbers(result: ValidationResult) -> None:
     numbers = result.numbers
     if numbers is None:
-        print(f"  {'numbers':<12} not checked: the bundle has no golden data")
+        print(f"  {'numbers':<12} not checked, for want of golden data or of outputs")
         return
     sqnr = "equal" if numbers.sqnr_db is None else f"SQNR {numbers.sqnr_db:.1f} dB"
     agreement = f"same class {numbers.top1_agreement or 0:.0%} of {numbers.inferences}, "

@@ -26,7 +26,9 @@ from gfcompile.compile.emission import (
     RequestedPrecision,
 )
 from gfcompile.compile.models import KeepRatio, LoadedModel, load_model, model_spec
+from gfcompile.compile.models.spec import ModelSpec
 from gfcompile.compile.progress import Progress, SilentProgress
+from gfcompile.compile.pruning_gain import note_on_gain
 from gfcompile.quantize import QuantScheme, is_quantized
 from gfcompile.runtime.bundle import Manifest, Precision
 from gfcompile.runtime.errors import UserError
@@ -73,13 +75,15 @@ class CompileConfig:
             as published.
         fft: the form of the global filters; "auto" chooses by cost on the target.
         calibration_data: a folder of images for int8; None for the photos that gfcompile ships.
-        weight_bits, group_size, keep_float: see `QuantizeConfig`; a quantized checkpoint has them
-            decided.
+        weight_bits, group_size, keep_float, int8_filters: see `QuantizeConfig`; a quantized
+            checkpoint has them decided.
         output: the bundle's folder; None for one named after model, target and precision.
         dump: a folder for the graph after each stage, as ONNX files.
         labels: a text file with one class name per line, copied into the bundle.
         tflite: for targets of the TFLite emitter.
         coreml: for the target of the Core ML emitter.
+        tuning_db: what `gfcompile tune` wrote, used before what gfcompile ships; "shipped" for the
+            latter alone, "none" for neither. For targets with kernels of our own.
         cache: whether to keep and reuse results in the user's cache.
     """
 
@@ -95,12 +99,14 @@ class CompileConfig:
     weight_bits: int = 8
     group_size: int | None = None
     keep_float: tuple[str, ...] = ()
+    int8_filters: tuple[str, ...] = ()
     output: Path | None = None
     dump: Path | None = None
     labels: Path | None = None
     seed: int = 0
     tflite: TfliteOptions = field(default_factory=TfliteOptions)
     coreml: CoremlOptions = field(default_factory=CoremlOptions)
+    tuning_db: Path | Literal["shipped", "none"] = "shipped"
     cache: bool = True
 
 
@@ -109,6 +115,7 @@ def compile_model(
     progress: Progress | None = None,
     *,
     module: "nn.Module | None" = None,
+    pruning: Pruning | None = None,
 ) -> Bundle:
     """Compiles what `config` says into a bundle, which appears at its output whole or not at all.
 
@@ -117,6 +124,8 @@ def compile_model(
         progress: told of stages and of whatever is not as the user might think.
         module: a torch module of your own, (1, 3, image_size, image_size) -> (1, classes), in
             place of a model of the zoo; `config.image_size` is then needed.
+        pruning: how that module drops patches, if it does. Which ones it keeps is then compared;
+            otherwise another choice between two of nearly the same score is an error.
 
     Raises:
         UserError: something in `config` that cannot be.
@@ -124,7 +133,7 @@ def compile_model(
     """
     progress = progress or SilentProgress()
     target = find_target(config.target)
-    job = _Job(config=config, target=target, progress=progress, module=module)
+    job = _Job(config=config, target=target, progress=progress, module=module, pruning=pruning)
     output = config.output or default_output(config.model, target.name, job.precision)
     check_output(output)
     job.check()
@@ -141,12 +150,25 @@ def compile_model(
     return bundle
 
 
+def lowered_graph(config: CompileConfig, cache: Cache, progress: Progress) -> "Graph":
+    """The graph that `config`'s kernels are compiled from.
+
+    Raises:
+        UserError, CompileError: see `compile_model`.
+    """
+    target = find_target(config.target)
+    job = _Job(config=config, target=target, progress=progress, module=None, pruning=None)
+    job.check()
+    return job.lowered(cache)[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Job:
     config: CompileConfig
     target: AnyTarget
     progress: Progress
     module: "nn.Module | None"
+    pruning: Pruning | None
 
     @property
     def precision(self) -> RequestedPrecision:
@@ -183,9 +205,12 @@ class _Job:
             if self.precision != "int8":
                 raise UserError("--calibration-data is for --int8; add it or leave this out")
             self.calibration_files()
-        default = (config.weight_bits, config.group_size, config.keep_float) == (8, None, ())
+        asked = (config.weight_bits, config.group_size, config.keep_float, config.int8_filters)
+        default = asked == (8, None, (), ())
         if self.precision != "int8" and not default:
-            raise UserError("--weight-bits, --group-size and --keep-float are for --int8")
+            raise UserError(
+                "--weight-bits, --group-size, --keep-float and --int8-filter are for --int8"
+            )
         QuantScheme.with_weight_bits(config.weight_bits, group_size=config.group_size)
         if self.is_quantized:
             if self.precision != "int8":
@@ -193,7 +218,8 @@ class _Job:
             if config.calibration_data is not None or not default:
                 raise UserError(
                     f"{config.checkpoint} is a quantized checkpoint, which has its scales: leave "
-                    "out --calibration-data, --weight-bits, --group-size and --keep-float"
+                    "out --calibration-data, --weight-bits, --group-size, --keep-float and "
+                    "--int8-filter"
                 )
 
     @property
@@ -213,6 +239,11 @@ class _Job:
             UserError: see `compile_model`.
         """
         config, target = self.config, self.target
+        if isinstance(config.tuning_db, Path):
+            if not isinstance(target, Target):
+                raise UserError(f"--tuning-db: {target.name} has no kernels of ours to tune")
+            if not config.tuning_db.is_file():
+                raise UserError(f"--tuning-db {config.tuning_db}: no such file; make one by tune")
         if isinstance(target, Target):
             if self.precision == "float16":
                 raise UserError(
@@ -240,6 +271,8 @@ class _Job:
             "labels": self.config.labels,
             "precision": self.precision,
             "options": [self.config.tflite, self.config.coreml],
+            # A file by its content. What gfcompile ships is part of its sources, as all keys are.
+            "tuning_db": self.config.tuning_db,
         }
 
     def graph_key(self, loaded: "_Loaded") -> Mapping[str, object]:
@@ -264,6 +297,7 @@ class _Job:
             "weight_bits": config.weight_bits,
             "group_size": config.group_size,
             "keep_float": config.keep_float,
+            "int8_filters": config.int8_filters,
         }
 
     def calibration_files(self) -> list[Path]:
@@ -298,19 +332,22 @@ class _Job:
 
     def write(self, output: Path, cache: Cache) -> Bundle:
         """Makes the bundle at `output`."""
+        graph, loaded, golden = self.lowered(cache)
+        return write_bundle(lambda folder: self.emit(loaded, graph, golden, folder), output)
+
+    def lowered(self, cache: Cache) -> "tuple[Graph, _Loaded, Golden]":
+        """The graph, and what it came from."""
         with self.progress.stage("load the model"):
             loaded = self.load()
             golden = _golden(loaded.transform)
         if self.config.dump is not None or self.module is not None:
-            graph = self.graph(loaded, golden)
-        else:
-            from gfcompile.compile.graph import Graph
+            return self.graph(loaded, golden), loaded, golden
+        from gfcompile.compile.graph import Graph
 
-            made = cache.folder(
-                self.graph_key(loaded), lambda folder: self.graph(loaded, golden).write(folder)
-            )
-            graph = Graph.read(made)
-        return write_bundle(lambda folder: self.emit(loaded, graph, golden, folder), output)
+        made = cache.folder(
+            self.graph_key(loaded), lambda folder: self.graph(loaded, golden).write(folder)
+        )
+        return Graph.read(made), loaded, golden
 
     def load(self) -> "_Loaded":
         config = self.config
@@ -321,6 +358,7 @@ class _Job:
                 transform=imagenet_transform(config.image_size),
                 weights="a module given by the caller",
                 is_random=False,
+                pruning=self.pruning,
             )
         model: LoadedModel = load_model(
             config.model,
@@ -339,6 +377,7 @@ class _Job:
             filters=model.spec.filters,
             float_layers=model.spec.float_layers,
             pruning=Pruning(kept=kept, chosen_anew=model.spec.chooses_anew) if kept else None,
+            spec=model.spec,
         )
 
     def graph(self, loaded: "_Loaded", golden: Golden) -> "Graph":
@@ -359,6 +398,8 @@ class _Job:
                 weight_bits=config.weight_bits,
                 group_size=config.group_size,
                 keep_float=(*loaded.float_layers, *config.keep_float),
+                int8_filters=config.int8_filters,
+                pays=self.takes_circular_form,
             )
 
         dump = _Dump(self.config.dump)
@@ -371,6 +412,11 @@ class _Job:
             progress=self.progress,
             on_stage=dump,
         )
+
+    def takes_circular_form(self, h: int, w: int, c: int) -> bool:
+        """Whether a filter of this grid is computed in the circular form, which int8 is for."""
+        form = self.config.fft
+        return (choose_form(self.target, h, w, c) if form == "auto" else form) == "circular"
 
     def emit(self, loaded: "_Loaded", graph: "Graph", golden: Golden, folder: Path) -> Manifest:
         """Fills the bundle's folder, verifies what was made, and describes it."""
@@ -435,7 +481,7 @@ class _Job:
         if isinstance(target, Target):
             from gfcompile.compile.emitters.tvm import emit_plan
 
-            return emit_plan(request, target)
+            return emit_plan(request, target, self.config.tuning_db)
         if target.emitter == "tflite":
             from gfcompile.compile.emitters.tflite import emit_tflite
 
@@ -455,6 +501,12 @@ class _Job:
                 f"weights are {loaded.weights}: speed and size are real, classes mean nothing; "
                 "give --checkpoint"
             )
+        spec = loaded.spec
+        if spec is not None and spec.parent is not None:
+            parent = model_spec(spec.parent).resized(
+                image_size=spec.image_size, num_classes=spec.num_classes
+            )
+            notes.append(note_on_gain(spec, parent, target, int8=self.precision == "int8"))
         if self.precision == "int8":
             if graph.training:
                 notes.append(
@@ -497,6 +549,7 @@ class _Loaded:
     filters: tuple[tuple[int, int, int], ...] = ()
     float_layers: tuple[str, ...] = ()
     pruning: Pruning | None = None
+    spec: ModelSpec | None = None  # of a model of the zoo
 
 
 class _Dump:

@@ -7,9 +7,14 @@ from typing import Protocol
 
 from rich.console import Console
 
+from gfcompile.compile import interruption
+
 
 class Progress(Protocol):
-    """Who is told; a compilation calls nothing else, and prints nothing."""
+    """Who is told; a compilation calls nothing else, and prints nothing.
+
+    A stage that ends raises KeyboardInterrupt if a signal came meanwhile, see `interruption`.
+    """
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         """A context that lasts as long as the stage; stages may nest."""
@@ -21,8 +26,10 @@ class Progress(Protocol):
 class SilentProgress:
     """Tells nobody."""
 
-    def stage(self, name: str) -> AbstractContextManager[None]:  # noqa: ARG002 - the protocol's
-        return nullcontext()
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:  # noqa: ARG002 - the protocol's
+        yield
+        interruption.check()
 
     def note(self, text: str) -> None:
         pass
@@ -46,6 +53,7 @@ class ConsoleProgress:
         try:
             with self._clock():
                 yield
+            interruption.check()
         finally:
             depth = len(self._running)
             self._running.pop()

@@ -1,7 +1,7 @@
 """Quantization as a stage of its own: a model and labelled images to a quantized checkpoint."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,12 +38,15 @@ class QuantizeConfig(TrainingJob):
             none.
         keep_float: layers that are not quantized, by name, or "auto:K" for the K that quantization
             alone hurts most.
+        int8_filters: global filters that are computed in int8, as circular convolutions, by name,
+            or "auto" for those that bear it.
     """
 
     checkpoint: Path | None = None
     weight_bits: int = 8
     group_size: int | None = None
     keep_float: tuple[str, ...] = ()
+    int8_filters: tuple[str, ...] = ()
     training: TrainConfig = field(default_factory=TrainConfig)
 
     @property
@@ -74,20 +77,26 @@ def calibrate_model(
     weight_bits: int,
     group_size: int | None,
     keep_float: tuple[str, ...],
+    int8_filters: tuple[str, ...],
+    pays: Callable[[int, int, int], bool],
 ) -> "Calibrated":
-    """The module with the ranges that the images bring about, `keep_float` as in `QuantizeConfig`.
+    """The module with the ranges that the images bring about; names as in `QuantizeConfig`.
 
     Args:
         images: inputs (1, 3, H, W).
+        pays: whether a filter of (rows, columns, channels) takes the circular form; "auto" is for
+            these alone.
     """
     import torch
 
     from gfcompile.quantize import calibrate
-    from gfcompile.quantize.sensitivity import choose_float, explain
+    from gfcompile.quantize.sensitivity import choose, explain
 
     batches = [torch.from_numpy(image) for image in images]
-    scheme = QuantScheme.with_weight_bits(weight_bits, group_size=group_size, keep_float=keep_float)
-    scheme, results = choose_float(scheme, module, batches[:ANALYSED_IMAGES])
+    scheme = QuantScheme.with_weight_bits(
+        weight_bits, group_size=group_size, keep_float=keep_float, int8_filters=int8_filters
+    )
+    scheme, results = choose(scheme, module, batches[:ANALYSED_IMAGES], pays=pays)
     calibrated = calibrate(module, batches, scheme)
     return replace(calibrated, kept_float=explain(calibrated.kept_float, results))
 
@@ -119,15 +128,15 @@ def quantize_model(
     from gfcompile.quantize.checkpoint import write_quantized
     from gfcompile.quantize.distributed import open_group
     from gfcompile.quantize.loop import accuracy
-    from gfcompile.quantize.sensitivity import choose_float, explain
+    from gfcompile.quantize.sensitivity import choose, explain
     from gfcompile.quantize.training import train
 
     results: tuple[Sensitivity, ...] = ()
     with open_group(config.device) as group:
         scheme = subject.scheme(config)
-        if any(name.startswith("auto:") for name in config.keep_float):
+        if any(name.startswith("auto") for name in (*config.keep_float, *config.int8_filters)):
             with progress.stage("analyse the layers"):
-                scheme, results = choose_float(scheme, subject.module, subject.sample())
+                scheme, results = choose(scheme, subject.module, subject.sample())
         float_top1 = None
         if subject.validation is not None:
             with progress.stage("validate the float model"):
@@ -208,13 +217,14 @@ class _Subject:
         """The scheme asked for, with the layers that stay in float.
 
         Args:
-            chosen: whether "auto:K" is among them.
+            chosen: whether "auto" is among the names.
         """
         named = [name for name in config.keep_float if chosen or not name.startswith("auto:")]
         return QuantScheme.with_weight_bits(
             config.weight_bits,
             group_size=config.group_size,
             keep_float=(*self.float_layers, *named),
+            int8_filters=tuple(n for n in config.int8_filters if chosen or n != "auto"),
         )
 
     def sample(self) -> list[Any]:

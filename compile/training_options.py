@@ -61,6 +61,15 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|auto:K",
         help="a layer to leave in float, or the K that int8 alone hurts most; may be repeated",
     )
+    group.add_argument(
+        "--int8-filter",
+        dest="int8_filters",
+        action="append",
+        default=[],
+        metavar="NAME|auto",
+        help="a global filter to compute in int8, as a circular convolution, or those that bear it "
+        "where that form is the faster one; may be repeated (default: none)",
+    )
 
 
 def add_training_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -165,6 +174,7 @@ def quantize_config(options: argparse.Namespace, output: Path | None) -> "Quanti
         weight_bits=options.weight_bits,
         group_size=options.group_size,
         keep_float=tuple(options.keep_float),
+        int8_filters=tuple(options.int8_filters),
         training=TrainConfig(seed=options.seed, **_given(options, _TRAINING)),  # type: ignore[arg-type]
         **_given(options, _OTHERS),  # type: ignore[arg-type]
     )

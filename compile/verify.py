@@ -8,7 +8,6 @@ verified, and the bundle says so.
 import dataclasses
 import math
 import platform
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,20 +23,18 @@ from gfcompile.compile.emission import Pruning
 from gfcompile.compile.graph import run
 from gfcompile.compile.ledger import LedgerEntry, compare, compare_int8, demand
 from gfcompile.compile.trace import INPUT, OUTPUT, rounding_tolerance, session
-from gfcompile.runtime.bench import BENCH_NAME, qemu_command, run_bench
+from gfcompile.runtime.bench import qemu_command, run_bench
 from gfcompile.runtime.device.gfrt import TensorInfo, TraceRecord
 from gfcompile.runtime.errors import CompileError, DeviceError
 from gfcompile.runtime.kept_patches import overlap, places_in_grid
 from gfcompile.runtime.trace import logical_values
-from gfcompile.targets.host import host_target
+from gfcompile.targets.host import cpu_flags
 from gfcompile.targets.onnx_values import dtype_of, shape_of
 from gfcompile.targets.target import Gpu, Target
-from gfcompile.targets.tvm import link
 from gfcompile.targets.tvm.emit import Artifact
 from gfcompile.targets.tvm.kernel import Dense
 from gfcompile.targets.tvm.partition import Program, Tensor
-from gfcompile.targets.tvm.plan import serialize
-from gfcompile.targets.tvm.standin.build import build_standin
+from gfcompile.targets.tvm.standin.twin import make_twin
 
 Array = npt.NDArray[Any]
 
@@ -149,7 +146,7 @@ def _place(artifact: Artifact, target: Target, folder: Path) -> Iterator[_Place]
         with tempfile.TemporaryDirectory(prefix="gfcompile-") as twin:
             yield _behind_stand_in(artifact, target.gpu, folder, Path(twin))
     elif cpu.arch == platform.machine():
-        missing = set(artifact.plan.cpu_features) - _cpu_flags()
+        missing = set(artifact.plan.cpu_features) - cpu_flags()
         if missing:
             raise DeviceError(f"this CPU lacks {', '.join(sorted(missing))}")
         yield _Place(folder=folder, how="native", images=4)
@@ -165,34 +162,13 @@ def _place(artifact: Artifact, target: Target, folder: Path) -> Iterator[_Place]
 
 
 def _behind_stand_in(artifact: Artifact, gpu: Gpu, folder: Path, twin: Path) -> _Place:
-    """The bundle in `folder` made again in `twin` for this machine's CPU and the stand-in driver.
-
-    Only the runtime is another build; plan, weights, PTX and machine code are the bundle's.
-    """
-    cpu = host_target().cpu
-    for name in ("weights.bin", "kernels.ptx", "kernels.cubin"):
-        shutil.copy(folder / name, twin)
-    plan = dataclasses.replace(artifact.plan, arch=cpu.arch)
-    (twin / "plan.bin").write_bytes(serialize(plan))
-    link.link_library([], [], cpu, twin / plan.library, library_id=plan.library_id, cuda=True)
-    link.link_bench(cpu, twin / BENCH_NAME)
-    driver = build_standin(artifact.cuda_source, gpu, cpu.arch, twin / "driver")
+    driver = make_twin(artifact, gpu, folder, twin)
     return _Place(
         folder=twin,
         how=f"{gpu.arch} kernels on the CPU, behind a stand-in driver",
         images=1,
         env={"LD_LIBRARY_PATH": str(driver)},
     )
-
-
-def _cpu_flags() -> set[str]:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    return {
-        flag
-        for line in lines
-        if line.startswith(("flags", "Features"))
-        for flag in line.partition(":")[2].split()
-    }
 
 
 def _tensor_info(tensor: Tensor) -> TensorInfo:

@@ -17,6 +17,7 @@ from gfcompile.quantize.fake_quant import (
     FixedFakeQuant,
     WeightFakeQuant,
 )
+from gfcompile.quantize.filters import Filter, find_filters
 from gfcompile.quantize.observers import ActivationObserver, WeightObserver
 from gfcompile.quantize.quantizer import KeptFloat, QuantNode, SchemeQuantizer, find_layers
 from gfcompile.quantize.scheme import OpKind, QuantScheme
@@ -58,12 +59,14 @@ class Prepared:
         graph: the module; its parameters are called as in the one that it was exported from.
         layers: those to quantize, in the order in which they run.
         kept_float: the others that have weights, and why.
+        filters: those of `layers` that are global filters.
     """
 
     graph: fx.GraphModule
     scheme: QuantScheme
     layers: tuple[QuantNode, ...]
     kept_float: tuple[KeptFloat, ...]
+    filters: tuple[Filter, ...]
 
     @property
     def weighted(self) -> tuple[QuantNode, ...]:
@@ -101,17 +104,22 @@ class Prepared:
         """The values that the layer's weight is rounded to."""
         return self.weight(layer).rounded(self.constant(layer, 1))
 
+    def rounded_filters(self) -> dict[str, torch.Tensor]:
+        """The parameters of the filters in int8, by name, as these round them."""
+        return {found.parameter: found.rounded_parameter(self.graph) for found in self.filters}
+
     def convert(self) -> nn.Module:
         """The module in QDQ form, for the scales that were settled."""
+        rounded = self.rounded_filters()
         if self.scheme.weight.group_size is not None:
             # PT2E knows scales of channels alone: what it rounds to those is rounded already.
-            rounded = {
-                self.constant_name(layer, 1): self.rounded_weight(layer) for layer in self.weighted
-            }
-            for name, values in rounded.items():
-                owner, _, attribute = name.rpartition(".")
-                weight = nn.Parameter(torch.from_numpy(values), requires_grad=False)
-                setattr(self.graph.get_submodule(owner), attribute, weight)
+            for layer in self.weighted:
+                name = self.constant_name(layer, 1)
+                rounded[name] = torch.from_numpy(self.rounded_weight(layer))
+        for name, values in rounded.items():
+            owner, _, attribute = name.rpartition(".")
+            weight = nn.Parameter(values, requires_grad=False)
+            setattr(self.graph.get_submodule(owner), attribute, weight)
         converted: nn.Module = convert_pt2e(self.graph)
         # convert_pt2e leaves the module in training mode, with eval() made to raise: the graph has
         # no modes left. Exporters ask for eval mode all the same.
@@ -192,8 +200,11 @@ def prepare(module: nn.Module, example: torch.Tensor, scheme: QuantScheme) -> Pr
     with quiet():
         exported = export(module, example)
         layers, kept_float = _find(exported, scheme)
+        filters = _filters(exported, layers)
         graph = prepare_pt2e(exported, SchemeQuantizer(scheme))
-    return Prepared(graph=graph, scheme=scheme, layers=layers, kept_float=kept_float)
+    return Prepared(
+        graph=graph, scheme=scheme, layers=layers, kept_float=kept_float, filters=filters
+    )
 
 
 def prepare_training(
@@ -211,12 +222,22 @@ def prepare_training(
     with quiet():
         exported = export(module, example, any_batch=True)
         layers, kept_float = _find(exported, scheme)
+        filters = _filters(exported, layers)
         quantizer = SchemeQuantizer(
             scheme, ActivationFakeQuant, WeightFakeQuant, FixedFakeQuant, learn=learn_scales
         )
         # With what was put into it on the device of the rest: ranges, and scales that are learned.
         graph = prepare_qat_pt2e(exported, quantizer).to(example.device)
-    prepared = Prepared(graph=graph, scheme=scheme, layers=layers, kept_float=kept_float)
+    prepared = Prepared(
+        graph=graph, scheme=scheme, layers=layers, kept_float=kept_float, filters=filters
+    )
+    for index, found in enumerate(filters):
+        name = f"filter_fake_quant_{index}"
+        graph.add_submodule(name, found.rounding())
+        with graph.graph.inserting_before(found.product):
+            rounded = graph.graph.call_module(name, (found.spectrum,))
+        found.product.update_arg(found.constant_index, rounded)
+    graph.recompile()
     for layer in prepared.weighted:
         if layer.bias is not None:
             # PT2E's own module for it derives the scale at the end and rounds nothing before.
@@ -263,6 +284,11 @@ def _find(
     if not layers:
         raise CompileError("int8: the model has no layer that the scheme quantizes")
     return layers, kept_float
+
+
+def _filters(exported: fx.GraphModule, layers: tuple[QuantNode, ...]) -> tuple[Filter, ...]:
+    chosen = {layer.node for layer in layers}
+    return tuple(found for found in find_filters(exported.graph) if found.forward in chosen)
 
 
 def _check_finite(values: Array, what: str) -> None:

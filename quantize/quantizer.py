@@ -1,6 +1,7 @@
 """Our torchao Quantizer: reads an exported graph and marks what the scheme quantizes."""
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import fx
@@ -12,6 +13,7 @@ from gfcompile.quantize._pt2e import (
     Quantizer,
 )
 from gfcompile.quantize.attention import Attention, find_attentions, module_name
+from gfcompile.quantize.filters import find_filters
 from gfcompile.quantize.observers import ActivationObserver, FixedObserver, WeightObserver
 from gfcompile.quantize.scheme import OpKind, QuantScheme
 from gfcompile.runtime.errors import UserError
@@ -21,13 +23,15 @@ __all__ = ["KeptFloat", "QuantNode", "SchemeQuantizer", "find_layers"]
 aten = torch.ops.aten
 _INT32 = torch.iinfo(torch.int32)
 _NAMED = "the scheme names it"
+_WEIGHTLESS: tuple[OpKind, ...] = ("attention", "global_filter")
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantNode:
     """An input to quantize, with the weight and bias that it meets.
 
-    An attention has three, named "q", "k" and "v" behind its own name, and no weights.
+    An attention has three, named "q", "k" and "v" behind its own name, and no weights. A global
+    filter has one; its weights are rounded apart, see `filters`.
 
     Attributes:
         name: the layer's in the module.
@@ -46,11 +50,11 @@ class QuantNode:
 
     @property
     def weight(self) -> fx.Node | None:
-        return None if self.op == "attention" else _operand(self.node, 1)
+        return None if self.op in _WEIGHTLESS else _operand(self.node, 1)
 
     @property
     def bias(self) -> fx.Node | None:
-        weightless = self.op == "attention" or not _has_bias(self.node)
+        weightless = self.op in _WEIGHTLESS or not _has_bias(self.node)
         return None if weightless else _operand(self.node, 2)
 
 
@@ -73,7 +77,15 @@ def find_layers(
     chosen: list[QuantNode] = []
     kept: list[KeptFloat] = []
     attentions = {attention.softmax: attention for attention in find_attentions(graph)}
+    filters = {found.forward: found for found in find_filters(graph)}
     for node in graph.nodes:
+        if node in filters and scheme.takes_int8(filters[node].name):
+            name = filters[node].name
+            if filters[node].is_rewritable:
+                chosen.append(QuantNode(name=name, op="global_filter", node=node))
+            else:
+                kept.append(KeptFloat(name=name, reason="its spectrum is computed"))
+            continue
         if node in attentions:
             attention = attentions[node]
             reason = _keeps_attention(attention, scheme)
@@ -115,9 +127,12 @@ def find_layers(
             kept.append(KeptFloat(name=name, reason="its weight or bias is computed"))
         else:
             chosen.append(QuantNode(name=name, op=op, node=node))
-    names = [layer.name for layer in chosen if layer.op != "attention"]
+    names = [layer.name for layer in chosen if layer.op not in _WEIGHTLESS]
     names += [attention.name for attention in attentions.values()]
-    _check_names(scheme, names + [layer.name for layer in kept])
+    _check_names(scheme.keep_float, "layer", "keep in float", names + [k.name for k in kept])
+    _check_names(
+        scheme.int8_filters, "filter", "compute in int8", [f.name for f in filters.values()]
+    )
     return tuple(chosen), tuple(kept)
 
 
@@ -261,9 +276,8 @@ def _layer_name(node: fx.Node) -> str:
     return node.name
 
 
-def _check_names(scheme: QuantScheme, names: list[str]) -> None:
-    for pattern in scheme.keep_float:
-        alone = QuantScheme(keep_float=(pattern,))
-        if not any(map(alone.keeps_float, names)):
+def _check_names(patterns: tuple[str, ...], what: str, purpose: str, names: list[str]) -> None:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
             known = ", ".join(names) or "none"
-            raise UserError(f"no layer is called {pattern!r} to keep in float; layers: {known}")
+            raise UserError(f"no {what} is called {pattern!r} to {purpose}; {what}s: {known}")

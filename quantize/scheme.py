@@ -11,9 +11,9 @@ from typing import Any, Literal, Self
 
 from gfcompile.runtime.errors import UserError
 
-__all__ = ["MAX_FACTOR", "OpKind", "QuantScheme", "TensorScheme"]
+__all__ = ["FILTER_KERNEL", "MAX_FACTOR", "OpKind", "QuantScheme", "TensorScheme"]
 
-OpKind = Literal["linear", "patch_conv2d", "attention"]
+OpKind = Literal["linear", "patch_conv2d", "attention", "global_filter"]
 RangeRule = Literal["mse", "minmax"]
 
 # Of a group of 4-bit weights (VS-Quant, arXiv:2102.04503): 7 * 18 fits a weight of [-127, 127].
@@ -57,15 +57,24 @@ class TensorScheme:
         return self.high if self.group_size is None else self.high * MAX_FACTOR
 
 
+# Of a circular filter: one scale per channel, as any weight has.
+FILTER_KERNEL = TensorScheme(low=-127, high=127, symmetric=True, per_channel=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantScheme:
     """Which layers are quantized, and how.
 
     A quantized layer is y = dq(q(x)) @ dq(weight) + dq(bias): its input, weight and bias are
     integers, its output is not. Everything else (normalization, GELU, softmax, spectra, means,
-    residual additions) stays in float. A tensor that several layers read has one scale. So all
-    scales are settled here: none is left that an emitter would have to choose or change, as it
-    would for an int8 concatenation or addition (equal on all sides).
+    residual additions, concatenations) stays in float. A tensor that several layers read has one
+    scale. So no emitter has a scale to change.
+
+    Equal scales at concatenations and residual additions are no part of it, as no target wants them
+    of what it quantizes: these are float in kernels of ours, in Core ML and in TFLite. A target of
+    integer operators alone gets further scales, for what is float here, from calibration after this
+    scheme's are settled (compile/emitters/tflite_graph.py). There an addition takes operands of any
+    scales, and a concatenation's take that of its result. These scales are not trained.
 
     Attributes:
         ops: the kinds of layer to quantize. "linear" is a Linear with a constant weight;
@@ -76,6 +85,10 @@ class QuantScheme:
             ("blocks.0.mlp.fc1"), with shell wildcards ("blocks.*.fc2"). An attention has the name
             of the module that it is computed in ("blocks.0.attn"); what it calls its own layers
             ("blocks.0.attn.qkv") is quantized or not for itself.
+        int8_filters: names of global filters that are computed in int8, in the same way: as
+            circular convolutions of an int8 grid with an int8 kernel. All others stay in float, and
+            none is ever computed on int8 spectra: there the mean of the image, which is one bin,
+            sets the scale of all others, and costs 24 dB.
         weight: [-127, 127], not -128: two products of int8 pairs then fit int16, which the fast
             path of ARM cores without a dot product relies on.
         weight_range: how the scale of a weight channel is chosen: "minmax" makes its largest
@@ -92,6 +105,7 @@ class QuantScheme:
 
     ops: frozenset[OpKind] = frozenset({"linear", "patch_conv2d", "attention"})
     keep_float: tuple[str, ...] = ()
+    int8_filters: tuple[str, ...] = ()
     weight: TensorScheme = TensorScheme(low=-127, high=127, symmetric=True, per_channel=True)
     weight_range: RangeRule = "minmax"
     activation: TensorScheme = TensorScheme(low=-128, high=127, symmetric=False, per_channel=False)
@@ -102,7 +116,12 @@ class QuantScheme:
 
     @classmethod
     def with_weight_bits(
-        cls, bits: int, *, group_size: int | None = None, keep_float: tuple[str, ...] = ()
+        cls,
+        bits: int,
+        *,
+        group_size: int | None = None,
+        keep_float: tuple[str, ...] = (),
+        int8_filters: tuple[str, ...] = (),
     ) -> Self:
         """The scheme for weights of 8 or 4 bits; activations have 8 either way.
 
@@ -116,13 +135,18 @@ class QuantScheme:
         if group_size is not None and bits != 4:
             raise UserError("--group-size is for --weight-bits 4; add that")
         if bits == 8:
-            return cls(keep_float=keep_float)
+            return cls(keep_float=keep_float, int8_filters=int8_filters)
         if bits == 4:
             # With 15 values for a channel, room for its rare large weights is dear.
             weight = TensorScheme(
                 low=-7, high=7, symmetric=True, per_channel=True, group_size=group_size
             )
-            return cls(keep_float=keep_float, weight=weight, weight_range="mse")
+            return cls(
+                keep_float=keep_float,
+                int8_filters=int8_filters,
+                weight=weight,
+                weight_range="mse",
+            )
         raise UserError(f"weights of {bits} bits; choose 4 or 8")
 
     @property
@@ -134,9 +158,17 @@ class QuantScheme:
         """Whether the layer is named by `keep_float`."""
         return any(fnmatchcase(name, pattern) for pattern in self.keep_float)
 
+    def takes_int8(self, filter_name: str) -> bool:
+        """Whether the filter is named by `int8_filters`."""
+        return any(fnmatchcase(filter_name, pattern) for pattern in self.int8_filters)
+
     def to_dict(self) -> Mapping[str, Any]:
         """The scheme as plain JSON values, in a fixed order."""
-        return asdict(self) | {"ops": sorted(self.ops), "keep_float": list(self.keep_float)}
+        return asdict(self) | {
+            "ops": sorted(self.ops),
+            "keep_float": list(self.keep_float),
+            "int8_filters": list(self.int8_filters),
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -146,6 +178,7 @@ class QuantScheme:
                 **values,
                 "ops": frozenset(values["ops"]),
                 "keep_float": tuple(values["keep_float"]),
+                "int8_filters": tuple(values.get("int8_filters", ())),
                 "weight": TensorScheme(**values["weight"]),
                 "activation": TensorScheme(**values["activation"]),
             }

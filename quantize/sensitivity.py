@@ -1,11 +1,13 @@
 """What each layer costs when it alone is quantized, and which ones are therefore left in float.
 
-The global filters are analysed as well, in two int8 forms that the scheme does not use: as circular
-convolutions with an int8 kernel, and on int8 spectra. The second is what a compiler does that
-quantizes whatever it finds; the mean of the image, which is one bin, sets the scale of all others.
+The global filters are analysed as well, in two int8 forms: as circular convolutions with an int8
+kernel, which the scheme takes for those that bear it if it is asked to, and on int8 spectra, which
+it never takes. That is what a compiler does that quantizes whatever it finds; the mean of the
+image, which is one bin, sets the scale of all others.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -18,14 +20,15 @@ from gfcompile.quantize._pt2e import quiet
 from gfcompile.quantize.attention import Attention, find_attentions
 from gfcompile.quantize.calibration import check_images
 from gfcompile.quantize.fake_quant import FixedFakeQuant
+from gfcompile.quantize.filters import Filter, find_filters
 from gfcompile.quantize.observers import ActivationObserver, WeightObserver
 from gfcompile.quantize.prepared import export, one_thread
 from gfcompile.quantize.quantizer import KeptFloat, QuantNode, find_layers
-from gfcompile.quantize.scheme import OpKind, QuantScheme, TensorScheme
+from gfcompile.quantize.scheme import OpKind, QuantScheme
 from gfcompile.runtime.errors import UserError
 from gfcompile.runtime.exactness import sqnr_db
 
-__all__ = ["Sensitivity", "analyze", "choose_float", "explain", "most_sensitive"]
+__all__ = ["Sensitivity", "analyze", "choose", "explain", "most_sensitive", "robust_filters"]
 
 aten = torch.ops.aten
 Kind = OpKind | Literal["filter as circular int8", "filter on int8 spectra"]
@@ -45,6 +48,7 @@ class Sensitivity:
         loss: mean Kullback-Leibler divergence of the class probabilities from the float ones, which
             is by how much cross-entropy grows for labels drawn from those.
         top1_agreement: of the images, the fraction with the same best class.
+        grid: of a filter: rows, columns, channels.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Sensitivity:
     sqnr_db: float
     loss: float
     top1_agreement: float
+    grid: tuple[int, int, int] | None = None
 
 
 def analyze(
@@ -80,13 +85,14 @@ def analyze(
                 probes[attention.name, "attention"] = rounding
                 order[attention.name] = order[attention.softmax.name]
         for layer in layers:
-            if layer.op == "attention":
+            if layer.op in ("attention", "global_filter"):
                 continue
             activation = ActivationObserver(scheme.activation, scheme.activation_range)
             observers[layer.node] = _watching(activation, layer.node)
             probes[layer.name, layer.op] = {layer.node: _rounded_layer(layer, activation, scheme)}
             order[layer.name] = order[layer.node.name]
-        for found in _find_filters(graph.graph):
+        grids = {found.name: found.grid for found in find_filters(graph.graph)}
+        for found in find_filters(graph.graph):
             signal = ActivationObserver(scheme.activation, scheme.activation_range)
             observers[found.forward] = _watching(signal, found.forward)
             probes[found.name, "filter as circular int8"] = {
@@ -110,6 +116,7 @@ def analyze(
                     sqnr_db=sqnr_db(expected.numpy(), logits.numpy()),
                     loss=_divergence(expected, logits),
                     top1_agreement=float((expected.argmax(1) == logits.argmax(1)).float().mean()),
+                    grid=grids.get(name),
                 )
             )
     return tuple(sorted(results, key=lambda result: order[result.name]))
@@ -131,26 +138,59 @@ def most_sensitive(results: Iterable[Sensitivity], count: int) -> tuple[str, ...
     return tuple(result.name for result in worst[:count])
 
 
-def choose_float(
-    scheme: QuantScheme, module: nn.Module, batches: Sequence[Tensor]
-) -> tuple[QuantScheme, tuple[Sensitivity, ...]]:
-    """The scheme with names in place of "auto:K" in `keep_float`, and the analysis behind them.
+def robust_filters(
+    results: Iterable[Sensitivity], pays: Callable[[int, int, int], bool]
+) -> tuple[str, ...]:
+    """The names of the filters that are to be computed in int8.
 
-    Without "auto:K" it is the scheme as it was, and nothing is analysed.
+    Those whose circular form costs no more than the median layer, and is the faster one.
+
+    Args:
+        pays: whether the circular form of a filter (rows, columns, channels) is.
+    """
+    found = list(results)
+    losses = [result.loss for result in found if not result.kind.startswith("filter")]
+    return tuple(
+        result.name
+        for result in found
+        if result.kind == "filter as circular int8"
+        and result.grid is not None
+        and pays(*result.grid)
+        and result.loss <= statistics.median(losses)
+    )
+
+
+def choose(
+    scheme: QuantScheme,
+    module: nn.Module,
+    batches: Sequence[Tensor],
+    *,
+    pays: Callable[[int, int, int], bool] = lambda *_: True,
+) -> tuple[QuantScheme, tuple[Sensitivity, ...]]:
+    """The scheme with names in place of "auto", and the analysis behind them.
+
+    Without "auto:K" in `keep_float` and "auto" in `int8_filters` it is the scheme as it was, and
+    nothing is analysed.
+
+    Args:
+        pays: see `robust_filters`; without it where the model will run is not known.
 
     Raises:
         UserError: a K that is no number, or too large.
     """
     named = tuple(name for name in scheme.keep_float if not name.startswith(_AUTO))
     wanted = [name.removeprefix(_AUTO) for name in scheme.keep_float if name.startswith(_AUTO)]
-    if not wanted:
+    filters = tuple(name for name in scheme.int8_filters if name != "auto")
+    if not wanted and filters == scheme.int8_filters:
         return scheme, ()
-    if len(wanted) > 1 or not wanted[0].isdecimal():
+    if len(wanted) > 1 or (wanted and not wanted[0].isdecimal()):
         raise UserError(f"--keep-float {_AUTO}{wanted[-1]}: give it once, with a number, as auto:2")
-    scheme = replace(scheme, keep_float=named)
-    results = analyze(module, batches, scheme)
-    chosen = most_sensitive(results, int(wanted[0]))
-    return replace(scheme, keep_float=(*named, *chosen)), results
+    results = analyze(module, batches, replace(scheme, keep_float=named, int8_filters=filters))
+    if wanted:
+        named = (*named, *most_sensitive(results, int(wanted[0])))
+    if filters != scheme.int8_filters:
+        filters = tuple(dict.fromkeys([*filters, *robust_filters(results, pays)]))
+    return replace(scheme, keep_float=named, int8_filters=filters), results
 
 
 def explain(kept: Iterable[KeptFloat], results: Iterable[Sensitivity]) -> tuple[KeptFloat, ...]:
@@ -165,53 +205,6 @@ def explain(kept: Iterable[KeptFloat], results: Iterable[Sensitivity]) -> tuple[
         if layer.name in found
         else layer
         for layer in kept
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Filter:
-    """irfft2(rfft2(x) * K) in an exported graph, K a constant."""
-
-    forward: fx.Node
-    product: fx.Node
-    inverse: fx.Node
-
-    @property
-    def name(self) -> str:
-        """The filter's name in the module, from that of its parameter."""
-        source = self.product.args[self.constant_index]
-        while isinstance(source, fx.Node) and source.op == "call_function":
-            source = source.args[0]
-        assert isinstance(source, fx.Node), self.product
-        return str(source.target).rpartition(".")[0] or self.forward.name
-
-    @property
-    def constant_index(self) -> int:
-        """Which operand of the product is K."""
-        return 1 if self.product.args[0] is self.forward else 0
-
-
-def _find_filters(graph: fx.Graph) -> Iterator[_Filter]:
-    for node in graph.nodes:
-        if node.target != aten.fft_rfft2.default or len(node.users) != 1:
-            continue
-        (product,) = node.users
-        if product.target != aten.mul.Tensor or len(product.users) != 1:
-            continue
-        (inverse,) = product.users
-        found = _Filter(forward=node, product=product, inverse=inverse)
-        if inverse.target == aten.fft_irfft2.default and _is_constant(
-            product.args[found.constant_index]
-        ):
-            yield found
-
-
-def _is_constant(value: Any) -> bool:
-    """Whether the value is computed from parameters alone."""
-    if not isinstance(value, fx.Node):
-        return False
-    return value.op == "get_attr" or (
-        value.op == "call_function" and all(map(_is_constant, value.all_input_nodes))
     )
 
 
@@ -245,7 +238,7 @@ def _watching(observer: ActivationObserver, node: fx.Node) -> Edit:
     return watch
 
 
-def _watching_spectrum(observer: ActivationObserver, found: _Filter) -> Edit:
+def _watching_spectrum(observer: ActivationObserver, found: Filter) -> Edit:
     def watch(*args: Tensor) -> Any:
         observer(torch.view_as_real(args[1 - found.constant_index]))
         return _call(found.product)(*args)
@@ -297,14 +290,14 @@ def _rounded_layer(layer: QuantNode, activation: ActivationObserver, scheme: Qua
     return run
 
 
-def _rounded_input(found: _Filter, observer: ActivationObserver) -> Edit:
+def _rounded_input(found: Filter, observer: ActivationObserver) -> Edit:
     def run(x: Tensor, *rest: Any, **kwargs: Any) -> Any:
         return _call(found.forward)(_round(observer, x, found.name), *rest, **kwargs)
 
     return run
 
 
-def _rounded_spectrum(found: _Filter, observer: ActivationObserver) -> Edit:
+def _rounded_spectrum(found: Filter, observer: ActivationObserver) -> Edit:
     index = found.constant_index
 
     def run(*args: Tensor) -> Any:
@@ -314,28 +307,14 @@ def _rounded_spectrum(found: _Filter, observer: ActivationObserver) -> Edit:
     return run
 
 
-def _rounded_kernel(found: _Filter) -> Edit:
+def _rounded_kernel(found: Filter) -> Edit:
     """The product with the spectrum of the int8 kernel of the same circular convolution."""
-    scheme = TensorScheme(low=-127, high=127, symmetric=True, per_channel=True)
-    index = found.constant_index
-    transformed = _argument(found.forward, 2, [-2, -1])
-    sides = _argument(found.inverse, 1, None)
+    rounding, index = found.rounding(), found.constant_index
 
     def run(*args: Tensor) -> Any:
-        constant, spectrum = args[index], args[1 - index]
-        # Axes of the spectrum, which has a batch, as axes of the constant.
-        dims = [axis % spectrum.ndim - spectrum.ndim for axis in transformed]
-        kernel = torch.fft.irfft2(constant, s=sides, dim=dims)
-        largest = kernel.abs().amax(dim=dims, keepdim=True).clamp(min=1e-30)
-        step = largest / scheme.high
-        rounded = torch.fft.rfft2((kernel / step).round() * step, dim=dims)
-        return spectrum * rounded
+        return rounding(args[index]) * args[1 - index]
 
     return run
-
-
-def _argument(node: fx.Node, index: int, default: Any) -> Any:
-    return node.args[index] if len(node.args) > index else default
 
 
 def _divergence(expected: Tensor, logits: Tensor) -> float:

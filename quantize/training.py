@@ -204,6 +204,7 @@ class _QuantizedTraining:
                 prepared.graph(image.unsqueeze(0))
             settle_as(prepared, ranges, scales, factors)
             prepared.make_room_for_biases()
+            state |= prepared.rounded_filters()
             records = prepared.records()
             for layer in prepared.weighted:
                 name = prepared.constant_name(layer, 1)

@@ -1,5 +1,6 @@
 """Which unit of a device runs each operation of a model, where its runtime says so."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -30,14 +31,21 @@ class PlacingEngine(Protocol):
 
 
 def placement_lines(placements: Sequence[Placement]) -> list[str]:
-    """One line for each unit, then one for each operation; none if nothing is known."""
+    """One line for each unit, then one for each operation; none if nothing is known.
+
+    Where the runtime has no shares to tell, operations of the most frequent unit go without a line.
+    """
     if not placements:
         return []
-    units = dict.fromkeys(p.unit for p in placements)
+    units = Counter(p.unit for p in placements)
     lines = [_summary(unit, [p for p in placements if p.unit == unit]) for unit in units]
-    kinds = max(len(p.kind) for p in placements)
+    listed = list(placements)
+    if all(p.share is None for p in placements):
+        (most, _), *_ = units.most_common(1)
+        listed = [p for p in placements if p.unit != most]
+    kinds = max((len(p.kind) for p in listed), default=0)
     width = max(map(len, units))
-    for p in placements:
+    for p in listed:
         share = "" if p.share is None else f"{p.share:6.1%}"
         lines.append(f"  {p.kind:{kinds}}  {p.unit:{width}}  {share:>6}  {p.name}".rstrip())
     return lines

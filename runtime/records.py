@@ -69,11 +69,21 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         assert isinstance(hint, type)
         return from_json(hint, value, where)
     assert hint in _PLAIN, f"{where}: {hint} is not among what a record may hold"
-    if hint is float and type(value) is int:
-        return float(value)
+    if hint is float and type(value) in (int, float):
+        return _number(value, where)
     if type(value) is not hint:  # exactly: True is an int for isinstance
         raise ValueError(f"{where} should be {_PLAIN[hint]}, not {_shown(value)}")
     return value
+
+
+def _number(value: float, where: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{where} should be a number, not {_shown(value)}")
+    return number
 
 
 def _finite(value: Any) -> Any:

@@ -4,6 +4,7 @@ A number without its protocol is worthless, so the file holds the protocol, the 
 board before and after, and every sample beside the verdict.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -12,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from gfcompile.runtime.bundle import MANIFEST_NAME
 from gfcompile.runtime.errors import UserError
+from gfcompile.runtime.placement import Placement
 from gfcompile.runtime.records import from_json, to_json
 
 SCHEMA = "gfcompile-result"
@@ -185,6 +188,8 @@ class Latencies:
         stored = {0.0: self.min_us, 50.0: self.median_us, 90.0: self.p90_us, 99.0: self.p99_us}
         if percent in stored:
             return stored[percent]
+        if not self.samples_us:  # the next higher of what is known
+            return next((stored[p] for p in sorted(stored) if p >= percent), self.max_us)
         return self.max_us if percent >= 100 else percentile(sorted(self.samples_us), percent)
 
 
@@ -290,6 +295,7 @@ class ValidationResult:
         peak_memory_mb: resident set of the process that ran the model.
         runtime_memory_mb: of it, what the model's own context and weights take, where known.
         stand_in: what stands in for the device's own runtime; "" where nothing does.
+        placements: which unit runs each operation, where the runtime of a model format says so.
         commands: that were run, as typed in a shell.
         versions: of gfcompile, the runtime and what else took part here.
     """
@@ -311,6 +317,7 @@ class ValidationResult:
     kernels: tuple[KernelTime, ...] = ()
     cautions: tuple[Caution, ...] = ()
     stand_in: str = ""
+    placements: tuple[Placement, ...] = ()
     commands: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -372,3 +379,18 @@ def history_folder(bundle: Path) -> Path:
 def history(bundle: Path) -> list[Path]:
     """The files of earlier validations of the bundle in this folder, oldest first."""
     return sorted(history_folder(bundle).glob("*.json"))
+
+
+def newest(bundle: Path) -> ValidationResult | None:
+    """The newest result of the bundle in this folder; None if there is none of it as it is now."""
+    digest = manifest_sha256(bundle)
+    for path in reversed(history(bundle)):
+        result = read_result(path)
+        if result.bundle.manifest_sha256 == digest:
+            return result
+    return None
+
+
+def manifest_sha256(bundle: Path) -> str:
+    """What tells the bundle from every other one."""
+    return hashlib.sha256((bundle / MANIFEST_NAME).read_bytes()).hexdigest()

@@ -6,7 +6,7 @@ kernel's time knows the instructions of its schedule as well; it is an estimate,
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from gfcompile.runtime.bundle import Manifest
@@ -56,12 +56,15 @@ class KernelCost:
 
     Attributes:
         issue_us: the least time to issue its instructions, of one core or of the whole GPU.
+        peak_gops: of one core in its arithmetic, where the kernel is for a better CPU than the
+            target's least one; None is the target's.
     """
 
     flops: int | None = None
     bytes: int | None = None
     arithmetic: Literal["float32", "float16", "int8"] = "float32"
     issue_us: float | None = None
+    peak_gops: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,21 @@ class Estimate:
     bound: Bound
 
 
+def roofline(peaks: Peaks, cost: KernelCost, threads: int = 1) -> Estimate | None:
+    """The least time of one call with so many threads; None where too little is known."""
+    if cost.flops is None or cost.bytes is None:
+        return None
+    if cost.peak_gops is not None and cost.peak_gops > 0:
+        peaks = replace(
+            peaks,
+            float32_gflops=cost.peak_gops,
+            float16_gflops=cost.peak_gops,
+            int8_gops=cost.peak_gops,
+        )
+    us, bound = peaks.least_us(cost.flops, cost.bytes, cost.arithmetic, threads)
+    return Estimate(us=us, bound=bound) if math.isfinite(us) else None
+
+
 def estimate(peaks: Peaks, cost: KernelCost, threads: int = 1) -> Estimate | None:
     """The time of one call with so many threads; None where too little is known.
 
@@ -80,7 +98,10 @@ def estimate(peaks: Peaks, cost: KernelCost, threads: int = 1) -> Estimate | Non
     """
     if cost.bytes is None or (cost.flops is None and cost.issue_us is None):
         return None
-    us, bound = peaks.least_us(cost.flops or 0, cost.bytes, cost.arithmetic, threads)
+    least = roofline(peaks, replace(cost, flops=cost.flops or 0), threads)
+    if least is None:
+        return None
+    us, bound = least.us, least.bound
     if cost.issue_us is not None:
         issue_us = cost.issue_us / min(threads or peaks.cores, peaks.cores)
         if issue_us > us:
@@ -98,7 +119,8 @@ def target_peaks(manifest: Manifest) -> Peaks | None:
 
 def kernel_costs(manifest: Manifest) -> Mapping[str, KernelCost]:
     """By the name that a plan has for the kernel."""
-    return {_name_in_plan(record): _cost(record) for record in manifest.kernels}
+    found = (record for record in manifest.kernels if isinstance(record, Mapping))
+    return {_name_in_plan(record): _cost(record) for record in found}
 
 
 def _name_in_plan(record: Mapping[str, Any]) -> str:

@@ -2,11 +2,10 @@
 
 import dataclasses
 import hashlib
-import json
 import platform
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gfcompile.runtime.bench import BENCH_NAME
+from gfcompile.runtime.bench_report import BenchReport
 from gfcompile.runtime.bundle import MANIFEST_NAME, Manifest, check_bundle
 from gfcompile.runtime.devices import Device, open_device, unfit
 from gfcompile.runtime.devices.base import full_disk, looks_full
@@ -31,8 +31,6 @@ from gfcompile.runtime.results import (
     Budget,
     BundleIdentity,
     DeviceReport,
-    KernelTime,
-    Latencies,
     Numbers,
     Protocol,
     ValidationResult,
@@ -40,12 +38,12 @@ from gfcompile.runtime.results import (
     history_folder,
     write_result,
 )
-from gfcompile.runtime.roofline import KernelCost, kernel_costs
+from gfcompile.runtime.roofline import kernel_costs
 from gfcompile.runtime.verdict import compared_with, judge
 from gfcompile.runtime.version import VERSION
 
 SINGLE_STREAM_RUNS, SINGLE_STREAM_S = 1024, 60
-_NEEDED = ("plan.bin", "weights.bin", "kernels.ptx", "kernels.cubin", BENCH_NAME)
+_FOR_PROGRAMMERS = ("gfrt.h", "gfrt.py", "labels.txt")  # gfbench needs every other file
 _IMAGES, _OUTPUTS = "golden.u8", "outputs.f32"
 _QEMU_IMAGES = 2  # of the golden ones: an emulated inference takes seconds
 _NO_DEMANDS = Budget()
@@ -215,7 +213,7 @@ class _ResultOf:
                 budget=budget,
                 verdict=Verdict(passed=False, reasons=()),
                 numbers=numbers,
-                versions={**versions(self.manifest), "gfrt": str(first["runtime"])},
+                versions={**versions(self.manifest), "gfrt": first.runtime},
             )
             if device.measures:
                 result = self.with_latency(result, device, before, first)
@@ -254,7 +252,9 @@ class _ResultOf:
         """What the device needs, by its name there."""
         bundle, manifest = self.config.bundle, self.manifest
         files = {
-            name: bundle / name for name in (*_NEEDED, manifest.library) if name in manifest.files
+            name: bundle / name
+            for name in manifest.files
+            if "/" not in name and name not in _FOR_PROGRAMMERS
         }
         if BENCH_NAME not in files:
             raise BundleError(f"{bundle} has no {BENCH_NAME}; compile it again")
@@ -265,7 +265,7 @@ class _ResultOf:
                 files[_IMAGES].write_bytes(b"".join(image.tobytes() for image in images))
             yield files
 
-    def bench(self, device: Device, *options: str, timeout_s: float) -> dict[str, Any]:
+    def bench(self, device: Device, *options: str, timeout_s: float) -> BenchReport:
         """What gfbench reports."""
         command = self.command(*options)
         done = device.run(command, timeout_s=timeout_s)
@@ -277,12 +277,9 @@ class _ResultOf:
             raise NoVerdictError(f"gfbench failed on {device.url}: {_ending(done.status)}"
                                  f"{done.reason.removeprefix('gfbench: ')}")  # fmt: skip
         try:
-            report = json.loads(done.stdout)
-            if not isinstance(report, dict):
-                raise ValueError("it is no object")
+            return BenchReport.read(done.stdout)
         except ValueError as error:
             raise NoVerdictError(f"gfbench on {device.url} printed no report: {error}") from error
-        return report
 
     def command(self, *options: str) -> list[str]:
         config = self.config
@@ -290,7 +287,7 @@ class _ResultOf:
         command += ["--pin", config.pin] if config.pin else []
         return [*command, *options]
 
-    def numbers(self, device: Device) -> tuple[dict[str, Any], Numbers | None]:
+    def numbers(self, device: Device) -> tuple[BenchReport, Numbers | None]:
         """gfbench's report of the golden inferences, and how far their outputs are off."""
         options = ["--runs", "0", "--verify"]
         if self.golden is None:
@@ -311,7 +308,7 @@ class _ResultOf:
         result: ValidationResult,
         device: Device,
         before: Board | None,
-        first: Mapping[str, Any],
+        first: BenchReport,
     ) -> ValidationResult:
         """The result with everything that takes time."""
         config = self.config
@@ -322,7 +319,7 @@ class _ResultOf:
         options += ["--kernels-only"] if config.kernels_only else []
         options += ["--image-u8", _IMAGES] if self.golden is not None else []
         # The first inference is the slowest; three times its time for every run is ample.
-        expected_s = max(seconds, (runs + (config.warmup or 0)) * float(first["first_ms"]) / 1e3)
+        expected_s = max(seconds, (runs + (config.warmup or 0)) * first.first_ms / 1e3)
         self.say(
             f"measure: {runs} runs"
             + (f" and {seconds} s at least" if seconds else "")
@@ -332,7 +329,9 @@ class _ResultOf:
             device, *options, "--profile", timeout_s=config.timeout_s + 3 * expected_s
         )
         after = self.look(device)
-        latencies = Latencies.of([float(value) for value in report["samples_us"]])
+        if not report.samples_us:
+            raise NoVerdictError(f"gfbench on {device.url} printed no samples")
+        latencies = report.latencies
         assert before is not None
         assert after is not None
         return dataclasses.replace(
@@ -340,16 +339,16 @@ class _ResultOf:
             device=dataclasses.replace(result.device, before=before.state, after=after.state),
             protocol=_protocol(report, config),
             latencies=latencies,
-            load_ms=float(report["load_ms"]),
-            first_inference_ms=float(report["first_ms"]),
-            peak_memory_mb=float(report["peak_memory_mb"]),
-            kernels=kernel_times(report, kernel_costs(self.manifest)),
+            load_ms=report.load_ms,
+            first_inference_ms=report.first_ms,
+            peak_memory_mb=report.peak_memory_mb,
+            kernels=report.kernel_times(kernel_costs(self.manifest)),
             cautions=tuple(
                 cautions(
                     before,
                     after,
                     latencies.samples_us,
-                    stable=bool(report["stable"]) or config.warmup is not None,
+                    stable=report.stable or config.warmup is not None,
                     cv=latencies.cv,
                 )
             ),
@@ -373,33 +372,13 @@ class _ResultOf:
         )
 
 
-def kernel_times(
-    report: Mapping[str, Any], costs: Mapping[str, KernelCost]
-) -> tuple[KernelTime, ...]:
-    """The steps of gfbench's profile, with what the manifest knows of their kernels."""
-    times = []
-    for step in report.get("profile", ()):
-        cost = costs.get(str(step["kernel"]), KernelCost())
-        times.append(
-            KernelTime(
-                label=str(step["label"]),
-                kernel=str(step["kernel"]),
-                median_us=float(step["median_us"]),
-                flops=cost.flops,
-                bytes=cost.bytes,
-                arithmetic=cost.arithmetic,
-            )
-        )
-    return tuple(times)
-
-
 def _describe(
-    device: Device, board: Board | None, manifest: Manifest, report: Mapping[str, Any]
+    device: Device, board: Board | None, manifest: Manifest, report: BenchReport
 ) -> DeviceReport:
     if board is None:
         return DeviceReport(
             url=device.url, kind=device.kind, name=device.name, arch=manifest.arch,
-            processor=str(report["device"]),
+            processor=report.device,
         )  # fmt: skip
     return DeviceReport(
         url=device.url,
@@ -407,27 +386,27 @@ def _describe(
         name=board.name or device.name,
         arch=board.arch,
         cpu_model=board.cpu_model,
-        processor=str(report["device"]),
+        processor=report.device,
         memory_mb=board.memory_mb,
         versions=board.versions,
         before=board.state,
     )
 
 
-def _protocol(report: Mapping[str, Any], config: ValidateConfig) -> Protocol:
+def _protocol(report: BenchReport, config: ValidateConfig) -> Protocol:
     return Protocol(
-        tool=f"gfbench {report['runtime']}",
+        tool=f"gfbench {report.runtime}",
         rule="single-stream" if config.runs is None else "runs",
         timer=TIMER_KERNELS if config.kernels_only else TIMER_WHOLE,
         threads=config.threads,
-        pinned_cpus=tuple(int(cpu) for cpu in report["pinned"]),
+        pinned_cpus=report.pinned,
         warmup="until the medians of three windows of 8 runs are within 2%, 10 s at most"
         if config.warmup is None
         else "a fixed number of runs",
-        warmup_runs=int(report["warmup_runs"]),
-        stable=bool(report["stable"]),
-        runs=int(report["runs"]),
-        duration_s=float(report["duration_s"]),
+        warmup_runs=report.warmup_runs,
+        stable=report.stable,
+        runs=report.runs,
+        duration_s=report.duration_s,
     )
 
 

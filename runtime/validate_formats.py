@@ -1,4 +1,4 @@
-"""Validation of model files that a runtime of others executes, on this machine."""
+"""Validation of model files that a runtime of others executes."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from gfcompile.runtime.devices.board import SCRIPT, Board, cautions, read_board
 from gfcompile.runtime.errors import DeviceError, NoVerdictError, UserError
 from gfcompile.runtime.golden import read_golden
 from gfcompile.runtime.images import dequantize
+from gfcompile.runtime.placement import Placement
 from gfcompile.runtime.results import (
     TIMER_WHOLE,
     DeviceReport,
@@ -45,16 +46,21 @@ def validate_format(config: ValidateConfig, manifest: Manifest, say: Say) -> Val
     """As `validate.validate`, for a .tflite or .mlpackage bundle.
 
     Raises:
-        UserError: another device than this machine, or an option that the runtime does not have.
+        UserError: a device that cannot run them, or an option that the runtime does not have.
         NoVerdictError: no such runtime is installed.
     """
-    if config.device != "local":
-        raise UserError(
-            f"--device {config.device}: bundles of kind {manifest.kind!r} are validated with "
-            "--device local, by the interpreter that is installed here"
-        )
     if config.pin is not None or config.kernels_only:
         raise UserError(f"--pin and --kernels-only are not for bundles of kind {manifest.kind!r}")
+    if manifest.kind == "tflite" and config.device.startswith("adb:"):
+        from gfcompile.runtime.litert_benchmark import validate_on_android
+
+        return validate_on_android(config, manifest, say)
+    if config.device != "local":
+        also = ", or adb://serial" if manifest.kind == "tflite" else ""
+        raise UserError(
+            f"--device {config.device}: bundles of kind {manifest.kind!r} are validated with "
+            f"--device local, by what is installed here{also}"
+        )
     date = now()
     with open_device("local") as device:
         before = read_board(device.script(SCRIPT))
@@ -67,6 +73,7 @@ def validate_format(config: ValidateConfig, manifest: Manifest, say: Say) -> Val
         load_ms = 1e3 * (perf_counter() - start)
         with session:
             result = _numbers(session, config, manifest, date, before, say)
+            result = dataclasses.replace(result, placements=_placements(session, say))
             if session.stand_in:
                 if config.budget.max_latency_ms is not None:
                     raise UserError(f"--max-latency-ms: this bundle is {session.stand_in} here")
@@ -140,6 +147,14 @@ def _numbers(
         numbers=numbers,
         versions=versions(manifest),
     )
+
+
+def _placements(session: Session, say: Say) -> tuple[Placement, ...]:
+    try:
+        return tuple(session.placements())
+    except DeviceError as error:  # systems before macOS 14.4 keep it to themselves
+        say(f"no compute units: {error}")
+        return ()
 
 
 def _with_latency(

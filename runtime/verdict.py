@@ -27,8 +27,7 @@ def judge(budget: Budget, numbers: Numbers | None, latencies: Latencies | None) 
 
 def _judge_numbers(budget: Budget, numbers: Numbers | None) -> list[tuple[bool, str]]:
     if numbers is None:
-        missing = "the bundle has no golden data to hold its numbers against"
-        return [(budget.min_agreement is None, missing)]
+        return [(budget.min_agreement is None, "the numbers were not checked")]
     checks = []
     if numbers.tolerance is not None or numbers.max_abs_error is None:
         error = "not finite" if numbers.max_abs_error is None else f"{numbers.max_abs_error:.3g}"

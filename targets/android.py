@@ -10,11 +10,13 @@ from dataclasses import replace
 from gfcompile.targets.raspberry_pi import INT8_SDOT, INT8_SMULL
 from gfcompile.targets.target import Cpu, Target, register_target
 
-# Every 64-bit Android runs on it: Armv8.0-A alone, so that no core meets an instruction that it
-# does not have. Snapdragon 625: 8 Cortex-A53.
+# Armv8.0-A without its options, which every 64-bit phone has, so that no core meets an instruction
+# that it does not know. Scheduled for the Cortex-A53, as cores that reorder need it least.
+# Snapdragon 625: 8 of them.
 ARMV8 = Cpu(
     arch="aarch64",
-    mcpu="generic",
+    mcpu="cortex-a53",
+    features=("-crc",),
     vector_bytes=16,
     vector_registers=32,
     int8_dot=None,
@@ -26,12 +28,13 @@ ARMV8 = Cpu(
     int8_gops=2.0 * 8,
     qemu_cpu="cortex-a53",
 )
-# Cores from 2018 on: Cortex-A55 and A76. Snapdragon 855: 4 Cortex-A76 beside 4 Cortex-A55.
+# Armv8.2-A with the dot product: Cortex-A55 and what stands beside it. Snapdragon 855: 4 Cortex-A76
+# and 4 Cortex-A55.
 ARMV8_DOTPROD = replace(
     ARMV8,
-    features=("+dotprod",),
+    mcpu="cortex-a55",
+    features=("-fullfp16", "-rcpc"),
     int8_dot="sdot",
-    in_order=False,
     cores=4,
     clock_ghz=2.4,
     fp32_gflops=2.4 * 16,

@@ -106,6 +106,17 @@ def cpu_level(machine: str, cpuinfo: str) -> Cpu:
     raise UserError(f"target host: no support for {machine}; x86_64 and aarch64 are supported")
 
 
+def cpu_flags() -> set[str]:
+    """What /proc/cpuinfo says that this machine's CPUs can do."""
+    lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    return {
+        flag
+        for line in lines
+        if line.startswith(("flags", "Features"))
+        for flag in line.partition(":")[2].split()
+    }
+
+
 def _clock_ghz(cpuinfo: str) -> float | None:
     """The fastest clock that the kernel tells of; None if it tells none."""
     try:

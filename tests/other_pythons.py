@@ -1,4 +1,5 @@
-"""Pythons beside this one: with the older tflite-runtime, and of arm64 under QEMU.
+"""Pythons beside this one: with the older tflite-runtime and Google's tools for Android, and of
+arm64 under QEMU.
 
 They are made once per machine, from PyPI and from Debian's packages, in the user's cache. Where
 that cannot be, the test is skipped; in CI it fails.
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -65,23 +66,39 @@ class Python:
 
 def python_with_tflite_runtime() -> Python:
     """This Python with tflite-runtime 2.14 and the numpy that it was built for."""
+    folder = _with_numpy_1("tflite-runtime-2.14", "tflite-runtime==2.14.0", "pillow")
+    return Python((str(folder / "bin" / "python"),), {"PYTHONPATH": str(_SOURCE)})
+
+
+def python_with_tflite_support() -> Python:
+    """This Python with Google's tools for metadata, and the task library that Android apps use."""
+    folder = _with_numpy_1("tflite-support-0.4.4", "tflite-support==0.4.4")
+
+    def make(root: Path) -> None:
+        # The package's audio tasks load a library for USB devices, whichever task is wanted.
+        _extract_packages(root, ("libusb-1.0-0", "libudev1"))
+
+    libraries = {str(path.parent) for path in _made("libusb", make).rglob("lib*.so.*")}
+    return Python(
+        (str(folder / "bin" / "python"),), {"LD_LIBRARY_PATH": ":".join(sorted(libraries))}
+    )
+
+
+def _with_numpy_1(name: str, *packages: str) -> Path:
     if sys.version_info[:2] != (3, 11):
-        _lacking("tflite-runtime 2.14 has no wheel for this Python")
+        _lacking(f"{packages[0]} has no wheel for this Python")
 
     def make(folder: Path) -> None:
         _call(sys.executable, "-m", "venv", str(folder))
         pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q"]
-        _call(*pip, "tflite-runtime==2.14.0", "numpy<2", "pillow")
+        _call(*pip, "numpy<2", *packages)
 
-    folder = _made("tflite-runtime-2.14", make)
-    return Python((str(folder / "bin" / "python"),), {"PYTHONPATH": str(_SOURCE)})
+    return _made(name, make)
 
 
 def python_for_arm64(cpu: str) -> Python:
     """CPython 3.11 of Debian's arm64 with LiteRT, on the CPU that QEMU plays."""
     qemu = need("qemu-aarch64")
-    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        _lacking("apt-get is not here to fetch arm64 packages")
     base = _made("arm64-python", _make_arm64)
     root = base / "root"
 
@@ -105,30 +122,43 @@ def python_for_arm64(cpu: str) -> Python:
 
 
 def _make_arm64(folder: Path) -> None:
-    state, root, site = folder / "apt", folder / "root", folder / "site"
-    for path in (state / "lists" / "partial", state / "archives" / "partial", root, site):
-        path.mkdir(parents=True)
-    options = {
-        "APT::Architecture": "arm64",
-        "APT::Architectures": "arm64",
-        "Dir::State": str(state),
-        "Dir::State::status": "/dev/null",
-        "Dir::Cache": str(state),
-        "APT::Sandbox::User": "root",
-        "Acquire::Languages": "none",
-    }
-    apt = ["apt-get", "-q", *(f"-o{name}={value}" for name, value in options.items())]
-    _call(*apt, "update")
-    _call(*apt, "download", *_DEBIAN, cwd=state)
-    for package in sorted(state.glob("*.deb")):
-        _call("dpkg-deb", "-x", str(package), str(root))
+    root, site = folder / "root", folder / "site"
+    _extract_packages(root, _DEBIAN, architecture="arm64")
+    wheels = folder / "wheels"
+    for path in (site, wheels):
+        path.mkdir()
     pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
     pip += [f"--platform={platform}" for platform in _PLATFORMS]
-    _call(*pip, "--python-version=3.11", f"--dest={state}", *_WHEELS, *_WHEELS_OF_LITERT)
-    for wheel in sorted(state.glob("*.whl")):
+    _call(*pip, "--python-version=3.11", f"--dest={wheels}", *_WHEELS, *_WHEELS_OF_LITERT)
+    for wheel in sorted(wheels.glob("*.whl")):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
-    shutil.rmtree(state)
+    shutil.rmtree(wheels)
+
+
+def _extract_packages(root: Path, packages: Sequence[str], architecture: str = "") -> None:
+    """Unpacks Debian's packages into `root`, by an apt that knows nothing of this system's."""
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        _lacking("apt-get is not here to fetch Debian's packages")
+    root.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=_CACHE) as temporary:
+        state = Path(temporary)
+        for name in ("lists", "archives"):
+            (state / name / "partial").mkdir(parents=True)
+        options = {
+            "Dir::State": str(state),
+            "Dir::State::status": "/dev/null",
+            "Dir::Cache": str(state),
+            "APT::Sandbox::User": "root",
+            "Acquire::Languages": "none",
+        }
+        if architecture:
+            options |= {"APT::Architecture": architecture, "APT::Architectures": architecture}
+        apt = ["apt-get", "-q", *(f"-o{name}={value}" for name, value in options.items())]
+        _call(*apt, "update")
+        _call(*apt, "download", *packages, cwd=state)
+        for package in sorted(state.glob("*.deb")):
+            _call("dpkg-deb", "-x", str(package), str(root))
 
 
 def _made(name: str, make: Callable[[Path], None]) -> Path:

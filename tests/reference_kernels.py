@@ -111,13 +111,15 @@ def _dft_filter(kernel: DftFilter, a: Mapping[str, Array]) -> Array:
 
 
 def _circular_filter(kernel: CircularFilter, a: Mapping[str, Array]) -> Array:
-    x = a["x"].reshape(kernel.batch, kernel.h, kernel.w, kernel.c)
-    weights = _weights(a["kernel"])
+    x = a["x"].reshape(kernel.batch, kernel.h, kernel.w, kernel.c).astype(np.float32)
+    weights, scale = _weights(a["kernel"]).astype(np.float32), np.float32(1)
+    if kernel.x == "int8":
+        x, scale = x - a["zero_point"], a["scale"]
     y = np.zeros_like(x)
     for p in range(kernel.h):
         for q in range(kernel.w):
             y += np.roll(x, (p, q), axis=(1, 2)) * weights[p, q]
-    return y
+    return y * scale
 
 
 def _patchify(kernel: Patchify, a: Mapping[str, Array]) -> Array:

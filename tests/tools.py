@@ -1,5 +1,6 @@
 """What tests may need beyond pip packages: found, or the test is skipped; in CI its lack fails."""
 
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +15,9 @@ _PACKAGES = {
     "gcc": "gcc",
     "cc": "gcc",
     "readelf": "binutils",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
+    "sshd": "openssh-server",
     "nm": "binutils",
 }
 _ARM64_SYSROOT = Path("/usr/aarch64-linux-gnu")
@@ -21,10 +25,16 @@ _ARM64_SYSROOT = Path("/usr/aarch64-linux-gnu")
 
 def need(tool: str) -> str:
     """The path of a program, or the end of the test that needs it."""
-    path = shutil.which(tool)
+    path = shutil.which(tool) or shutil.which(tool, path="/usr/sbin:/sbin")
     if path is None:
         _lacking(tool, _PACKAGES.get(tool, tool))
     return path
+
+
+def need_module(name: str) -> None:
+    """The end of the test that needs this Python module, if it is not there."""
+    if importlib.util.find_spec(name) is None:
+        _lacking(f"the Python module {name}", "of PyPI, in the extra dev")
 
 
 def need_arm64_sysroot() -> str:
@@ -43,12 +53,20 @@ def qemu_aarch64(cpu: str) -> list[str]:
     return [need("qemu-aarch64"), "-cpu", cpu, "-L", need_arm64_sysroot()]
 
 
+def need_chromium() -> str:
+    """The path of a Chromium for Playwright to drive, or the end of the test that needs it."""
+    if importlib.util.find_spec("playwright") is None:
+        _lacking("playwright", "none; pip install -e '.[dev]'")
+    others = (shutil.which(name) for name in ("chromium", "google-chrome"))
+    return next((path for path in others if path), None) or need("chromium-headless-shell")
+
+
 def in_ci() -> bool:
     return os.environ.get("CI", "").lower() in ("1", "true", "yes")
 
 
 def _lacking(what: str, package: str) -> NoReturn:
-    message = f"{what} is not installed (Debian package {package})"
+    message = f"{what} is not installed (package {package})"
     if in_ci():
         pytest.fail(message, pytrace=False)
     pytest.skip(message)

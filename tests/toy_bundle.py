@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from gfcompile.runtime.bundle import FileEntry, Manifest, Precision, TensorSpec
 from gfcompile.runtime.device import gfrt
+from gfcompile.runtime.golden import views
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.link import link_bench, link_library, link_static_bench
 from gfcompile.targets.tvm.plan import Plan, PlanIO, PlanStep, PlanTensor, serialize
@@ -27,6 +28,8 @@ RUNTIME = Path(gfrt.__file__).parent
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 KERNELS = ("toy_scale", "toy_mix", "toy_encode", "toy_sum")
 SCALE, OFFSET = 1 / 16, 128
+# A code next to a rounding tie may be one step off, in a few of 24 rows.
+TIE = 4 * SCALE
 
 
 def toy_cpu(arch: Arch) -> Cpu:
@@ -203,10 +206,10 @@ class Toy:
 def write_manifest(toy: Toy, **changes: Any) -> None:
     """manifest.json for the files that are there."""
     files = {
-        path.name: FileEntry(
+        path.relative_to(toy.folder).as_posix(): FileEntry(
             sha256=hashlib.sha256(path.read_bytes()).hexdigest(), size_bytes=path.stat().st_size
         )
-        for path in sorted(toy.folder.iterdir())
+        for path in sorted(toy.folder.rglob("*"))
         if path.is_file() and path.name != "manifest.json"
     }
     manifest = Manifest(
@@ -261,6 +264,31 @@ def build_toy(
         shutil.copy(RUNTIME / file, folder)
     toy = Toy(folder=folder, plan=plan)
     write_manifest(toy)
+    return toy
+
+
+def add_golden(toy: Toy, *, tolerance: float = TIE, ledger: bool = True) -> Toy:
+    """The toy with golden data by NumPy: an image, and the logits of its views."""
+    image = np.random.default_rng(7).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    folder = toy.folder / "golden"
+    folder.mkdir()
+    (folder / "image.u8").write_bytes(image.tobytes())
+    rows = []
+    for view in views(image):
+        values = (view.astype(np.float32) / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
+        rows.append(toy_reference(values.transpose(2, 0, 1)[None])["logits"])
+    (folder / "views.f32").write_bytes(np.concatenate(rows).astype("<f4").tobytes())
+    entry = {"stage": "artifact", "tolerance": tolerance, "int8": None}
+    write_manifest(toy, ledger=[entry] if ledger else [])
+    return toy
+
+
+def with_gfbench(toy: Toy, script: str) -> Toy:
+    """The toy with a shell script in the place of its gfbench."""
+    (toy.folder / "gfbench").write_text(f"#!/bin/sh\n{script}\n")
+    (toy.folder / "gfbench").chmod(0o755)
+    manifest = json.loads((toy.folder / "manifest.json").read_text())
+    write_manifest(toy, ledger=manifest["ledger"])
     return toy
 
 

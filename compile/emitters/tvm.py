@@ -1,26 +1,35 @@
 """A static plan of kernels, which the C runtime of this project executes."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from gfcompile.compile.emission import Emission, EmissionRequest, Pruning
 from gfcompile.compile.verify import verify
 from gfcompile.runtime.bundle import TensorSpec
-from gfcompile.targets.target import Target, peaks
-from gfcompile.targets.tvm.emit import emit
-from gfcompile.targets.tvm.kernel import SelectTokens
+from gfcompile.targets.target import Cpu, Gpu, Target, peaks
+from gfcompile.targets.tvm.emit import Tuned, Tuning, emit
+from gfcompile.targets.tvm.kernel import Kernel, SelectTokens
 from gfcompile.targets.tvm.partition import Program, partition
+from gfcompile.targets.tvm.tuning import database
 
 if TYPE_CHECKING:
     from gfcompile.compile.graph import Graph
 
 
-def emit_plan(request: EmissionRequest, target: Target) -> Emission:
+def emit_plan(
+    request: EmissionRequest, target: Target, tuning_db: Path | Literal["shipped", "none"]
+) -> Emission:
     """Kernels, plan and weights for `target`, run here against the graph if this machine can.
+
+    Args:
+        tuning_db: see `CompileConfig`.
 
     Raises:
         CompileError: a node that nothing takes, or an artifact whose numbers are wrong.
+        UserError: a tuning database that is none.
     """
     graph, transform = request.graph, request.transform
     with request.progress.stage("compile the kernels"):
@@ -34,6 +43,7 @@ def emit_plan(request: EmissionRequest, target: Target) -> Emission:
             mean=transform.mean,
             std=transform.std,
             group_size=graph.group_size,
+            tuning=_tuning(tuning_db),
         )
     with request.progress.stage("verify the artifact"):
         entry, notes = verify(
@@ -75,6 +85,9 @@ def emit_plan(request: EmissionRequest, target: Target) -> Emission:
             "pruning": _pruning(request.pruning, program),
             "arena_bytes": artifact.arena.size_bytes,
             "arena_lower_bound_bytes": artifact.arena.lower_bound_bytes,
+            "tuned_kernels": dict(
+                Counter(kernel["tuned"] for kernel in artifact.kernels if "tuned" in kernel)
+            ),
         },
     )
 
@@ -97,6 +110,20 @@ def _pruning(pruning: Pruning | None, program: Program) -> Mapping[str, Any]:
             for s in program.selections
         ],
     }
+
+
+def _tuning(tuning_db: Path | Literal["shipped", "none"]) -> Tuning | None:
+    """What the databases know of kernels; a user's own comes before the shipped one."""
+    if tuning_db == "none":
+        return None
+    shipped = database.shipped()
+    own = database.load(tuning_db) if isinstance(tuning_db, Path) else database.Database()
+
+    def find(kernels: Iterable[Kernel], device: Cpu | Gpu) -> Mapping[Kernel, Tuned]:
+        kernels = list(kernels)
+        return {**shipped.tuned(kernels, device), **own.tuned(kernels, device)}
+
+    return find
 
 
 def _storage(graph: "Graph", packed_bytes: int) -> str:

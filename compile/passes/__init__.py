@@ -17,6 +17,7 @@ from gfcompile.compile.passes.infer_shapes import check_model, infer_shapes
 from gfcompile.compile.passes.lower_lone_dfts import lower_lone_dfts
 from gfcompile.compile.passes.merge_layout_changes import merge_layout_changes
 from gfcompile.compile.passes.order_operands import order_operands
+from gfcompile.compile.passes.quantize_filter_kernels import quantize_filter_kernels
 from gfcompile.compile.passes.recognise_global_filters import (
     FftForm,
     GlobalFilter,
@@ -98,6 +99,8 @@ def lower(
     fold_layer_scale(model)
     merge_layout_changes(model)
     fold_constants(model)
+    # Once nothing folds a kernel's float32 any more, and before it is halved.
+    quantize_filter_kernels(model)
     _finish("canonical", model, on_stage)
 
     if half_constants:

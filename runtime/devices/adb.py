@@ -15,6 +15,7 @@ from gfcompile.runtime.devices.base import (
     ShellDevice,
     checked_folder,
     checked_name,
+    end_process,
     full_disk,
     looks_full,
 )
@@ -99,10 +100,9 @@ class AdbDevice(ShellDevice):
         )
         try:
             out, err = process.communicate(timeout=timeout_s)
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
+        except BaseException:
+            end_process(process)
+            raise
         return Completed(
             status=process.returncode,
             stdout=out.decode(errors="replace").replace("\r\n", "\n"),

@@ -126,6 +126,15 @@ def too_slow(program: str, timeout_s: float, url: str) -> NoVerdictError:
     )
 
 
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """Kills it, and waits for nothing else that may have its pipes."""
+    process.kill()
+    process.wait()
+    for stream in (process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
+
+
 # What a script's own output ends with; its exit status follows.
 _STATUS = "gfcompile-status "
 

@@ -23,6 +23,7 @@ from gfcompile.runtime.devices.base import (
     ShellDevice,
     checked_folder,
     checked_name,
+    end_process,
     full_disk,
     looks_full,
 )
@@ -193,10 +194,9 @@ class SshDevice(ShellDevice):
         )
         try:
             out, err = process.communicate(timeout=timeout_s)
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
+        except BaseException:
+            end_process(process)
+            raise
         return Completed(
             status=process.returncode,
             stdout=(out or b"").decode(errors="replace"),

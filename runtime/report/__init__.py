@@ -1,14 +1,13 @@
 """The report of a bundle: one HTML file that needs no network, no script and no other file."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from gfcompile.runtime.bundle import Manifest
 from gfcompile.runtime.report import sections
-from gfcompile.runtime.report.html import el, join
+from gfcompile.runtime.report.html import el, join, moment
 from gfcompile.runtime.report.kernels import kernels_of
-from gfcompile.runtime.report.page import page
+from gfcompile.runtime.report.page import page, write_page
 from gfcompile.runtime.report.picture import Picture, look
 from gfcompile.runtime.results import ValidationResult
 
@@ -24,16 +23,7 @@ def write_report(
     commands: Sequence[str] = (),
 ) -> None:
     """Writes the report at `path`, whole or not at all; see `render_report`."""
-    text = render_report(manifest, result, picture=picture, commands=commands)
-    made = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with made.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        made.replace(path)
-    finally:
-        made.unlink(missing_ok=True)
+    write_page(path, render_report(manifest, result, picture=picture, commands=commands))
 
 
 def render_report(
@@ -57,12 +47,12 @@ def render_report(
     title = f"{manifest.model}, {precision}, on {where}"
     about = [manifest.created_by, f"target {manifest.target}"]
     if result is not None:
-        about = [f"Validated {result.date}", *about]
+        about = [f"validated {moment(result.date)}", *about]
     return page(
         f"{title}: gfcompile",
         el(
             "header",
-            el("p", " · ".join(about), class_="eyebrow"),
+            el("p", " · ".join(map(str, about)), class_="eyebrow"),
             el("h1", title),
             sections.verdict(result, kernels),
             sections.tiles(manifest, result, kernels),
@@ -74,7 +64,7 @@ def render_report(
             join(
                 sections.latency(result),
                 sections.picture(picture),
-                sections.kernel_times(kernels),
+                sections.kernel_times(kernels, None if result is None else result.latencies),
                 sections.exactness(manifest, result),
                 sections.layers(manifest),
                 sections.kept_float(manifest),

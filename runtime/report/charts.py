@@ -66,7 +66,8 @@ def histogram(
     99th percentile, or after the last mark.
     """
     ordered = sorted(values)
-    low, p99 = ordered[0], ordered[math.ceil(0.99 * len(ordered)) - 1]
+    low = min([ordered[0], *(mark.value for mark in marks)])
+    p99 = ordered[math.ceil(0.99 * len(ordered)) - 1]
     last_mark = max((mark.value for mark in marks), default=p99)
     high = max(p99 + 0.15 * (p99 - low), last_mark + 0.03 * (last_mark - low))
     high = min(high, max(ordered[-1], last_mark))
@@ -101,7 +102,8 @@ def histogram(
     lines = [_vertical(at(mark.value), mark.style) for mark in marks]
     chart = _plot(
         join(bars, lines),
-        x=[(at(value), label(value)) for value in ticks(low, high)],
+        # One at the very end would run out of the page, or into its neighbour.
+        x=[(at(value), label(value)) for value in ticks(low, high, 4) if at(value) < 0.95],
         y=[(value / tallest, f"{value:,.0f}") for value in ticks(0, tallest, 3) if value % 1 == 0],
         notes=[(at(mark.value), mark.label) for mark in marks],
         description=description,
@@ -119,9 +121,9 @@ def series(
     points: int = 240,
 ) -> Html:
     """Values in the order of time: of each stretch, the middle and the range from 10% to 90%."""
-    stretches = _stretches(values, points)
+    stretches = _stretches(values, max(8, min(points, len(values) // 8)))
     tops = [mark.value for mark in marks] + [high for _, _, high in stretches]
-    top = 1.08 * max(tops)
+    top = 1.08 * max(tops) or 1.0
     bottom = min([*(low for low, _, _ in stretches), *(mark.value for mark in marks)])
     # From zero, so that a jump looks as large as it is.
     bottom = 0.0 if bottom > 0 else bottom
@@ -208,9 +210,10 @@ def swatch(kind: Literal["solid", "hatched", "hollow", "hollow-hatched", "soft",
     return el("svg", shape, viewBox="0 0 24 11", aria_hidden="true")
 
 
-def line_swatch(style: LineStyle) -> Html:
+def line_swatch(style: LineStyle | Literal["curve"]) -> Html:
     """A small sample of a line, for `key`."""
-    shape = el("line", x1=0.0, y1=5.5, x2=24.0, y2=5.5, class_=_rule(style))
+    class_ = "curve" if style == "curve" else _rule(style)
+    shape = el("line", x1=0.0, y1=5.5, x2=24.0, y2=5.5, class_=class_)
     return el("svg", shape, viewBox="0 0 24 11", aria_hidden="true")
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
@@ -58,6 +59,8 @@ def join(*content: Content) -> Html:
             pieces.append(piece)
         elif isinstance(piece, str):
             pieces.append(Html(escape(clean(piece))))
+        elif isinstance(piece, Mapping) or not isinstance(piece, Iterable):
+            pieces.append(Html(escape(clean(str(piece)))))  # not what a bundle should hold there
         else:
             pieces.append(join(*piece))
     return Html("".join(pieces))
@@ -114,6 +117,8 @@ def coordinate(value: float) -> str:
 
 def significant(value: float, digits: int = 3) -> str:
     """The number to so many significant digits, never in scientific notation from 1e-4 to 1e6."""
+    if not math.isfinite(value):
+        return NONE
     if value == 0:
         return "0"
     magnitude = math.floor(math.log10(abs(value)))
@@ -136,7 +141,7 @@ def duration(us: float | None) -> str:
 
 def size(number: float | None) -> str:
     """A number of bytes, in powers of ten."""
-    if number is None:
+    if number is None or not math.isfinite(number):
         return NONE
     for unit, one in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if number >= one:
@@ -146,7 +151,7 @@ def size(number: float | None) -> str:
 
 def percent(share: float | None, places: int = 0) -> str:
     """A share; one that is not whole is never shown as 100%."""
-    if share is None:
+    if share is None or not math.isfinite(share):
         return NONE
     shown = f"{100 * share:.{places}f}"
     least = 10.0**-places
@@ -157,6 +162,15 @@ def percent(share: float | None, places: int = 0) -> str:
             f"{math.floor(100 * share * 10 ** (places + 1)) / 10 ** (places + 1):.{places + 1}f}"
         )
     return f"{shown}%"
+
+
+def moment(text: str) -> str:
+    """A time of ISO 8601 for people, in UTC."""
+    try:
+        when = datetime.fromisoformat(text).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return text
+    return f"{when:%Y-%m-%d %H:%M} UTC"
 
 
 def decibel(value: float | None) -> str:

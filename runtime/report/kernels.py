@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from gfcompile.runtime.bundle import Manifest
 from gfcompile.runtime.ranking import rank_correlation
@@ -13,9 +14,11 @@ from gfcompile.runtime.roofline import (
     Peaks,
     estimate,
     kernel_costs,
+    roofline,
     target_peaks,
 )
 
+_MOST = 1e15  # operations, bytes or microseconds of one call
 _KINDS = {
     "dense": "product",
     "layer_norm": "layer norm",
@@ -133,6 +136,7 @@ def _measured(result: ValidationResult, costs: Mapping[str, KernelCost]) -> Sequ
             bytes=step.bytes,
             arithmetic=step.arithmetic,
             issue_us=costs.get(step.kernel, KernelCost()).issue_us,
+            peak_gops=costs.get(step.kernel, KernelCost()).peak_gops,
         )
     return [
         Kernel(name=name, calls=len(of_name), cost=known[name], measured_us=sum(of_name))
@@ -142,23 +146,40 @@ def _measured(result: ValidationResult, costs: Mapping[str, KernelCost]) -> Sequ
 
 def _counted(manifest: Manifest, costs: Mapping[str, KernelCost]) -> Sequence[Kernel]:
     kernels = []
+    # Those for the best CPU, where a library has kernels for several.
+    best = max(map(_level, records(manifest.kernels)), default=0)
     for record in records(manifest.kernels):
+        if _level(record) != best:
+            continue
         calls = figure(record.get("calls"))
-        if calls is not None and calls >= 1:
+        if calls is not None and 1 <= calls < _MOST:
             name = str(record.get("symbol", record.get("name", "")))
             kernels.append(Kernel(name=name, calls=int(calls), cost=costs.get(name, KernelCost())))
     return kernels
 
 
+def _level(record: Mapping[str, Any]) -> float:
+    return figure(record.get("level")) or 0
+
+
 def _estimated(kernel: Kernel, peaks: Peaks | None, threads: int) -> Kernel:
     cost = kernel.cost
-    sane = all(x is None or x >= 0 for x in (cost.flops, cost.bytes, figure(cost.issue_us)))
-    if peaks is None or not sane or not _positive(peaks):
+    known = (cost.flops, cost.bytes, cost.issue_us, cost.peak_gops)
+    if any(x is not None and not _sane(x) for x in known):
+        return replace(kernel, cost=KernelCost())
+    if peaks is None or not _positive(peaks):
         return kernel
-    least = None
-    if cost.flops is not None and cost.bytes is not None:
-        least, _ = peaks.least_us(cost.flops, cost.bytes, cost.arithmetic, threads)
-    return replace(kernel, estimate=estimate(peaks, cost, threads), roofline_us=least)
+    least = roofline(peaks, cost, threads)
+    return replace(
+        kernel,
+        estimate=estimate(peaks, cost, threads),
+        roofline_us=None if least is None else least.us,
+    )
+
+
+def _sane(amount: float) -> bool:
+    number = figure(amount)
+    return number is not None and 0 <= number < _MOST
 
 
 def _positive(peaks: Peaks) -> bool:

@@ -1,5 +1,6 @@
 """The page of a report: its head, its style, and the security policy that forbids all else."""
 
+import os
 from pathlib import Path
 
 from gfcompile.runtime.report.charts import DEFINITIONS
@@ -24,3 +25,16 @@ def page(title: str, *content: Content) -> str:
     )
     body = el("body", DEFINITIONS, join(*content))
     return "<!DOCTYPE html>\n" + el("html", head, body, lang="en") + "\n"
+
+
+def write_page(path: Path, text: str) -> None:
+    """Writes the document at `path`, whole or not at all."""
+    made = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with made.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        made.replace(path)
+    finally:
+        made.unlink(missing_ok=True)

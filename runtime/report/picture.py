@@ -53,8 +53,9 @@ class Picture:
 def look(bundle: Path, manifest: Manifest, photo: Path | None = None) -> Picture | None:
     """What the bundle makes of `photo`, or of its golden image; None if nothing can be shown.
 
-    The bundle runs here if this machine can: natively, or an arm64 one under QEMU. Where it cannot,
-    its golden image stands with the logits that its graph gave for it.
+    For a photo, and to see which patches a pruning model keeps, the bundle runs here if this
+    machine can: natively, or an arm64 one under QEMU. Otherwise its golden image stands with the
+    logits that its graph gave for it.
 
     Raises:
         UserError: the photo cannot be used.
@@ -68,6 +69,8 @@ def look(bundle: Path, manifest: Manifest, photo: Path | None = None) -> Picture
     if pixels is None:
         return None
     name = photo.name if photo else "the bundle's golden photo"
+    if photo is None and not mapping(manifest.extra.get("pruning")):
+        return _recorded(bundle, pixels, name)
     try:
         return _run(bundle, manifest, pixels, name)
     except DeviceError:

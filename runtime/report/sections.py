@@ -30,6 +30,7 @@ from gfcompile.runtime.report.picture import Picture
 from gfcompile.runtime.results import BoardState, Latencies, ValidationResult
 
 SHOWN_KERNELS, SHOWN_LAYERS, SHOWN_FILES = 12, 8, 5
+_MAX_US = 1e15  # thirty years
 _FORMS = {
     "dft": "separable real DFT as matrix products",
     "circular": "depthwise circular convolution",
@@ -158,7 +159,7 @@ def tiles(manifest: Manifest, result: ValidationResult | None, kernels: Kernels)
         found.append(
             ("Agreement", percent(figure(last.get("top1_agreement"))), "same top-1 as its graph")
         )
-    total = sum(entry.size_bytes for entry in manifest.files.values())
+    total = sum(_file_sizes(manifest).values())
     found.append(("Bundle", size(total), plural(len(manifest.files) + 1, "file")))
     if result is not None and result.peak_memory_mb is not None:
         found.append(("Peak memory", size(1e6 * result.peak_memory_mb), "resident"))
@@ -175,7 +176,7 @@ def tiles(manifest: Manifest, result: ValidationResult | None, kernels: Kernels)
             )
             for name, value, under in found
         ],
-        class_="tiles",
+        class_="tiles four" if len(found) % 3 == 1 else "tiles",  # no row of one
     )
 
 
@@ -207,7 +208,9 @@ def cautions(result: ValidationResult | None) -> Html | None:
 
 def notes(manifest: Manifest) -> Html | None:
     """What in the bundle is not as one might think."""
-    entries = [el("li", str(note)) for note in manifest.notes]
+    # Which layers stay in float is told with the reasons further below.
+    told = "kept in float:" if records(manifest.extra.get("kept_float")) else "\0"
+    entries = [el("li", note) for note in map(str, manifest.notes) if not note.startswith(told)]
     return el("ul", entries, class_="notes", aria_label="Notes on the bundle") if entries else None
 
 
@@ -233,7 +236,7 @@ def picture(seen: Picture | None) -> Html | None:
         for label, probability in seen.top
     ]
     classes = table(
-        ("class", "", "probability"),
+        ("class", "chart", "probability"),
         rows,
         numbers=(2,),
         bars=1,
@@ -293,6 +296,8 @@ def latency(result: ValidationResult | None) -> Html | None:
     if latencies is None:
         why = result.no_latency or "No latency was taken."
         return section("Latency", None, el("p", why))
+    if not _sane(latencies):
+        return section("Latency", None, el("p", "The figures of this result make no sense."))
     marks = [
         Mark(value=latencies.median_us, label=f"median {duration(latencies.median_us)}"),
         Mark(value=latencies.p90_us, label=f"p90 {duration(latencies.p90_us)}", style="dashed"),
@@ -303,8 +308,8 @@ def latency(result: ValidationResult | None) -> Html | None:
         label = f"budget for p{result.budget.percentile:g}: {duration(1e3 * budget)}"
         limits.append(Mark(value=1e3 * budget, label=label, style="limit"))
     # A budget far away would squeeze the values into a corner; the text has it then.
-    near = [m for m in limits if m.value < 2.5 * latencies.p99_us]
-    values = [value for value in latencies.samples_us if figure(value) is not None]
+    near = [m for m in limits if 0.3 * latencies.min_us < m.value < 2.5 * latencies.p99_us]
+    values = latencies.samples_us
     runs = len(values) * latencies.sample_every if protocol is None else protocol.runs
     content: list[Content] = []
     if len(values) >= 8:
@@ -332,6 +337,13 @@ def latency(result: ValidationResult | None) -> Html | None:
     return section("Latency", lead, content)
 
 
+def _sane(latencies: Latencies) -> bool:
+    """Whether these are times at all; a result may come from anywhere."""
+    statistics = (latencies.min_us, latencies.median_us, latencies.p90_us, latencies.p99_us)
+    values = (*statistics, latencies.mean_us, latencies.max_us, latencies.cv)
+    return all(0 <= value < _MAX_US for value in (*values, *latencies.samples_us))
+
+
 def _over_time(values: Sequence[float], marks: Sequence[Mark], protocol: Any) -> Html:
     tenth = max(1, len(values) // 10)
     first, last = (_median(part) for part in (values[:tenth], values[-tenth:]))
@@ -346,8 +358,9 @@ def _over_time(values: Sequence[float], marks: Sequence[Mark], protocol: Any) ->
         description=f"latency over time; the last tenth took {change:.2f} times the first",
     )
     legend = charts.key(
-        (charts.line_swatch("solid"), "median"),
-        (charts.swatch("soft"), "from 10% to 90% of each stretch"),
+        (charts.line_swatch("curve"), "middle of each stretch"),
+        (charts.swatch("soft"), "its range from 10% to 90%"),
+        (charts.line_swatch("solid"), "median of all"),
         *((charts.line_swatch(m.style), m.label) for m in marks[1:]),
     )
     text = (
@@ -380,7 +393,7 @@ def _latency_table(result: ValidationResult, latencies: Latencies) -> Html:
     return el(
         "div",
         table(("one inference", "time"), statistics, numbers=(1,)),
-        table(("beside it", ""), [row for row in beside if row[1] != NONE], numbers=(1,))
+        table(("beside it", "amount"), [row for row in beside if row[1] != NONE], numbers=(1,))
         if any(value != NONE for _, value in beside)
         else None,
         class_="columns",
@@ -413,7 +426,7 @@ def _protocol(result: ValidationResult) -> Html:
 # ---- kernels
 
 
-def kernel_times(kernels: Kernels) -> Html | None:
+def kernel_times(kernels: Kernels, latencies: Latencies | None) -> Html | None:
     """Where the time goes, each kernel beside what it would take at best."""
     if not kernels.all or (kernels.estimate_us is None and not kernels.measured):
         return None
@@ -445,7 +458,7 @@ def kernel_times(kernels: Kernels) -> Html | None:
 
     return section(
         "Where the time goes" if kernels.measured else "Where the time would go",
-        _kernels_lead(kernels, whole),
+        _kernels_lead(kernels, whole, latencies),
         charts.key(*legend),
         drawn(shown, footer),
         folded(f"All {len(kernels.all)} kernels", drawn(kernels.all)) if rest else None,
@@ -454,7 +467,7 @@ def kernel_times(kernels: Kernels) -> Html | None:
 
 
 _KERNEL_HEADER = (
-    "kernel", "time", "share", "GFLOP/s", "GB/s", "of peak", "estimate", "over it",
+    "kernel", "time", "share", "GFLOP/s", "GB/s", "of peak", "estimate", "ratio",
 )  # fmt: skip
 _ESTIMATE_HEADER = ("kernel", "estimate", "share", "roofline alone", "bound by")
 
@@ -511,7 +524,7 @@ def _kernel_row(
     ]
 
 
-def _kernels_lead(kernels: Kernels, whole: float | None) -> str:
+def _kernels_lead(kernels: Kernels, whole: float | None, latencies: Latencies | None) -> str:
     top, share = kernels.all[0], None
     if whole:
         share = (_time(top, kernels.measured) or 0.0) / whole
@@ -522,6 +535,8 @@ def _kernels_lead(kernels: Kernels, whole: float | None) -> str:
             ratio = (whole or 0.0) / kernels.estimate_us
             parts.append(f", {significant(ratio)} times the estimate")
         parts.append(f"; the longest takes {percent(share)} of it.")
+        if whole and latencies is not None and latencies.median_us > 0:
+            parts.append(f" That is {percent(whole / latencies.median_us)} of the median latency.")
         if (rank := kernels.rank_correlation) is not None:
             parts.append(
                 f" The estimator ranks the kernels with a Spearman correlation of {rank:.2f}."
@@ -628,7 +643,8 @@ def _steps(value: object) -> str:
 
 
 def _tokens_note(entry: Mapping[str, Any]) -> Html | None:
-    shares = [figure(share) for share in entry.get("tokens_kept") or ()]
+    kept = entry.get("tokens_kept")
+    shares = [figure(share) for share in kept] if isinstance(kept, list | tuple) else []
     if not shares or all(share == 1.0 for share in shares):
         return None
     return el(
@@ -750,24 +766,26 @@ def _span(names: Sequence[str]) -> Html:
 # ---- sizes
 
 
+def _file_sizes(manifest: Manifest) -> dict[str, float]:
+    return {name: figure(entry.size_bytes) or 0.0 for name, entry in manifest.files.items()}
+
+
 def sizes(manifest: Manifest) -> Html:
     """What the bundle takes on a disk and in memory."""
-    files = sorted(manifest.files.items(), key=lambda item: (-item[1].size_bytes, item[0]))
-    total = sum(entry.size_bytes for _, entry in files) or 1
+    files = sorted(_file_sizes(manifest).items(), key=lambda item: (-item[1], item[0]))
+    total = sum(number for _, number in files) or 1
     rows = [
         [
             el("span", breakable(name), class_="mono"),
-            charts.bar(
-                entry.size_bytes, largest=total, description=f"{name}: {size(entry.size_bytes)}"
-            ),
-            size(entry.size_bytes),
-            percent(entry.size_bytes / total, 1),
+            charts.bar(number, largest=total, description=f"{name}: {size(number)}"),
+            size(number),
+            percent(number / total, 1),
         ]
-        for name, entry in files
+        for name, number in files
     ]
 
     def drawn(some: Sequence[Sequence[Content]]) -> Html:
-        return table(("file", "", "size", "share"), some, numbers=(2, 3), bars=1)
+        return table(("file", "chart", "size", "share"), some, numbers=(2, 3), bars=1)
 
     precision = manifest.precision
     arena = figure(manifest.extra.get("arena_bytes"))
@@ -823,7 +841,7 @@ def _states(before: BoardState | None, after: BoardState | None) -> Html | None:
     rows = [[name, *values] for name, values in names.items()]
     return join(
         el("h3", "Its state, before and after the runs"),
-        table(("", "before", "after"), rows),
+        table(("what", "before", "after"), rows),
     )
 
 
@@ -863,7 +881,7 @@ def _state_rows(state: BoardState) -> list[tuple[str, str]]:
 def reproduce(manifest: Manifest, result: ValidationResult | None, commands: Sequence[str]) -> Html:
     """The exact commands and versions."""
     commands = [*commands, *(() if result is None else result.commands)]
-    versions = {str(k): str(v) for k, v in manifest.versions.items()}
+    versions = {str(k): str(v) for k, v in mapping(manifest.versions).items()}
     taken = {} if result is None else dict(result.versions)
     rows: list[list[Content]] = [
         [name, versions.get(name, NONE), *([taken.get(name, NONE)] if taken else [])]

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from gfcompile.runtime.devices import register_device
 from gfcompile.runtime.engines import register_engine
 from gfcompile.runtime.version import VERSION
 
@@ -10,9 +11,11 @@ __all__ = ["CompileConfig", "__version__", "compile_model"]
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from urllib.parse import SplitResult
 
     from gfcompile.compile.pipeline import CompileConfig, compile_model
     from gfcompile.runtime.bundle import Manifest
+    from gfcompile.runtime.devices import Device
     from gfcompile.runtime.engine import ComputeUnits, Engine
 
 
@@ -33,4 +36,11 @@ def _open_coreml(
     return open_engine(folder, manifest, threads, compute_units=compute_units)
 
 
+def _open_rpc(parts: "SplitResult") -> "Device":
+    from gfcompile.targets.tvm.rpc_device import open_rpc
+
+    return open_rpc(parts)
+
+
 register_engine("coreml", _open_coreml)
+register_device("rpc", _open_rpc)

@@ -18,6 +18,7 @@ from gfcompile.targets.target import Target
 from gfcompile.targets.tvm.kernel import (
     Attention,
     CircularFilter,
+    Conv,
     Dense,
     Dequantize,
     DftFilter,
@@ -83,6 +84,9 @@ def _operations(kernel: Kernel) -> int | None:
     match kernel:
         case Dense():
             return 2 * kernel.m * kernel.n * kernel.k
+        case Conv():
+            taps = kernel.kernel_h * kernel.kernel_w * (1 if kernel.depthwise else kernel.c)
+            return 2 * kernel.batch * kernel.out_h * kernel.out_w * kernel.n * taps
         case Attention():
             pairs = kernel.batch * kernel.heads * kernel.tokens**2
             return pairs * (4 * kernel.dim + _SOFTMAX_OPERATIONS)

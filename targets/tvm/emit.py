@@ -4,10 +4,10 @@ import dataclasses
 import hashlib
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import tvm
@@ -17,8 +17,9 @@ import gfcompile.runtime.device as runtime_device
 from gfcompile.quantize.int4 import fits_int4, pack_int4
 from gfcompile.runtime.bench import BENCH_NAME
 from gfcompile.runtime.errors import CompileError
-from gfcompile.targets.target import Cpu, Target
+from gfcompile.targets.target import Cpu, Gpu, Target, peaks
 from gfcompile.targets.tvm import cuda, link
+from gfcompile.targets.tvm.choices import Choice, to_json
 from gfcompile.targets.tvm.cost import costs
 from gfcompile.targets.tvm.grouped import GroupedRows, find_rows
 from gfcompile.targets.tvm.instructions import count_instructions, issue_us
@@ -76,6 +77,22 @@ class Artifact:
     better_plans: tuple[Plan, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What a tuning database says of a kernel.
+
+    Attributes:
+        how: "measured" on a device, or "static": estimated without one.
+    """
+
+    choice: Choice
+    how: Literal["measured", "static"]
+
+
+# What is known of kernels on a CPU or GPU; the schedules' own rules serve those that it leaves out.
+Tuning = Callable[[Iterable[Kernel], Cpu | Gpu], Mapping[Kernel, Tuned]]
+
+
 @dataclass(frozen=True)
 class _Function:
     """A compiled function: its TIR, and the names of its parameters in TIR order."""
@@ -128,12 +145,13 @@ class _Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class _Level:
-    """The kernels for one CPU or GPU; `target` has that one alone."""
+    """The kernels for one CPU or GPU."""
 
-    target: Target
+    device: Cpu | Gpu
     storage: ActStorage
     scheduled: Mapping[Kernel, Scheduled]
     functions: Mapping[Kernel, Sequence[_Function]]
+    tuned: Mapping[Kernel, Tuned]
 
 
 def emit(
@@ -145,6 +163,7 @@ def emit(
     mean: tuple[float, float, float] | None,
     std: tuple[float, float, float] | None,
     group_size: int | None = None,
+    tuning: Tuning | None = None,
 ) -> Artifact:
     """Writes `library`, plan.bin, weights.bin and, for a GPU, kernels.ptx and kernels.cubin.
 
@@ -153,18 +172,19 @@ def emit(
         library: file name of the shared library.
         mean, std: the normalization of the image input, if it is one.
         group_size: how many weights of four bits share a factor; None where none do.
+        tuning: a tuning database's choices; without it the schedules' own rules choose.
 
     Raises:
         CompileError: a kernel that cannot be compiled for the target.
     """
-    levels = _levels(program, target)
+    levels = _levels(program, target, tuning or (lambda _kernels, _device: {}))
     base = levels[0]
     module = None
     objects = []
     if target.gpu is None:
         for i, level in enumerate(levels):
-            compiled = _compile_cpu(level.functions, level.target.cpu, folder / f"kernels{i}.o")
-            objects.append(compiled)
+            assert isinstance(level.device, Cpu)
+            objects.append(_compile_cpu(level.functions, level.device, folder / f"kernels{i}.o"))
     else:
         module = cuda.compile_cuda(
             {f.name: f.func for steps in base.functions.values() for f in steps}, target.gpu
@@ -198,13 +218,13 @@ def emit(
         shutil.copy(Path(runtime_device.__file__).parent / name, folder)
     plans = []
     for level, builder, (steps, arena) in zip(levels, builders, built, strict=True):
-        on_cpu = target.gpu is None
+        cpu = level.device if isinstance(level.device, Cpu) else None
         plan = Plan(
-            device="cpu" if on_cpu else "cuda",
+            device="cpu" if cpu else "cuda",
             arch=target.cpu.arch,
             library=library,
             library_id=library_id,
-            cpu_features=link.cpu_features(level.target.cpu) if on_cpu else (),
+            cpu_features=link.cpu_features(cpu) if cpu else (),
             compute_capability=target.gpu.compute_capability if target.gpu else (0, 0),
             tensors=builder.tensors(),
             steps=steps,
@@ -228,7 +248,9 @@ def emit(
         plan=plans[0],
         arena=built[0][1],
         kernels=tuple(
-            record for level in levels for record in _kernel_records(program, level, module)
+            record
+            for number, level in enumerate(levels)
+            for record in _kernel_records(program, level, number, module, target)
         ),
         cuda_source="" if module is None else module.source,
         better_plans=tuple(plans[1:]),
@@ -240,30 +262,41 @@ def _plan_name(level: int) -> str:
     return f"plan-{level}.bin" if level else "plan.bin"
 
 
-def _levels(program: Program, target: Target) -> list[_Level]:
+def _levels(program: Program, target: Target, tuning: Tuning) -> list[_Level]:
     """The kernels for the target's least CPU, or for its GPU, and for each level above it.
 
     A level is left out where its extra instructions serve nothing: same functions, same vectors.
     """
     levels: list[_Level] = []
-    for cpu in (target.cpu, *target.levels):
-        alone = dataclasses.replace(target, cpu=cpu, levels=())
-        storage = act_storage(alone)
+    for device in (target.gpu or target.cpu, *target.levels):
+        storage = act_storage(device)
         kernels = dict.fromkeys(call.kernel for call in program.calls)
-        scheduled = {kernel: schedule(kernel, alone, storage) for kernel in kernels}
+        tuned = tuning(kernels, device)
+        scheduled = {
+            kernel: schedule(
+                kernel, device, storage, tuned[kernel].choice if kernel in tuned else None
+            )
+            for kernel in kernels
+        }
         suffix = f"_level{len(levels)}" if levels else ""
         functions = _functions(scheduled, suffix)
-        if levels and _gains_nothing(levels[-1], cpu, scheduled):
+        if levels and _gains_nothing(levels[-1], device, scheduled):
             continue
         levels.append(
-            _Level(target=alone, storage=storage, scheduled=scheduled, functions=functions)
+            _Level(
+                device=device,
+                storage=storage,
+                scheduled=scheduled,
+                functions=functions,
+                tuned=tuned,
+            )
         )
     return levels
 
 
-def _gains_nothing(below: _Level, cpu: Cpu, scheduled: Mapping[Kernel, Scheduled]) -> bool:
-    """Whether kernels scheduled for `cpu` are those of the level below it."""
-    if below.target.cpu.mcpu != cpu.mcpu:
+def _gains_nothing(below: _Level, device: Cpu | Gpu, scheduled: Mapping[Kernel, Scheduled]) -> bool:
+    """Whether kernels scheduled for `device` are those of the level below it."""
+    if getattr(below.device, "mcpu", None) != getattr(device, "mcpu", None):
         return False
     return all(
         len(plan.steps) == len(below.scheduled[kernel].steps)
@@ -302,7 +335,9 @@ def kernel_name(kernel: Kernel) -> str:
         case DftFilter() | CircularFilter():
             form = "dft" if isinstance(kernel, DftFilter) else "circular"
             shape = f"{kernel.batch}x{kernel.h}x{kernel.w}x{kernel.c}"
-            return f"{form}_filter_{shape}_{_short(kernel.k_dtype)}"
+            stored = getattr(kernel, "x", "float32")
+            stored = kernel.k_dtype if stored == "float32" else stored
+            return f"{form}_filter_{shape}_{_short(stored)}"
         case Patchify():
             grid = f"{kernel.batch}x{kernel.grid_h}x{kernel.grid_w}"
             patch = f"{kernel.channels}x{kernel.patch_h}x{kernel.patch_w}"
@@ -398,24 +433,31 @@ def _workspace_bytes(functions: Mapping[Kernel, Sequence[_Function]]) -> int:
 
 
 def _kernel_records(
-    program: Program, level: _Level, module: cuda.CudaModule | None
+    program: Program, level: _Level, number: int, module: cuda.CudaModule | None, target: Target
 ) -> tuple[Mapping[str, Any], ...]:
     uses: dict[Kernel, int] = {}
     for call in program.calls:
         uses[call.kernel] = uses.get(call.kernel, 0) + 1
     records = []
+    if isinstance(level.device, Cpu):
+        target = dataclasses.replace(target, cpu=level.device, levels=())
     for kernel, steps in level.functions.items():
         scheduled = level.scheduled[kernel]
-        for function, cost in zip(steps, costs(kernel, scheduled, level.target), strict=True):
-            instructions = count_instructions(function.func, level.target)
-            record = {
+        for function, cost in zip(steps, costs(kernel, scheduled, target), strict=True):
+            instructions = count_instructions(function.func, target)
+            record: dict[str, Any] = {
                 "name": function.name,
                 "calls": uses[kernel],
                 **dataclasses.asdict(cost),
-                "issue_us": round(issue_us(instructions, level.target), 4),
+                "issue_us": round(issue_us(instructions, target), 4),
             }
+            if number:  # a better CPU than the one whose peaks the manifest has
+                record |= {"level": number, "peak_gops": peaks(target).rate(cost.arithmetic)}
             if module is not None:
                 record |= dataclasses.asdict(module.kernels[function.name])
+            if kernel in level.tuned:
+                record["tuned"] = level.tuned[kernel].how
+                record["choice"] = to_json(level.tuned[kernel].choice)
             records.append(record)
     return tuple(records)
 

@@ -194,6 +194,8 @@ class _Counter:
 
     def tile(self, node: Any, times: float) -> None:
         """An instruction on whole tiles of AMX; smaller ones count as full ones."""
+        if self.cpu is None:
+            return  # a GPU's barrier
         known = {
             codegen.llvm_lookup_intrinsic_id(f"llvm.x86.{name}"): name
             for name in ("tdpbusd", "tileloadd64", "tilestored64")

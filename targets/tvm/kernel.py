@@ -113,17 +113,25 @@ class DftFilter:
 
 @dataclass(frozen=True, kw_only=True)
 class CircularFilter:
-    """Depthwise circular convolution over the grid: (batch, h, w, c) float32.
+    """Depthwise circular convolution over the grid: (batch, h, w, c), float32 or of int8 values.
 
     y[i, j] = sum over p, q of kernel[p, q] * x[(i - p) % h, (j - q) % w].
-    Arguments: x; kernel (h, w, c), `k_dtype` as for DftFilter; y as x.
+    Arguments: x; kernel (h, w, c), `k_dtype` as for DftFilter; y as x, but float32.
+    With int8 x: kernel int8; scale (c,) float32 and zero_point (1,) float32, of which the second is
+    taken from x and the first multiplies the sums. These are exact: see `exact_in_float`.
     """
 
     batch: int
     h: int
     w: int
     c: int
+    x: Act = "float32"
     k_dtype: Half = "float32"
+
+    @staticmethod
+    def exact_in_float(h: int, w: int) -> bool:
+        """Whether float32 holds the integer sums: x is at most 255 from its zero point."""
+        return h * w * 255 * 127 < 2**24
 
 
 @dataclass(frozen=True, kw_only=True)

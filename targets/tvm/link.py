@@ -1,8 +1,9 @@
 """Kernels and the C runtime become one shared library for a device's own libc.
 
 Zig's C compiler brings headers and stub libraries of every glibc for every architecture, so
-nothing but a pip package is needed. It keeps its own cache of compiled objects: the runtime is
-compiled once per architecture, a further link takes some 20 ms.
+nothing but a pip package is needed; for Android, whose libc it has not, see `bionic`. It keeps its
+own cache of compiled objects: the runtime is compiled once per architecture, a further link takes
+some 20 ms.
 """
 
 import re
@@ -228,8 +229,7 @@ def _link(cpu: Cpu, output: Path, *arguments: str) -> None:
             )
             first = [str(padding)] if shift else []
             zig_cc(cpu, *first, *arguments, *_LINK_FLAGS, "-o", str(output))
-            may_strike = cpu.mcpu in ("cortex-a53", "generic")
-            if not may_strike or not has_erratum_843419(output.read_bytes()):
+            if cpu.mcpu != "cortex-a53" or not has_erratum_843419(output.read_bytes()):
                 return
     raise CompileError("no layout of the code avoids erratum 843419 of the Cortex-A53")
 

@@ -326,7 +326,48 @@ class _Partitioner:
         if product.act == "int8":
             assert source is not None
             x = _input(source, 0)
-        self.dense(product, self.tensor(x))
+        if not self.split(product, self.tensor(x)):
+            self.dense(product, self.tensor(x))
+
+    def split(self, product: _Product, x: str) -> bool:
+        """Adds a call for each part that a Split makes of the columns of `product`, if one does.
+
+        Else every part would be copied, as its rows are not contiguous.
+        """
+        gelu = self.follower(product.result, "Gelu")
+        exact = gelu is not None and gelu.attributes.get_string("approximate", "none") == "none"
+        node = self.follower(
+            gelu.outputs[0] if gelu is not None and exact else product.result, "Split"
+        )
+        if node is None:
+            return False
+        sizes = [shape_of(part)[-1] for part in node.outputs]
+        rank = len(shape_of(node.outputs[0]))
+        if node.attributes.get_int("axis", 0) not in (-1, rank - 1) or sum(sizes) != product.n:
+            return False
+        covered = [*product.covered, *([gelu] if gelu is not None and exact else []), node]
+        self.claimed.update(covered)
+        first = [sum(sizes[:i]) for i in range(len(sizes))]
+        self.calls[node] = [
+            Call(
+                kernel=Dense(
+                    m=product.m,
+                    n=size,
+                    k=product.k,
+                    x=product.act,
+                    gelu=exact,
+                ),
+                label=f"{_label(covered[0])}/{i}",
+                reads={"x": x},
+                writes={"y": self.tensor(node.outputs[i])},
+                constants={
+                    name: np.ascontiguousarray(array[..., start : start + size])
+                    for name, array in product.constants.items()
+                },
+            )
+            for i, (size, start) in enumerate(zip(sizes, first, strict=True))
+        ]
+        return True
 
     def convolution(self, node: ir.Node) -> None:
         """A convolution, its image and its result with channels last."""
@@ -752,7 +793,15 @@ class _Partitioner:
             dtype, constants[name] = _stored(value, array)
             dtypes.add(dtype)
         (k_dtype,) = dtypes  # the passes store all of a filter alike
+        kernel: DftFilter | CircularFilter
         kernel = kernel_class(batch=batch, h=h, w=w, c=c, k_dtype=k_dtype)
+        source = self.dequantized(x)
+        integers = None
+        if source is not None and isinstance(kernel, CircularFilter):
+            integers = _integer_filter(source, _input(node, 1))
+        if source is not None and integers is not None and CircularFilter.exact_in_float(h, w):
+            kernel = CircularFilter(batch=batch, h=h, w=w, c=c, x="int8")
+            constants, x = integers, _input(source, 0)
         self.claimed.add(node)
         self.calls[node] = [
             Call(
@@ -861,6 +910,23 @@ def _integer_operands(
         "w": np.ascontiguousarray(matrix),
         "scale": np.ascontiguousarray(scale, np.float32),
         "bias": folded.astype(np.int32),
+    }
+
+
+def _integer_filter(source: ir.Node, kernel: ir.Value) -> dict[str, Array] | None:
+    """The constants of a circular filter in integers; None where the graph has none."""
+    x_scale, x_zero_point = scalar_quantization(source)
+    weight = kernel.producer()
+    if weight is None or not is_standard(weight, "DequantizeLinear"):
+        return None
+    data = constant(_input(weight, 0))
+    scale, zero_point, axis = quantization(weight)
+    if data is None or data.dtype != np.int8 or zero_point.any() or axis % data.ndim != 2:
+        return None
+    return {
+        "kernel": data,
+        "scale": np.asarray(np.float32(x_scale) * scale, np.float32),
+        "zero_point": np.array([x_zero_point], np.float32),
     }
 
 

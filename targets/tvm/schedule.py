@@ -1,9 +1,9 @@
 """Schedules: for each kernel class, how it is computed on CPUs and on CUDA GPUs."""
 
 from collections.abc import Callable
-from typing import Any
 
-from gfcompile.targets.target import Cpu, Target
+from gfcompile.targets.target import Cpu, Gpu, Target
+from gfcompile.targets.tvm.choices import Choice
 from gfcompile.targets.tvm.kernel import (
     ActStorage,
     Attention,
@@ -46,10 +46,12 @@ from gfcompile.targets.tvm.schedules import (
 from gfcompile.targets.tvm.schedules.generic import schedule_generic_cpu, schedule_generic_gpu
 
 
-def _dense_cpu(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
+def _dense_cpu(
+    kernel: Dense, cpu: Cpu, storage: ActStorage, choice: cpu_dense.DenseChoice | None = None
+) -> Scheduled:
     if cpu.amx and cpu_amx.takes(kernel):
         return cpu_amx.schedule_dense(kernel, cpu, storage)
-    return cpu_dense.schedule_dense(kernel, cpu, storage)
+    return cpu_dense.schedule_dense(kernel, cpu, storage, choice)
 
 
 # Kernel class -> its schedule on a CPU, its schedule on a GPU.
@@ -74,15 +76,30 @@ _SCHEDULES: dict[type, tuple[Callable[..., Scheduled], Callable[..., Scheduled]]
 }
 
 
-def act_storage(target: Target) -> ActStorage:
-    """How int8 activations lie in memory on `target`."""
-    return ActStorage() if target.gpu else cpu_dense.act_storage(target.cpu)
+def _one(device: Cpu | Gpu | Target) -> Cpu | Gpu:
+    """The processor that kernels are for: of a target its GPU, or its least CPU."""
+    return (device.gpu or device.cpu) if isinstance(device, Target) else device
 
 
-def schedule(kernel: Kernel, target: Target, storage: ActStorage) -> Scheduled:
-    """The functions that compute `kernel` on `target`, by its least level."""
-    device: Any = target.gpu or target.cpu
+def act_storage(device: Cpu | Gpu | Target) -> ActStorage:
+    """How int8 activations lie in memory on `device`, of a target its least one."""
+    device = _one(device)
+    return ActStorage() if isinstance(device, Gpu) else cpu_dense.act_storage(device)
+
+
+def schedule(
+    kernel: Kernel, device: Cpu | Gpu | Target, storage: ActStorage, choice: Choice | None = None
+) -> Scheduled:
+    """The functions that compute `kernel` on `device`.
+
+    Args:
+        choice: of the kernel's design space, see `choices`; by default the schedule's own rule.
+    """
+    device = _one(device)
+    chosen = () if choice is None else (choice,)
     if isinstance(kernel, Generic):
-        return (schedule_generic_gpu if target.gpu else schedule_generic_cpu)(kernel, device)
+        if isinstance(device, Gpu):
+            return schedule_generic_gpu(kernel, device)
+        return schedule_generic_cpu(kernel, device, *chosen)
     on_cpu, on_gpu = _SCHEDULES[type(kernel)]
-    return (on_gpu if target.gpu else on_cpu)(kernel, device, storage)
+    return (on_gpu if isinstance(device, Gpu) else on_cpu)(kernel, device, storage, *chosen)

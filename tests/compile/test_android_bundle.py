@@ -85,6 +85,6 @@ def test_a_photo_is_classified_under_qemu(
 def test_cores_with_sdot_use_it(tmp_path: Path) -> None:
     made = compiled(tmp_path, "android-arm64-dotprod")
     assert "sdot" in made.manifest.precision.compute
-    assert made.manifest.cpu_features == ("asimd", "asimddp")
+    assert "asimddp" in made.manifest.cpu_features
     (entry,) = (e for e in made.manifest.ledger if e["stage"] == "artifact")
     assert entry["int8"]["max_steps"] <= 1

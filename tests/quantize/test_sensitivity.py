@@ -8,7 +8,7 @@ from torch import nn
 
 from gfcompile.quantize import analyze, calibrate
 from gfcompile.quantize.scheme import QuantScheme
-from gfcompile.quantize.sensitivity import choose_float, explain, most_sensitive
+from gfcompile.quantize.sensitivity import choose, explain, most_sensitive
 from gfcompile.quantize.sensitivity_plot import plot
 from gfcompile.runtime.errors import UserError
 
@@ -55,7 +55,7 @@ def test_the_layer_with_outliers_is_found_and_left_in_float(
     pictures = images(8)
     results = analyze(fragile, [pictures], QuantScheme())
     assert most_sensitive(results, 1) == ("second.fc1",)
-    scheme, seen = choose_float(QuantScheme(keep_float=("head", "auto:1")), fragile, [pictures])
+    scheme, seen = choose(QuantScheme(keep_float=("head", "auto:1")), fragile, [pictures])
     assert scheme.keep_float == ("head", "second.fc1")
     result = calibrate(fragile, [pictures], scheme)
     reasons = {layer.name: layer.reason for layer in explain(result.kept_float, seen)}
@@ -65,7 +65,7 @@ def test_the_layer_with_outliers_is_found_and_left_in_float(
 
 def test_nothing_is_analysed_that_nobody_asked_for(mini_gfnet: nn.Module) -> None:
     scheme = QuantScheme(keep_float=("head",))
-    assert choose_float(scheme, mini_gfnet, []) == (scheme, ())
+    assert choose(scheme, mini_gfnet, []) == (scheme, ())
 
 
 @pytest.mark.parametrize("choice", ["auto:7", "auto:x", "auto:-1"])
@@ -73,7 +73,7 @@ def test_a_choice_that_cannot_be_is_refused(
     mini_gfnet: nn.Module, images: Images, choice: str
 ) -> None:
     with pytest.raises(UserError, match="auto:"):
-        choose_float(QuantScheme(keep_float=(choice,)), mini_gfnet, [images(2)])
+        choose(QuantScheme(keep_float=(choice,)), mini_gfnet, [images(2)])
 
 
 class Spectral(nn.Module):

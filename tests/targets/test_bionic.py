@@ -7,12 +7,13 @@ which follow the same kernel; a library runs with glibc behind bionic's names.
 import re
 import struct
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from android_host import build_android_host
-from toy_bundle import RUNTIME, Toy, build_toy, toy_images, toy_object, toy_reference
+from toy_bundle import KERNELS, RUNTIME, Toy, build_toy, toy_images, toy_object, toy_reference
 
 from gfcompile.runtime import load
 from gfcompile.runtime.errors import CompileError
@@ -20,7 +21,7 @@ from gfcompile.targets.android import ANDROID_ARM64, ARMV8, ARMV8_DOTPROD
 from gfcompile.targets.tvm.bionic import PAGE_BYTES, SYMBOLS, loader_complaint
 from gfcompile.targets.tvm.cortex_a53 import has_erratum_843419
 from gfcompile.targets.tvm.elf import PT_GNU_RELRO, PT_LOAD, read_segments
-from gfcompile.targets.tvm.link import link_library, zig_cc
+from gfcompile.targets.tvm.link import cpu_features, link_library, zig_cc
 from tools import need, qemu_aarch64
 
 API = set(re.findall(r"\b(gfrt_\w+)\(", (RUNTIME / "gfrt.h").read_text()))
@@ -37,6 +38,17 @@ def android_toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_android_host(tmp_path_factory.mktemp("host"))
+
+
+@pytest.fixture(scope="module")
+def glibc_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("glibc")
+    source = folder / "hashed.c"
+    source.write_text('#include <stdio.h>\nvoid shout(void); void shout(void) { puts("!"); }')
+    cpu = replace(ARMV8, android_api=None)
+    path = folder / "lib.so"
+    zig_cc(cpu, "-shared", "-fPIC", str(source), "-Wl,--hash-style=both", "-o", str(path))
+    return path
 
 
 def readelf(path: Path, *options: str) -> list[str]:
@@ -94,6 +106,13 @@ def test_the_runner_needs_no_loader(android_toy: Toy) -> None:
     assert "DYNAMIC" not in segments
 
 
+def test_the_same_library_comes_out_each_time(android_toy: Toy, tmp_path: Path) -> None:
+    again = tmp_path / "libtoy.so"
+    kernels = android_toy.folder.parent / "toy-aarch64.o"
+    link_library([kernels], KERNELS[::-1], ARMV8, again, library_id=android_toy.plan.library_id)
+    assert again.read_bytes() == android_toy.library.read_bytes()
+
+
 def test_a_function_beyond_android_is_named(tmp_path: Path) -> None:
     source, kernel = tmp_path / "needy.c", tmp_path / "needy.o"
     # glibc and musl have it, bionic has not.
@@ -104,19 +123,8 @@ def test_a_function_beyond_android_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "lib.so").exists()
 
 
-def test_a_library_for_glibc_is_refused(arm_library: Path) -> None:
-    assert loader_complaint(arm_library.read_bytes()).startswith("it needs libc.so.6 instead of")
-
-
-@pytest.fixture(scope="module")
-def arm_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("glibc")
-    source = folder / "hashed.c"
-    source.write_text('#include <stdio.h>\nvoid shout(void); void shout(void) { puts("!"); }')
-    cpu = ARMV8.__class__(**{**vars(ARMV8), "android_api": None})
-    path = folder / "lib.so"
-    zig_cc(cpu, "-shared", "-fPIC", str(source), "-Wl,--hash-style=both", "-o", str(path))
-    return path
+def test_a_library_for_glibc_is_refused(glibc_library: Path) -> None:
+    assert loader_complaint(glibc_library.read_bytes()).startswith("it needs libc.so.6 instead of")
 
 
 def test_each_thing_that_the_loader_refuses_is_said(android_toy: Toy) -> None:
@@ -255,14 +263,17 @@ def test_the_library_says_what_libc_said(android_toy: Toy, host: Path, tmp_path:
     assert done.stderr.endswith("weights.bin: No such file or directory; copy the bundle again\n")
 
 
+def test_the_baseline_asks_for_nothing_that_a_phone_may_lack() -> None:
+    assert cpu_features(ARMV8) == ("asimd",)
+    # Armv8.1-A made these mandatory, and the dot product came with Armv8.2-A.
+    always = {"asimd", "crc32", "atomics", "asimdrdm"}
+    assert set(cpu_features(ARMV8_DOTPROD)) == always | {"asimddp"}
+
+
 def test_a_core_without_sdot_is_refused_before_it_meets_one(
     android_toy: Toy, tmp_path: Path
 ) -> None:
-    from gfcompile.targets.tvm.link import cpu_features
-
-    assert cpu_features(ARMV8) == ("asimd",)
-    features = cpu_features(ARMV8_DOTPROD)
-    toy = android_toy.with_plan(tmp_path / "toy", cpu_features=features)
+    toy = android_toy.with_plan(tmp_path / "toy", cpu_features=("asimd", "asimddp"))
     done = subprocess.run(
         [need("qemu-aarch64"), "-cpu", "cortex-a53", toy.folder / "gfbench", toy.folder],
         capture_output=True,

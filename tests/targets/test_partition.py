@@ -266,6 +266,16 @@ def test_a_residual_before_the_gelu_rides_on_the_product() -> None:
     ]
 
 
+def test_columns_that_are_split_are_products_of_their_own() -> None:
+    graph = """g (float[2,6,8] x) => (float[2,6,3] y, float[2,6,5] z) {
+        p = MatMul(x, w)  a = Add(p, b)  g = Gelu(a)
+        y, z = Split <axis=2> (g, sizes) }"""
+    program = check(model_of(graph, w=f32(8, 8), b=f32(8), sizes=np.array([3, 5])))
+    assert [call.kernel for call in program.calls] == [
+        Dense(m=12, n=n, k=8, gelu=True) for n in (3, 5)
+    ]
+
+
 def test_mean_over_tokens_takes_a_quantizer_along() -> None:
     graph = """g (float[1,6,8] x) => (float[1,8] y) {
         m = ReduceMean <keepdims=0> (x, axes)  q = QuantizeLinear(m, s, z)

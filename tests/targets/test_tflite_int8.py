@@ -5,7 +5,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 from ai_edge_litert import schema_py_generated as schema
+from hypothesis import given, settings
 from onnx_models import model_of, run, sampled
+from quantized_graphs import OUTPUT_SCALE, quantized_graphs
 from tflite_models import run_tflite
 
 from gfcompile.compile.passes.quantize_values import quantize_values
@@ -192,3 +194,16 @@ def test_requantization_rounds_twice_as_the_graph_does() -> None:
     )
     x = np.linspace(-10, 10, 64, dtype=np.float32)
     np.testing.assert_array_equal(run_tflite(emit(model), x)[0], run(model, x))
+
+
+@settings(max_examples=40)
+@given(quantized_graphs())
+def test_random_quantized_graphs_are_what_onnx_runtime_says(
+    case: tuple[ir.Model, npt.NDArray],
+) -> None:
+    model, x = case
+    made = emit(model)
+    wanted = run(model, x)
+    for delegate in (True, False):
+        (got,) = run_tflite(made, x, delegate=delegate)
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=OUTPUT_SCALE * (1 + 1e-5))

@@ -3,7 +3,7 @@
 
 #include <stdint.h>
 
-/* bits/pthread_types.h, LP64. All zero is an initialized mutex or condition. */
+/* bits/pthread_types.h, LP64 */
 typedef long pthread_t;
 typedef int pthread_key_t;
 typedef struct {

@@ -65,13 +65,43 @@ _MASKED = -3e38
 _SOFTMAX_VECTORS = 4
 # An exponential, in vector instructions.
 _EXP = 15
+# Tiles that the model calls slower than this, compared with its best, are not worth measuring.
+_WORTH_MEASURING = 1.3
 
 
-def schedule_attention(kernel: Attention, cpu: Cpu, storage: ActStorage) -> Scheduled:
+@dataclass(frozen=True, kw_only=True)
+class AttentionChoice:
+    """The register tiles of both products; what they compute are the same bits.
+
+    Attributes:
+        rows: of both tiles.
+        scores, values: their vectors, in q @ k.T and in p @ v.
+    """
+
+    rows: int
+    scores: int
+    values: int
+
+
+def attention_choices(kernel: Attention, cpu: Cpu) -> Sequence[AttentionChoice]:
+    """Every choice that is worth measuring, the likeliest first: the default one leads."""
+    product = activation_product_of(kernel.x, cpu)
+    costs = _tile_costs(kernel, product, cpu.vector_registers, best_only=False)
+    least = costs[0][0]
+    return [
+        AttentionChoice(rows=rows, scores=scores, values=values)
+        for cost, rows, scores, values in costs
+        if cost <= _WORTH_MEASURING * least
+    ]
+
+
+def schedule_attention(
+    kernel: Attention, cpu: Cpu, storage: ActStorage, choice: AttentionChoice | None = None
+) -> Scheduled:
     """Attention for `cpu`: keys and values into place, then everything else."""
     # A sum of products less a bias, which passes through float32 exactly.
     assert kernel.x == "float32" or kernel.dim <= 256
-    plan = _plan(kernel, cpu, storage)
+    plan = _plan(kernel, cpu, storage, choice)
     heads = kernel.batch * kernel.heads
     temps: dict[str, tuple[str, tuple[int, ...]]] = {
         "k": (plan.product.w_dtype, (heads, plan.score_groups, plan.score_row)),
@@ -184,9 +214,14 @@ class _Plan:
         return -128 if self.product.x_dtype == "int8" else 0
 
 
-def _plan(kernel: Attention, cpu: Cpu, storage: ActStorage) -> _Plan:
+def _plan(
+    kernel: Attention, cpu: Cpu, storage: ActStorage, choice: AttentionChoice | None
+) -> _Plan:
     product = activation_product_of(kernel.x, cpu)
-    rows, scores, values = choose_tiles(kernel, product, cpu.vector_registers)
+    if choice is None:
+        rows, scores, values = choose_tiles(kernel, product, cpu.vector_registers)
+    else:
+        rows, scores, values = choice.rows, choice.scores, choice.values
     tiles = kernel.batch * kernel.heads * ceil(kernel.tokens / rows)
     return _Plan(
         kernel=kernel,
@@ -205,6 +240,17 @@ def choose_tiles(kernel: Attention, product: Product, available: int) -> tuple[i
     Args:
         available: vector registers.
     """
+    return _tile_costs(kernel, product, available, best_only=True)[0][1:]
+
+
+def _tile_costs(
+    kernel: Attention, product: Product, available: int, *, best_only: bool
+) -> list[tuple[float, int, int, int]]:
+    """Cycles, rows, and vectors in either product, ascending.
+
+    Args:
+        best_only: whether to take, for each number of rows, the best vectors alone.
+    """
 
     def cycles(rows: int, n: int, k: int, vectors: int) -> float:
         return sum(
@@ -212,22 +258,26 @@ def choose_tiles(kernel: Attention, product: Product, available: int) -> tuple[i
             for segment in _segments(n, product, vectors)
         )
 
-    def best(rows: int, n: int, k: int) -> tuple[float, int]:
+    def costs(rows: int, n: int, k: int) -> list[tuple[float, int]]:
         candidates = [
             vectors
             for vectors in range(product.vector_step, available, product.vector_step)
             if fits_registers(product, Tile(rows=rows, vectors=vectors), available)
         ]
-        return min((cycles(rows, n, k, v), v) for v in candidates or [0])
+        found = sorted((cycles(rows, n, k, v), v) for v in candidates or [0])
+        return found[:1] if best_only else found
 
     tokens, dim = kernel.tokens, kernel.dim
     choices = []
     for rows in range(1, min(tokens, available) + 1):
         if fits_registers(product, Tile(rows=rows, vectors=product.vector_step), available):
-            (first, scores), (second, values) = best(rows, tokens, dim), best(rows, dim, tokens)
             softmax = rows * ceil(tokens / product.lanes) * _EXP
-            choices.append((ceil(tokens / rows) * (first + second + softmax), rows, scores, values))
-    return min(choices)[1:]
+            choices += [
+                (ceil(tokens / rows) * (first + second + softmax), rows, scores, values)
+                for first, scores in costs(rows, tokens, dim)
+                for second, values in costs(rows, dim, tokens)
+            ]
+    return sorted(choices)
 
 
 def _segments(n: int, product: Product, vectors: int) -> tuple[_Segment, ...]:

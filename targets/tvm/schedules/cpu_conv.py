@@ -23,13 +23,17 @@ from tvm.script.ir_builder import tirx as I
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.kernel import ActStorage, Array, Conv, Dense, Scheduled, Step
 from gfcompile.targets.tvm.schedules.cpu_dense import (
+    Blocks,
+    Columns,
+    Runs,
     choose_tile,
+    clamped,
     epilogue_width,
     packing,
     registers,
     tile_sums,
 )
-from gfcompile.targets.tvm.schedules.cpu_dot import Product, Tile, View, product_of
+from gfcompile.targets.tvm.schedules.cpu_dot import View, product_of
 from gfcompile.targets.tvm.schedules.cpu_tiling import fitting_lanes, row_loop, span, tile_rows
 from gfcompile.targets.tvm.schedules.math import Expr, float32
 
@@ -49,7 +53,8 @@ def schedule_conv(kernel: Conv, cpu: Cpu, storage: ActStorage) -> Scheduled:
     tile = choose_tile(dense, product, cpu.vector_registers)
     run = kernel.kernel_w * kernel.c
     whole_run = ceil(run / product.chunk) * product.chunk  # what is added meets weights of 0
-    pack_dense = packing(dense, product, tile, storage)
+    columns = Columns(kernel=dense, product=product, tile=tile)
+    pack_dense = packing(dense, product, tile, storage, block=columns.block)
 
     def pack_w(raw: Mapping[str, Array]) -> Array:
         lines = raw["w"].reshape(kernel.kernel_h, run, kernel.n)
@@ -60,7 +65,7 @@ def schedule_conv(kernel: Conv, cpu: Cpu, storage: ActStorage) -> Scheduled:
     args = ("x", "w", "bias", "y")
     slack = whole_run - run  # by so much the last run reaches beyond the image
     padded = bool(kernel.pad_h or kernel.pad_w or slack or kernel.layout == "nchw")
-    func = _conv(kernel, whole_run, product, tile, padded=padded, slack=slack)
+    func = _conv(kernel, whole_run, columns, padded=padded, slack=slack)
     if not padded:
         return Scheduled(steps=(Step(func=func, args=args),), pack=pack)
     pad = _pad_nchw if kernel.layout == "nchw" else _pad_nhwc
@@ -156,52 +161,54 @@ def _splat(value: float, lanes: int) -> Expr:
     return float32(value) if lanes == 1 else T.broadcast(float32(value), lanes)
 
 
-def _conv(kernel: Conv, run: int, product: Product, tile: Tile, *, padded: bool, slack: int) -> Any:
+def _conv(kernel: Conv, run: int, columns: Columns, *, padded: bool, slack: int) -> Any:
     """The product.
 
     Args:
         run: values of x for a line of a filter.
         padded: whether x is what `_pad_nhwc` writes, with so much `slack`.
     """
-    out_w, n, columns = kernel.out_w, kernel.n, tile.vectors * product.columns
-    panels, lines = ceil(n / columns), kernel.batch * kernel.out_h
+    product, tile = columns.product, columns.tile
+    out_w, n, lines = kernel.out_w, kernel.n, kernel.batch * kernel.out_h
     height, line = kernel.h + 2 * kernel.pad_h, (kernel.w + 2 * kernel.pad_w) * kernel.c
     k = kernel.kernel_h * run
-    width = min(n, columns)
-    vector = epilogue_width(width, product.lanes, "float32")
 
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("conv")
         I.func_attr({"tirx.noalias": True})
         shape = (kernel.batch, kernel.h, kernel.w, kernel.c)
         x = I.arg("x", I.buffer((_padded_size(kernel) + slack,) if padded else shape))
-        w_shape = (panels, k // product.group, tile.vectors, product.w_elements)
-        w = I.arg("w", I.buffer(w_shape))
-        bias = I.arg("bias", I.buffer((n + max(0, columns - n),)))
+        elements = columns.per_block * product.w_elements
+        w_shape = (columns.group_blocks, k // product.group, elements)
+        w = Blocks(I.arg("w", I.buffer(w_shape)), columns, 0)
+        bias = I.arg("bias", I.buffer((n + max(0, columns.block - n),)))
         y = I.arg("y", I.buffer((kernel.batch, kernel.out_h, out_w, n)))
-        with I.parallel(panels * lines) as task:
-            panel, out_line = I.bind(task // lines), I.bind(task % lines)
-            column = I.bind(_clamped(panel * columns, n - columns))
-            image, i = I.bind(out_line // kernel.out_h), I.bind(out_line % kernel.out_h)
+        with I.parallel(columns.tiles * lines) as task:
+            first = I.bind(columns.first(task // lines))
+            runs = columns.runs(0, first)
+            image = I.bind(task % lines // kernel.out_h)
+            i = I.bind(task % lines % kernel.out_h)
             start = I.bind((image * height + i * kernel.stride_h) * line)
             with I.serial(ceil(out_w / tile.rows)) as piece:
-                j = I.bind(_clamped(piece * tile.rows, out_w - tile.rows))
-                first = I.bind(start + j * (kernel.stride_w * kernel.c))
+                j = I.bind(clamped(piece * tile.rows, out_w - tile.rows, needed=True))
+                pixel = I.bind(start + j * (kernel.stride_w * kernel.c))
 
-                def at(row: Expr, at_k: Expr, first: Expr = first) -> list[Expr]:
-                    place = first + row * (kernel.stride_w * kernel.c)
+                def at(row: Expr, at_k: Expr, pixel: Expr = pixel) -> list[Expr]:
+                    place = pixel + row * (kernel.stride_w * kernel.c)
                     place = place + at_k // run * line + at_k % run
                     return [place] if padded else [0, 0, 0, place]
 
-                sums = tile_sums(View(x, at), w, bias, 0, panel, column, k, product, tile)
+                sums = tile_sums(View(x, at), w, Runs(bias, runs), 0, first, 0, k, product, tile)
                 for r in range(tile.rows):
-                    for begin in range(0, width, vector):
-                        within = min(begin, width - vector)
-                        with I.vectorized(vector) as lane:
-                            value = sums[r][within + lane]
-                            if kernel.relu:
-                                value = tirx.max(value, float32(0))
-                            I.buffer_store(y, value, [image, i, j + r, column + within + lane])
+                    for place, width, column in runs:
+                        vector = epilogue_width(width, product.lanes, "float32")
+                        for begin in range(0, width, vector):
+                            within = min(begin, width - vector)
+                            with I.vectorized(vector) as lane:
+                                value = sums[r][place + within + lane]
+                                if kernel.relu:
+                                    value = tirx.max(value, float32(0))
+                                I.buffer_store(y, value, [image, i, j + r, column + within + lane])
     return builder.get()
 
 
@@ -221,7 +228,7 @@ def _depthwise(kernel: Conv, cpu: Cpu) -> Any:
         bias = I.arg("bias", I.buffer((kernel.c,)))
         y = I.arg("y", I.buffer((kernel.batch, kernel.out_h, kernel.out_w, kernel.c)))
         with I.parallel(lines) as out_line, I.serial(ceil(kernel.c / lanes)) as block:
-            channel = I.bind(_clamped(block * lanes, kernel.c - lanes))
+            channel = I.bind(clamped(block * lanes, kernel.c - lanes, needed=kernel.c % lanes != 0))
             image, out_i = I.bind(out_line // kernel.out_h), I.bind(out_line % kernel.out_h)
             top = I.bind(out_i * kernel.stride_h - kernel.pad_h)
 
@@ -280,8 +287,3 @@ def _tiles(kernel: Conv, outputs: int) -> tuple[Sequence[int], Sequence[int]]:
         else:
             edges.append(min(start, kernel.out_w - outputs))
     return edges, inner
-
-
-def _clamped(value: Expr, highest: int) -> Expr:
-    """min(value, highest), at least 0."""
-    return tirx.min(value, max(0, highest))

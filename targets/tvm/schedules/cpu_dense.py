@@ -17,7 +17,7 @@ instruction set, from SSE to AMX, so that a library for all of them has its weig
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from tvm import tirx
@@ -43,8 +43,14 @@ from gfcompile.targets.tvm.schedules.math import (
 )
 
 __all__ = [
+    "Blocks",
+    "Columns",
+    "DenseChoice",
+    "Runs",
     "act_storage",
     "choose_tile",
+    "clamped",
+    "dense_choices",
     "epilogue_width",
     "fits_registers",
     "packing",
@@ -67,12 +73,57 @@ _TILE_START = 30
 _ACCUMULATORS = 24
 # TVM keeps smaller arrays on the stack.
 _LOCAL_BYTES = 1024
+# Tiles that the model calls slower than this, compared with its best, are not worth measuring.
+_WORTH_MEASURING = 1.5
+
+Order = Literal["columns", "rows"]
 
 
-def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
-    """The dense kernel for `cpu`."""
+@dataclass(frozen=True, kw_only=True)
+class DenseChoice:
+    """What a dense kernel may do one way or another; its results are the same bits either way.
+
+    Attributes:
+        rows, vectors: the register tile.
+        unroll: chunks of k in the unrolled inner loop.
+        order: what the outer loop goes over. "columns" keeps a tile's weights in cache while all
+            rows pass by, "rows" a tile of rows while all weights do.
+    """
+
+    rows: int
+    vectors: int
+    unroll: int = 1
+    order: Order = "columns"
+
+    @property
+    def tile(self) -> Tile:
+        return Tile(rows=self.rows, vectors=self.vectors)
+
+
+def dense_choices(kernel: Dense, cpu: Cpu) -> Sequence[DenseChoice]:
+    """Every choice that is worth measuring, the likeliest first: the default one leads."""
     product = product_of(kernel, cpu)
-    tile = choose_tile(kernel, product, cpu.vector_registers)
+    tiles = _tiles(kernel, product, cpu.vector_registers)
+    cycles = {tile: _cycles(kernel, product, tile) for tile in tiles}
+    best = min(cycles.values())
+    near = [tile for tile in cycles if cycles[tile] <= _WORTH_MEASURING * best]
+    return [
+        DenseChoice(rows=tile.rows, vectors=tile.vectors, unroll=unroll, order=order)
+        for tile in sorted(near, key=lambda tile: cycles[tile])
+        for order in get_args(Order)
+        for unroll in (1, 2)
+    ]
+
+
+def schedule_dense(
+    kernel: Dense, cpu: Cpu, storage: ActStorage, choice: DenseChoice | None = None
+) -> Scheduled:
+    """The dense kernel for `cpu`, by default as a model of a core chooses."""
+    product = product_of(kernel, cpu)
+    if choice is None:
+        tile = choose_tile(kernel, product, cpu.vector_registers)
+        choice = DenseChoice(rows=tile.rows, vectors=tile.vectors)
+    tile = choice.tile
     k = ceil(kernel.k / product.group) * product.group
     steps, temps = [], {}
     x = "x"
@@ -83,7 +134,7 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
         group_rows = _group_rows(kernel.m, kernel.k, k, x_dtype, product.x_dtype)
         steps.append(Step(func=group_rows, args=("x", x)))
     columns = Columns(kernel=kernel, product=product, tile=tile)
-    func = _dense(kernel, k, columns, storage)
+    func = _dense(kernel, k, columns, choice, storage)
     steps.append(Step(func=func, args=(x, *operand_names(kernel))))
     pack = packing(kernel, product, tile, storage, block=columns.block)
     return Scheduled(steps=tuple(steps), pack=pack, temps=temps)
@@ -91,23 +142,32 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
 
 def choose_tile(kernel: Dense, product: Product, registers: int) -> Tile:
     """The register tile that takes the fewest cycles, by the model above."""
+    tiles = _tiles(kernel, product, registers)
+    return min(tiles, key=lambda tile: _cycles(kernel, product, tile))
 
-    def cycles(tile: Tile) -> float:
-        outputs = tile.rows * tile.vectors * product.columns / product.lanes
-        epilogue = _INSTRUCTION * outputs * (28 if kernel.gelu else 6)
-        row_tiles = ceil(kernel.m / tile.rows)
-        column_tiles = Columns(kernel=kernel, product=product, tile=tile).tiles
-        return row_tiles * column_tiles * (tile_cycles(product, tile, kernel.k) + epilogue)
 
-    tiles = [
-        tile
+def _tiles(kernel: Dense, product: Product, registers: int) -> Sequence[Tile]:
+    """The tiles that fit the registers and cover the columns."""
+    tiles = (
+        Tile(rows=rows, vectors=vectors)
         for rows in range(min(kernel.m, registers), 0, -1)
         for vectors in range(product.vector_step, registers, product.vector_step)
-        if Columns(
-            kernel=kernel, product=product, tile=(tile := Tile(rows=rows, vectors=vectors))
-        ).is_possible
+    )
+    return [
+        tile
+        for tile in tiles
+        if Columns(kernel=kernel, product=product, tile=tile).is_possible
+        and fits_registers(product, tile, registers)
     ]
-    return min((tile for tile in tiles if fits_registers(product, tile, registers)), key=cycles)
+
+
+def _cycles(kernel: Dense, product: Product, tile: Tile) -> float:
+    """Cycles of the whole kernel, by the model above."""
+    outputs = tile.rows * tile.vectors * product.columns / product.lanes
+    epilogue = _INSTRUCTION * outputs * (28 if kernel.gelu else 6)
+    row_tiles = ceil(kernel.m / tile.rows)
+    column_tiles = Columns(kernel=kernel, product=product, tile=tile).tiles
+    return row_tiles * column_tiles * (tile_cycles(product, tile, kernel.k) + epilogue)
 
 
 def fits_registers(product: Product, tile: Tile, registers: int) -> bool:
@@ -207,7 +267,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class _Blocks:
+class Blocks:
     """Packed weights, (blocks, k / group, elements), as `tile_sums` indexes them."""
 
     buffer: Buffer
@@ -224,7 +284,7 @@ class _Blocks:
 
 
 @dataclass(frozen=True)
-class _Runs:
+class Runs:
     """A row of values for all columns, indexed by places in a tile."""
 
     buffer: Buffer
@@ -235,37 +295,45 @@ class _Runs:
         return self.buffer.vload([column + (at[0] - start)], dtype)
 
 
-def _dense(kernel: Dense, k: int, columns: Columns, storage: ActStorage) -> Any:
+def _dense(
+    kernel: Dense, k: int, columns: Columns, choice: DenseChoice, storage: ActStorage
+) -> Any:
     """The kernel as a PrimFunc; k is rounded up to whole groups."""
     m, product, tile = kernel.m, columns.product, columns.tile
-    row_tiles = ceil(m / tile.rows)
-    blocks = row_blocks(row_tiles, columns.tiles)
+    by_rows = choice.order == "rows"
+    outer, inner = ceil(m / tile.rows), columns.tiles
+    if not by_rows:
+        outer, inner = inner, outer
+    blocks = row_blocks(inner, outer)
 
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
         I.func_attr({"tirx.noalias": True})
         operands = declare(columns, k, storage)
-        with I.parallel(columns.tiles * blocks) as task:
-            group = task // blocks // columns.group_tiles
-            first = I.bind(columns.first(task // blocks))
+        with I.parallel(outer * blocks) as task, I.serial(inner // blocks) as i:
+            row_tile, column_tile = task // blocks, task % blocks * (inner // blocks) + i
+            if not by_rows:
+                row_tile, column_tile = column_tile, row_tile
+            group = column_tile // columns.group_tiles
+            first = I.bind(columns.first(column_tile))
             runs = columns.runs(group, first)
-            w = _Blocks(operands.w, columns, group * columns.group_blocks)
-            bias = _Runs(operands.bias, runs)
-            with I.serial(row_tiles // blocks) as i:
-                at_row = (task % blocks * (row_tiles // blocks) + i) * tile.rows
-                row = I.bind(clamped(at_row, m - tile.rows, m % tile.rows != 0))
-                sums = tile_sums(operands.x, w, bias, row, first, 0, k, product, tile)
-                for r in range(tile.rows):
-                    for place, width, column in runs:
-                        vector = epilogue_width(width, product.lanes, kernel.out)
-                        for start in range(0, width, vector):
-                            # Where a vector does not fit any more, it overlaps the one before it.
-                            at = min(start, width - vector)
-                            with I.vectorized(vector) as lane:
-                                acc = sums[r][place + at + lane]
-                                to = (row + r, column + at + lane)
-                                value = finish(kernel, operands, acc, *to, group)
-                                I.buffer_store(operands.y, value, list(to))
+            w = Blocks(operands.w, columns, group * columns.group_blocks)
+            bias = Runs(operands.bias, runs)
+            row = I.bind(clamped(row_tile * tile.rows, m - tile.rows, m % tile.rows != 0))
+            sums = tile_sums(
+                operands.x, w, bias, row, first, 0, k, product, tile, unroll=choice.unroll
+            )
+            for r in range(tile.rows):
+                for place, width, column in runs:
+                    vector = epilogue_width(width, product.lanes, kernel.out)
+                    for start in range(0, width, vector):
+                        # Where a vector does not fit any more, it overlaps the one before it.
+                        at = min(start, width - vector)
+                        with I.vectorized(vector) as lane:
+                            acc = sums[r][place + at + lane]
+                            to = (row + r, column + at + lane)
+                            value = finish(kernel, operands, acc, *to, group)
+                            I.buffer_store(operands.y, value, list(to))
     return builder.get()
 
 
@@ -350,8 +418,14 @@ def tile_sums(
     k: int,
     product: Product,
     tile: Tile,
+    *,
+    unroll: int = 1,
 ) -> list[Buffer]:
-    """Builds bias + x @ w for one tile: a buffer of columns for each row, all in registers."""
+    """Builds bias + x @ w for one tile: a buffer of columns for each row, all in registers.
+
+    Args:
+        unroll: chunks of k in the inner loop.
+    """
     rows, vectors, lanes = tile.rows, tile.vectors, product.lanes
     dtype = f"{product.acc_dtype}x{lanes}"
     partial = lanes // product.columns  # sums of a column, which are added up at the end
@@ -384,9 +458,13 @@ def tile_sums(
             store(acc, start, r, v)
     per_chunk = product.chunk // product.group
     chunks, left = divmod(k // product.group, per_chunk)
+    together = min(unroll, max(chunks, 1))
     if chunks:
-        with I.serial(chunks) as chunk:
-            multiply(chunk * per_chunk, per_chunk)
+        with I.serial(chunks // together) as step:
+            for i in range(together):
+                multiply((step * together + i) * per_chunk, per_chunk)
+    for chunk in range(chunks // together * together, chunks):
+        multiply(chunk * per_chunk, per_chunk)
     for g in range(left):
         multiply(chunks * per_chunk + g, 1)
     if partial == 1:
@@ -470,10 +548,10 @@ def packing(
     return pack
 
 
-def row_blocks(row_tiles: int, panels: int) -> int:
-    """Into how many equal blocks to split the tiles of rows, so that there are tasks enough."""
-    divisors = [d for d in range(1, row_tiles + 1) if row_tiles % d == 0]
-    return next((d for d in divisors if d * panels >= _TASKS), row_tiles)
+def row_blocks(inner: int, outer: int) -> int:
+    """Into how many equal blocks to split an inner loop, so that there are tasks enough."""
+    divisors = [d for d in range(1, inner + 1) if inner % d == 0]
+    return next((d for d in divisors if d * outer >= _TASKS), inner)
 
 
 def clamped(value: Expr, highest: int, needed: bool) -> Expr:

@@ -4,7 +4,7 @@ A block is one or a few vectors of channels, and everything about its grid happe
 is in cache: no transpose and no complex product ever becomes a pass over memory of its own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from gfcompile.targets.tvm.schedules.cpu_tiling import (
     tile_rows,
 )
 from gfcompile.targets.tvm.schedules.math import half_to_float
+from gfcompile.targets.tvm.schedules.params import keep_params
 
 Expr = Any  # tvm.tirx.Expr, or a number where TVM accepts one
 Index = tuple[Expr, ...]
@@ -131,8 +132,8 @@ def _bases(n: int, *, mirrored: bool) -> Array:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Tile:
-    """Registers of the small products.
+class FilterTile:
+    """Registers of the small products; results are the same bits whatever it is.
 
     Attributes:
         rows: sums per column, at most.
@@ -145,25 +146,45 @@ class _Tile:
     vectors: int
 
 
-def _dft_tile(cpu: Cpu) -> _Tile:
+def _dft_tile(cpu: Cpu) -> FilterTile:
     """The fastest of seven or eight tiles on grids of 7 to 56.
 
     AVX-512 and AVX2 by time, NEON by instructions: 0.36 per multiply-add in the inner loop, which
     broadcasts matrix elements by lane. 14 x 14 x 384 takes 0.05 ms with AVX-512.
     """
     if cpu.arch == "aarch64":
-        return _Tile(rows=6, columns=4, vectors=4)
+        return FilterTile(rows=6, columns=4, vectors=4)
     if cpu.vector_registers >= 32:
-        return _Tile(rows=8, columns=2, vectors=1)
+        return FilterTile(rows=8, columns=2, vectors=1)
     if cpu.vector_bytes == 16:  # blocks of 16 channels as on better x86, whose constants they share
-        return _Tile(rows=3, columns=4, vectors=4)
-    return _Tile(rows=6, columns=2, vectors=2)
+        return FilterTile(rows=3, columns=4, vectors=4)
+    return FilterTile(rows=6, columns=2, vectors=2)
 
 
-def schedule_dft_filter(kernel: DftFilter, cpu: Cpu, _storage: ActStorage) -> Scheduled:
+def dft_filter_choices(kernel: DftFilter, cpu: Cpu) -> Sequence[FilterTile]:
+    """Every tile that is worth measuring; the default one leads.
+
+    Blocks stay as wide as they are: constants are packed by them, and shared by several CPUs.
+    """
+    default = _dft_tile(cpu)
+    # Sums, and a vector of each column; what is longer than half a spectrum is no tile.
+    most_rows = max(kernel.h, kernel.w) // 2 + 1
+    tiles = [
+        FilterTile(rows=rows, columns=columns, vectors=default.vectors)
+        for rows in range(1, most_rows + 1)
+        for columns in (1, 2, 3, 4, 6, 8)
+        if columns % default.vectors == 0
+        and cpu.vector_registers // 3 <= rows * columns + columns < cpu.vector_registers
+    ]
+    return [default, *(tile for tile in tiles if tile != default)]
+
+
+def schedule_dft_filter(
+    kernel: DftFilter, cpu: Cpu, _storage: ActStorage, choice: FilterTile | None = None
+) -> Scheduled:
     """The filter by separable real DFTs: along w, along h, times K, back along h, along w."""
     h, w, c = kernel.h, kernel.w, kernel.c
-    tile = _dft_tile(cpu)
+    tile = choice or _dft_tile(cpu)
     blocks = _cut(kernel.batch, c, tile.vectors, cpu)
     vectors, lanes = blocks.vectors, blocks.lanes
     rows = min(h, tile.columns // tile.vectors)  # of the grid, transformed together
@@ -423,10 +444,18 @@ def _loaded(buffer: Any, at: Index, first: Expr, lanes: int, k_dtype: str) -> Ex
     """The vector of a packed constant at (*at, first), as float32."""
     if k_dtype == "float32":
         return buffer[(*at, span(first, lanes))]
+    if k_dtype == "int8":
+        return T.Cast(
+            f"float32x{lanes}" if lanes > 1 else "float32", buffer[(*at, span(first, lanes))]
+        )
     widened = T.alloc_buffer((lanes,), "float32")
     with T.vectorized(lanes) as lane:
         T.buffer_store(widened, half_to_float(buffer[(*at, first + lane)]), [lane])
     return widened[span(0, lanes)]
+
+
+def _float(value: Expr, lanes: int) -> Expr:
+    return T.Cast(f"float32x{lanes}" if lanes > 1 else "float32", value)
 
 
 _CACHE_LINE_BYTES = 64  # of channels in a block of the circular form
@@ -435,10 +464,12 @@ _CACHE_LINE_BYTES = 64  # of channels in a block of the circular form
 _OUTPUTS, _TAPS = 14, 8
 
 
-def schedule_circular_filter(kernel: CircularFilter, cpu: Cpu, _storage: ActStorage) -> Scheduled:
+def schedule_circular_filter(kernel: CircularFilter, cpu: Cpu, storage: ActStorage) -> Scheduled:
     """The filter as a depthwise circular convolution.
 
     Each row is first laid out once around and once more, so that no tap has to wrap along w.
+    Integers are widened to float32 there, which multiplies as many at a time as int32 and holds
+    their sums exactly.
     """
     h, w, c = kernel.h, kernel.w, kernel.c
     blocks = _cut(kernel.batch, c, _CACHE_LINE_BYTES // cpu.vector_bytes, cpu)
@@ -449,9 +480,21 @@ def schedule_circular_filter(kernel: CircularFilter, cpu: Cpu, _storage: ActStor
     outputs = tile_rows(w, _OUTPUTS if cpu.vector_registers >= 32 else _OUTPUTS // 2)
     together = max(count for count in range(1, _TAPS + 1) if w % count == 0)
     lane = span(0, lanes)
+    is_int8 = kernel.x == "int8"
+    assert not is_int8 or CircularFilter.exact_in_float(h, w), kernel
+    scales = c if is_int8 else 0
+    k_dtype = "int8" if is_int8 else kernel.k_dtype
 
     def vector(c0: Expr, v: Expr) -> Expr:
         return span(c0 + v * lanes, lanes)
+
+    def widened(value: Expr, zero_point: Any) -> Expr:
+        if not is_int8:
+            return value
+        return _float(value, lanes) - splat(zero_point[0], lanes)
+
+    def scaled(value: Expr, scale: Any, at: Expr) -> Expr:
+        return value * scale[at] if is_int8 else value
 
     def accumulate(sums: Any, taps: Any, wound: Any, at: Index, q: Expr, first: Expr) -> None:
         """Adds the taps q ... q + together of a row to all the sums; `at` is the row of x."""
@@ -464,8 +507,10 @@ def schedule_circular_filter(kernel: CircularFilter, cpu: Cpu, _storage: ActStor
 
     @T.prim_func(s_tir=True)
     def circular_filter(
-        x: T.Buffer((kernel.batch, h, w, c), "float32"),
-        weight: T.Buffer(kernel_shape, _stored(kernel.k_dtype)),
+        x: T.Buffer((kernel.batch, h, w, c), storage.dtype if is_int8 else "float32"),
+        weight: T.Buffer(kernel_shape, "int8" if is_int8 else _stored(kernel.k_dtype)),
+        scale: T.Buffer((max(scales, 1),), "float32"),
+        zero_point: T.Buffer((1,), "float32"),
         wound: T.Buffer(wound_shape, "float32"),
         taps: T.Buffer(taps_shape, "float32"),
         y: T.Buffer((kernel.batch, h, w, c), "float32"),
@@ -480,11 +525,15 @@ def schedule_circular_filter(kernel: CircularFilter, cpu: Cpu, _storage: ActStor
                     c0: T.let = blocks.start(block)
                     for i, j, v in T.grid(h, w, vectors):
                         taps[worker, v, i, j, lane] = _loaded(
-                            weight, (block, i, j), v * lanes, lanes, kernel.k_dtype
+                            weight, (block, i, j), v * lanes, lanes, k_dtype
                         )
-                        wound[worker, v, i, w - 1 + j, lane] = x[b, i, j, vector(c0, v)]
+                        wound[worker, v, i, w - 1 + j, lane] = widened(
+                            x[b, i, j, vector(c0, v)], zero_point
+                        )
                     for i, j, v in T.grid(h, w - 1, vectors):
-                        wound[worker, v, i, j, lane] = x[b, i, 1 + j, vector(c0, v)]
+                        wound[worker, v, i, j, lane] = widened(
+                            x[b, i, 1 + j, vector(c0, v)], zero_point
+                        )
                     for v, i, t in T.grid(vectors, h, ceil_div(w, outputs)):
                         first: T.let = T.min(t * outputs, w - outputs)
                         sums = T.alloc_buffer((outputs, lanes), "float32")
@@ -494,10 +543,17 @@ def schedule_circular_filter(kernel: CircularFilter, cpu: Cpu, _storage: ActStor
                             row: T.let = T.if_then_else(p <= i, i - p, i - p + h)
                             accumulate(sums, taps, wound, (worker, v, p, row), g * together, first)
                         for r in T.unroll(outputs):
-                            y[b, i, first + r, vector(c0, v)] = sums[r, lane]
+                            y[b, i, first + r, vector(c0, v)] = scaled(
+                                sums[r, lane], scale, vector(c0, v)
+                            )
 
+    pack = {"kernel": blocks.packed("kernel")}
+    if is_int8:
+        pack["zero_point"] = lambda raw: raw["zero_point"] + np.float32(storage.offset)
+    scaling = ("scale", "zero_point") if is_int8 else ()
+    func = keep_params(circular_filter, ("x", "weight", *scaling, "wound", "taps", "y"))
     return Scheduled(
-        steps=(Step(func=circular_filter, args=("x", "kernel", "wound", "taps", "y")),),
-        pack={"kernel": blocks.packed("kernel")},
+        steps=(Step(func=func, args=("x", "kernel", *scaling, "wound", "taps", "y")),),
+        pack=pack,
         temps={"wound": ("float32", wound_shape), "taps": ("float32", taps_shape)},
     )

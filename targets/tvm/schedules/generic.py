@@ -4,7 +4,10 @@ They are right on any function and decent on element-wise work; what takes time 
 a class of its own.
 """
 
+import json
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import tvm
 from tvm import s_tir
@@ -13,9 +16,70 @@ from tvm.s_tir import dlight
 from gfcompile.targets.target import Cpu, Gpu
 from gfcompile.targets.tvm.kernel import Generic, Scheduled, Step
 
+# What the traces of MetaSchedule's CPU rules are made of. Others could bring code of their own in.
+_INSTRUCTIONS = frozenset(
+    {
+        *("Annotate", "CacheRead", "CacheWrite", "ComputeAt", "ComputeInline"),
+        *("DecomposeReduction", "EnterPostproc", "Fuse", "GetSBlock", "GetChildBlocks"),
+        *("GetConsumers", "GetLoops", "GetOutputBlocks", "GetProducers", "Parallel", "RFactor"),
+        *("Reorder", "ReverseComputeAt", "ReverseComputeInline", "SampleCategorical"),
+        *("SampleComputeLocation", "SamplePerfectTile", "Split", "Unannotate", "Unroll"),
+        *("Vectorize", "AddUnitLoop"),
+    }
+)
+_ANNOTATIONS = ("meta_schedule.", "pragma_auto_unroll_max_step", "pragma_unroll_explicit")
+_LONGEST_TRACE = 200_000
 
-def schedule_generic_cpu(kernel: Generic, cpu: Cpu) -> Scheduled:
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedSchedule:
+    """A schedule that MetaSchedule found: the trace of its transformations, as JSON text."""
+
+    trace: str
+
+    @classmethod
+    def parse(cls, values: Mapping[str, object]) -> "GeneratedSchedule":
+        """The schedule of {"trace": text}.
+
+        Raises:
+            ValueError: it is no such thing, or transforms by other means than loops.
+        """
+        text = values.get("trace")
+        if set(values) != {"trace"} or not isinstance(text, str) or len(text) > _LONGEST_TRACE:
+            raise ValueError("a generated schedule is one text called trace")
+        try:
+            instructions, _decisions = json.loads(text)
+            for name, _inputs, attributes, _outputs in instructions:
+                if name not in _INSTRUCTIONS:
+                    raise ValueError(f"its trace may not contain {name!r}")
+                key = attributes[0] if name in ("Annotate", "Unannotate") else "meta_schedule."
+                if not str(key).strip('"').startswith(_ANNOTATIONS):
+                    raise ValueError(f"its trace may not annotate {key!r}")
+        except (TypeError, IndexError, RecursionError, json.JSONDecodeError) as error:
+            raise ValueError(f"its trace is damaged: {error}") from None
+        return cls(trace=text)
+
+    def apply(self, func: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
+        """`func`, transformed.
+
+        Raises:
+            ValueError: the trace does not fit `func`.
+        """
+        schedule = s_tir.Schedule(func)
+        try:
+            tvm.s_tir.schedule.Trace.apply_json_to_schedule(json.loads(self.trace), schedule)
+        except (tvm.error.TVMError, RuntimeError, TypeError, IndexError) as error:
+            reason = str(error).strip().splitlines()[-1:]
+            raise ValueError(f"the trace does not fit the function: {reason}") from error
+        return schedule.mod["main"]
+
+
+def schedule_generic_cpu(
+    kernel: Generic, cpu: Cpu, choice: GeneratedSchedule | None = None
+) -> Scheduled:
     """Element-wise blocks inlined, outer loops parallel, the innermost spatial one vectorized."""
+    if choice is not None:
+        return Scheduled(steps=(_step(choice.apply(kernel.func)),))
     schedule = s_tir.Schedule(kernel.func)
     for info in _inlined(schedule):
         loops = schedule.get_loops(info.block_rv)

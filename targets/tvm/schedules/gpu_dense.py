@@ -11,7 +11,7 @@ Three ways to multiply, chosen by the kernel's dtype and the GPU:
 A product of few rows is bound by reading the weights, and has a kernel of its own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +30,8 @@ _EXACT_PRODUCTS = 1024  # 128 * 127 * 1024 < 2**24
 _FEW_ROWS = 4
 _GEMV_SPLITS = 8  # warps of a block that share a column's sum
 _SHARED_BYTES = 48 * 1024
+# Tiles that `tile_cycles` calls slower than this, compared with its best, are left out of a search.
+_WORTH_ASSEMBLING = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +51,16 @@ class Rows:
     exists: Callable[[Any, Any], Any]
 
 
-def schedule_dense(kernel: Dense, gpu: Gpu, storage: ActStorage) -> Scheduled:
+def schedule_dense(
+    kernel: Dense, gpu: Gpu, storage: ActStorage, choice: "Tile | None" = None
+) -> Scheduled:
     """A dense product with its epilogue, as one CUDA kernel."""
     assert kernel.n % kernel.out_groups == 0, "groups of columns are equally wide"
     assert storage == ActStorage(), "CUDA kernels keep int8 activations as they are"
     if kernel.m <= _FEW_ROWS:
         func, pack_w = _few_rows(kernel, storage)
     else:
-        func, pack_w = tiled(kernel, gpu, storage)
+        func, pack_w = tiled(kernel, gpu, storage, choice=choice)
     keep = {
         "x": True,
         "w": True,
@@ -282,14 +286,28 @@ def _registers(tile: Tile, kernel: Dense, mode: Mode) -> int:
 
 def choose_tile(kernel: Dense, gpu: Gpu, mode: Mode) -> Tile:
     """The tile of least estimated time."""
-    fitting = [
+    return min(_fitting(kernel, mode), key=lambda tile: tile_cycles(tile, kernel, gpu, mode))
+
+
+def dense_choices(kernel: Dense, gpu: Gpu) -> Sequence[Tile]:
+    """Every tile that is worth assembling, the likeliest first: the default one leads."""
+    if kernel.m <= _FEW_ROWS:
+        return ()
+    mode = product_mode(kernel, gpu)
+    cycles = {tile: tile_cycles(tile, kernel, gpu, mode) for tile in _fitting(kernel, mode)}
+    best = min(cycles.values())
+    near = [tile for tile in cycles if cycles[tile] <= _WORTH_ASSEMBLING * best]
+    return sorted(near, key=lambda tile: cycles[tile])
+
+
+def _fitting(kernel: Dense, mode: Mode) -> list[Tile]:
+    return [
         tile
         for tile in _TILES
         if tile.threads % 32 == 0
         and tile.shared_bytes <= _SHARED_BYTES
         and _registers(tile, kernel, mode) <= 168
     ]
-    return min(fitting, key=lambda tile: tile_cycles(tile, kernel, gpu, mode))
 
 
 def product_mode(kernel: Dense, gpu: Gpu) -> Mode:
@@ -301,16 +319,23 @@ def product_mode(kernel: Dense, gpu: Gpu) -> Mode:
 
 
 def tiled(
-    kernel: Dense, gpu: Gpu, storage: ActStorage, rows: Rows | None = None, *, relu: bool = False
+    kernel: Dense,
+    gpu: Gpu,
+    storage: ActStorage,
+    rows: Rows | None = None,
+    *,
+    relu: bool = False,
+    choice: Tile | None = None,
 ) -> tuple[Any, Any]:
     """The product of many rows: its function, and how w is packed.
 
     Args:
         rows: of x, for a float32 product.
         relu: after the bias.
+        choice: the tile; by default that of least estimated time.
     """
     mode = product_mode(kernel, gpu)
-    tile = choose_tile(kernel, gpu, mode)
+    tile = choice or choose_tile(kernel, gpu, mode)
     m, n = kernel.m, kernel.n
     depth = kernel.k // 4 if mode == "dp4a" else kernel.k  # of the product, in units
     padded = -(-n // 4) * 4

@@ -26,6 +26,7 @@ from gfcompile.targets.tvm.kernel import (
 )
 from gfcompile.targets.tvm.schedules.gpu_dense import all_of, within
 from gfcompile.targets.tvm.schedules.math import half_to_float
+from gfcompile.targets.tvm.schedules.params import keep_params
 
 _SHARED_BYTES = 48 * 1024
 _CHANNELS = 32  # of a block: 128 bytes in a row
@@ -356,17 +357,29 @@ def schedule_circular_filter(kernel: CircularFilter, gpu: Gpu, storage: ActStora
     stretches = -(-w // size)
     lines = batch * h * stretches
     block_lines = min(4, lines)
+    is_int8 = kernel.x == "int8"
+    assert not is_int8 or CircularFilter.exact_in_float(h, w), kernel
     k_stored = "uint16" if kernel.k_dtype == "float16" else "float32"
     # Added to an index before it is reduced modulo w, so that it is never negative.
     turns = -(-(w + 3 * size) // w) * w
 
     def factor(value: Any) -> Any:
+        if is_int8:
+            return T.Cast("float32", value)
         return half_to_float(value) if kernel.k_dtype == "float16" else value
+
+    def widened(value: Any, zero_point: Any) -> Any:
+        return T.Cast("float32", value) - zero_point[0] if is_int8 else value
+
+    def scaled(value: Any, scale: Any, at: Any) -> Any:
+        return value * scale[at] if is_int8 else value
 
     @T.prim_func(s_tir=True)
     def circular_filter(
-        x: T.Buffer((batch, h, w, c), "float32"),
-        k: T.Buffer((h, w, c), k_stored),
+        x: T.Buffer((batch, h, w, c), kernel.x),
+        k: T.Buffer((h, w, c), "int8" if is_int8 else k_stored),
+        scale: T.Buffer((c,), "float32"),
+        zero_point: T.Buffer((1,), "float32"),
         y: T.Buffer((batch, h, w, c), "float32"),
     ):
         T.func_attr({"tirx.noalias": True})
@@ -391,12 +404,15 @@ def schedule_circular_filter(kernel: CircularFilter, gpu: Gpu, storage: ActStora
             for p in T.serial(h, unroll=False):
                 for stretch in T.serial(stretches, unroll=False):
                     for t in T.unroll(2 * size - 1):
-                        window[t] = x[
-                            b,
-                            (i + h - p) % h,
-                            (j - stretch * size + (t - size + 1 + turns)) % w,
-                            channel,
-                        ]
+                        window[t] = widened(
+                            x[
+                                b,
+                                (i + h - p) % h,
+                                (j - stretch * size + (t - size + 1 + turns)) % w,
+                                channel,
+                            ],
+                            zero_point,
+                        )
                     for q in T.unroll(size):
                         if all_of(within(stretch * size + q, w, w % size == 0)):
                             weights[q] = factor(k[p, stretch * size + q, channel])
@@ -407,6 +423,8 @@ def schedule_circular_filter(kernel: CircularFilter, gpu: Gpu, storage: ActStora
                             acc[o] = acc[o] + weights[q] * window[o - q + size - 1]
             for o in T.unroll(size):
                 if all_of(within(j + o, w, w % size == 0)):
-                    y[b, i, j + o, channel] = acc[o]
+                    y[b, i, j + o, channel] = scaled(acc[o], scale, channel)
 
-    return Scheduled(steps=(Step(func=circular_filter, args=("x", "kernel", "y")),))
+    scaling = ("scale", "zero_point") if is_int8 else ()
+    func = keep_params(circular_filter, ("x", "k", *scaling, "y"))
+    return Scheduled(steps=(Step(func=func, args=("x", "kernel", *scaling, "y")),))

@@ -40,7 +40,7 @@ _ERF_COEFFICIENTS = (
 )
 
 # GELU(v) = max(v, 0) - H(|v|), H(a) = a (1 - Phi(a)): a bump, here as a minimax polynomial of a on
-# [0, L], to 5e-6; beyond L GELU is max(v, 0) to 6e-5.
+# [0, L], to 5e-6 before rounding; beyond L GELU is max(v, 0) to 6e-5.
 _BUMP_LIMIT = 4.2
 _BUMP_COEFFICIENTS = (
     -5.614681111709707e-08,
@@ -104,7 +104,7 @@ def gelu(v: Expr) -> Expr:
 
 
 def gelu_to_quantize(v: Expr) -> Expr:
-    """GELU to 7e-5, and to 6e-6 where |v| < 4.2, in two thirds of the instructions of `gelu`.
+    """GELU to 7e-5, and to 3e-5 where |v| < 4.2, in two thirds of the instructions of `gelu`.
 
     For results that are rounded to steps of int8, some hundred times wider: one in some thousand
     falls to the other side.

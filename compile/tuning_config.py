@@ -1,0 +1,38 @@
+"""What `gfcompile tune` is asked for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gfcompile.compile.models import KeepRatio
+
+DEFAULT_TRIALS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """What to tune, and where.
+
+    Attributes:
+        model, target, int8, image_size, num_classes, keep_ratio: as for `CompileConfig`; weights
+            are random, for speed does not depend on them.
+        device: "local", "qemu:CPU" (instructions counted, an estimate), ssh://..., rpc://...; None
+            for local where this machine runs the target's code, and an estimate elsewhere.
+        trials, minutes: when to stop; without either, after DEFAULT_TRIALS.
+        database: the file that findings are added to; None for one named after the target.
+    """
+
+    model: str
+    target: str
+    int8: bool = False
+    image_size: int | None = None
+    num_classes: int | None = None
+    keep_ratio: KeepRatio | None = None
+    device: str | None = None
+    trials: int | None = None
+    minutes: float | None = None
+    database: Path | None = None
+    seed: int = 0
+
+    @property
+    def path(self) -> Path:
+        return self.database or Path(f"tuning-{self.target}.json")

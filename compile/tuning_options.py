@@ -1,0 +1,69 @@
+"""The arguments of `gfcompile tune`."""
+
+import argparse
+import math
+from pathlib import Path
+
+from gfcompile.compile.tuning_config import DEFAULT_TRIALS, TuneConfig
+
+
+def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds them to `parser`."""
+    parser.add_argument("--model", required=True, help="one of `gfcompile models`")
+    parser.add_argument("--target", required=True, help="one of `gfcompile targets`")
+    parser.add_argument("--int8", action="store_true", help="tune the int8 kernels")
+    parser.add_argument("--image-size", type=int, metavar="N", help="default: the model's own")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="default: the model's own")
+    parser.add_argument(
+        "--device",
+        metavar="WHERE",
+        help="local, ssh://USER@HOST, rpc://TRACKER:PORT/KEY, or qemu:CPU, which counts "
+        "instructions (default: local if this machine runs the target's code, else an estimate)",
+    )
+    parser.add_argument(
+        "--trials",
+        type=_positive_int,
+        metavar="N",
+        help=f"candidates to try, of all kernels together (default: {DEFAULT_TRIALS})",
+    )
+    parser.add_argument(
+        "--minutes", type=_positive_float, metavar="M", help="how long to search at most"
+    )
+    parser.add_argument(
+        "--tuning-db",
+        type=Path,
+        metavar="FILE",
+        help="where findings go, and where an earlier search goes on (default: tuning-TARGET.json)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of whatever is random")
+    parser.add_argument("--quiet", action="store_true", help="print only the database's path")
+
+
+def tune_config(options: argparse.Namespace) -> TuneConfig:
+    """What the arguments ask for."""
+    return TuneConfig(
+        model=options.model,
+        target=options.target,
+        int8=options.int8,
+        image_size=options.image_size,
+        num_classes=options.num_classes,
+        device=options.device,
+        trials=options.trials,
+        minutes=options.minutes,
+        database=options.tuning_db,
+        seed=options.seed,
+    )
+
+
+def _positive_int(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def _positive_float(text: str) -> float:
+    number = float(text)
+    if not (math.isfinite(number) and number > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number

@@ -1,0 +1,204 @@
+"""The tuning database: for kernels on targets, choices that were found better than the rules'.
+
+    {"format": "gfcompile tuning", "version": 1, "entries": [
+      {"kernel": "Dense(m=196, n=1536, k=384, gelu=True)", "target": "aarch64 cortex-a76 sdot",
+       "schedule": "cpu_dense/1", "choice": {"rows": 7, "vectors": 3, ...},
+       "how": "static", "unit": "instructions", "cost": 3.1e7, "default_cost": 3.3e7,
+       "trials": 40, "device": "qemu cortex-a76"}, ...]}
+
+A file is read as if an enemy had written it: an entry only takes effect if its choice is in the
+design space of the kernel that it is for, so that the worst one can do is to make a kernel slow.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from gfcompile.runtime.errors import UserError
+from gfcompile.targets.target import Cpu, Gpu
+from gfcompile.targets.tvm.choices import device_key, kernel_key, parse_choice, space_of
+from gfcompile.targets.tvm.emit import Tuned
+from gfcompile.targets.tvm.kernel import Kernel
+
+How = Literal["measured", "static"]
+Unit = Literal["ms", "instructions", "cycles"]
+
+_FORMAT, _VERSION = "gfcompile tuning", 1
+_MOST_BYTES = 32 << 20
+_Key = tuple[str, str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One finding.
+
+    Attributes:
+        kernel, target, schedule: what it is for; see `choices`.
+        choice: a value of the schedule's design space, as a JSON object.
+        how: whether it was measured on a device or estimated without one.
+        unit, cost, default_cost: of one call, and of one call as the schedule's rule has it.
+        trials: how many candidates it is the best of.
+        device: on what, in words.
+    """
+
+    kernel: str
+    target: str
+    schedule: str
+    choice: Mapping[str, object]
+    how: How
+    unit: Unit
+    cost: float
+    default_cost: float
+    trials: int
+    device: str
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what cannot be, whoever made it."""
+        texts = (self.kernel, self.target, self.schedule, self.device)
+        if not all(isinstance(text, str) and 0 < len(text) <= 500 for text in texts):
+            raise ValueError("kernel, target, schedule and device are texts")
+        if not isinstance(self.choice, Mapping):
+            raise ValueError("choice is a JSON object")
+        if self.how not in get_args(How) or self.unit not in get_args(Unit):
+            raise ValueError(f"how is {' or '.join(get_args(How))}, unit one of {get_args(Unit)}")
+        for number in (self.cost, self.default_cost, self.trials):
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise ValueError("cost, default_cost and trials are numbers")
+            if not (math.isfinite(number) and number >= 0):
+                raise ValueError("cost, default_cost and trials are finite and not negative")
+
+    @property
+    def key(self) -> _Key:
+        return self.kernel, self.target, self.schedule
+
+
+class Database:
+    """Entries by kernel, target and schedule; at most one for each.
+
+    Args:
+        entries: of several for the same, the last one counts.
+        source: where they are from, for messages.
+    """
+
+    def __init__(self, entries: Iterable[Entry] = (), source: str = "the tuning database") -> None:
+        self._entries = {entry.key: entry for entry in entries}
+        self._source = source
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return tuple(self._entries[key] for key in sorted(self._entries))
+
+    def find(self, kernel: Kernel, device: Cpu | Gpu) -> Entry | None:
+        """The entry for `kernel` as its schedule on `device` is now."""
+        space = space_of(kernel, device)
+        if space is None:
+            return None
+        return self._entries.get((kernel_key(kernel), device_key(device), space.schedule))
+
+    def tuned(self, kernels: Iterable[Kernel], device: Cpu | Gpu) -> Mapping[Kernel, Tuned]:
+        """Of `kernels`, those that have an entry.
+
+        Raises:
+            UserError: an entry's choice is in no design space.
+        """
+        found = {}
+        for kernel in kernels:
+            entry = self.find(kernel, device)
+            if entry is not None:
+                try:
+                    choice = parse_choice(kernel, device, entry.choice)
+                except ValueError as error:
+                    raise UserError(
+                        f"{self._source}: the entry for {entry.kernel} on {entry.target} cannot "
+                        f"be used: {error}; tune again, or leave the database out"
+                    ) from error
+                found[kernel] = Tuned(choice=choice, how=entry.how)
+        return found
+
+    def add(self, entry: Entry) -> None:
+        """Adds `entry`, in place of one for the same."""
+        self._entries[entry.key] = entry
+
+    def save(self, path: Path) -> None:
+        """Writes the database: the file is the old one or the new one, never half of it."""
+        # A line for each entry: what a tuning changed shows in a diff.
+        entries = ",\n".join(
+            json.dumps(dataclasses.asdict(entry), sort_keys=True) for entry in self.entries
+        )
+        head = f'"format": {json.dumps(_FORMAT)}, "version": {_VERSION}'
+        text = f'{{{head}, "entries": [\n{entries}\n]}}'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def load(path: Path) -> Database:
+    """The database in a file.
+
+    Raises:
+        UserError: the file cannot be read, or is no tuning database.
+    """
+    try:
+        size = path.stat().st_size
+        text = path.read_text(encoding="utf-8") if size <= _MOST_BYTES else None
+    except OSError as error:
+        raise UserError(f"--tuning-db {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--tuning-db {path}: it is not text in UTF-8") from error
+    if text is None:
+        raise UserError(f"--tuning-db {path}: {size} bytes are more than any tuning database has")
+    return parse(text, str(path))
+
+
+def parse(text: str, source: str) -> Database:
+    """The database that `text` is.
+
+    Raises:
+        UserError: it is none; the message names `source`.
+    """
+    try:
+        document: Any = json.loads(text)
+        if not isinstance(document, dict) or document.get("format") != _FORMAT:
+            raise ValueError(f'it does not say "format": "{_FORMAT}"')
+        if document.get("version") != _VERSION:
+            raise ValueError(f"version {document.get('version')!r} is not {_VERSION}")
+        entries = document.get("entries")
+        if not isinstance(entries, list):
+            raise ValueError("entries is not a list")
+        return Database([_entry(values) for values in entries], source)
+    except (ValueError, RecursionError) as error:  # json's own errors are ValueErrors
+        raise UserError(f"{source} is not a tuning database of this version: {error}") from error
+
+
+def _entry(values: object) -> Entry:
+    fields = {field.name for field in dataclasses.fields(Entry)}
+    if not isinstance(values, dict) or set(values) != fields:
+        raise ValueError(f"an entry has the fields {', '.join(sorted(fields))} and no others")
+    return Entry(**values)
+
+
+def shipped() -> Database:
+    """What gfcompile brings along."""
+    entries: list[Entry] = []
+    for file in sorted(
+        resources.files("gfcompile.targets.tvm.tuned").iterdir(), key=lambda file: file.name
+    ):
+        if file.name.endswith(".json"):
+            entries += parse(file.read_text(encoding="utf-8"), file.name).entries
+    return Database(entries, "the tuning database that gfcompile ships")

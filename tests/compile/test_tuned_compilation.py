@@ -1,0 +1,154 @@
+"""A tuning database and `gfcompile tune`, seen from the outside: what is compiled, what is said."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_models import SPEC, build
+
+import gfcompile.runtime
+from gfcompile.compile import cli
+from gfcompile.compile.bundle import Bundle
+from gfcompile.compile.pipeline import CompileConfig, compile_model
+from gfcompile.runtime.errors import UserError
+from gfcompile.targets.target import Target, find_target
+from gfcompile.targets.tvm.choices import choices, device_key, kernel_key, to_json
+from gfcompile.targets.tvm.emit import kernel_name
+from gfcompile.targets.tvm.kernel import Dense
+from gfcompile.targets.tvm.tuning.database import Database, Entry, load, shipped
+
+
+def compiled(folder: Path, name: str, tuning_db: object, target: str = "host") -> Bundle:
+    config = CompileConfig(
+        model=SPEC.name,
+        target=target,
+        image_size=SPEC.image_size,
+        output=folder / name,
+        cache=False,
+        tuning_db=tuning_db,  # type: ignore[arg-type]
+    )
+    return compile_model(config, module=build(SPEC))
+
+
+def tuned_database(path: Path, kernel: Dense, place: int) -> object:
+    target = find_target("host")
+    assert isinstance(target, Target)
+    choice = choices(kernel, target.cpu)[place]
+    entry = Entry(
+        kernel=kernel_key(kernel),
+        target=device_key(target.cpu),
+        schedule="cpu_dense/1",
+        choice=to_json(choice),
+        how="static",
+        unit="cycles",
+        cost=1.0,
+        default_cost=2.0,
+        trials=1,
+        device="a test",
+    )
+    Database([entry]).save(path)
+    return to_json(choice)
+
+
+def test_a_tuned_kernel_is_in_the_manifest_and_computes_the_same(tmp_path: Path) -> None:
+    plain = compiled(tmp_path, "plain", "none")
+    assert plain.manifest.extra["tuned_kernels"] == {}
+    head = Dense(m=1, n=SPEC.num_classes, k=SPEC.dims[-1])
+    assert kernel_name(head) in {kernel["name"] for kernel in plain.manifest.kernels}
+    choice = tuned_database(tmp_path / "db.json", head, place=-1)
+    tuned = compiled(tmp_path, "tuned", tmp_path / "db.json")
+    record = next(k for k in tuned.manifest.kernels if k["name"] == kernel_name(head))
+    assert (record["tuned"], record["choice"]) == ("static", choice)
+    assert tuned.manifest.extra["tuned_kernels"]["static"] == 1
+    image = np.random.default_rng(0).standard_normal(plain.manifest.inputs[0].shape, np.float32)
+    logits = []
+    for bundle in (plain, tuned):
+        with gfcompile.runtime.load(bundle.path) as session:
+            logits.append(session.run(image))
+    np.testing.assert_array_equal(*logits)
+
+
+def test_a_hostile_database_stops_the_compilation_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "db.json"
+    path.write_text('{"entries": "all"}')
+    with pytest.raises(UserError, match="is not a tuning database"):
+        compiled(tmp_path, "bundle", path)
+    with pytest.raises(UserError, match="no such file"):
+        compiled(tmp_path, "bundle", tmp_path / "other.json")
+    with pytest.raises(UserError, match="no kernels of ours"):
+        compiled(tmp_path, "bundle", path, target="tflite")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_the_cache_tells_databases_apart(tmp_path: Path) -> None:
+    from gfcompile.compile.cache import digest
+
+    path = tmp_path / "db.json"
+    keys = [digest({"tuning_db": value}) for value in ("shipped", "none")]
+    for place in (0, 1):
+        tuned_database(path, Dense(m=1, n=10, k=48), place)
+        keys.append(digest({"tuning_db": path}))
+    assert len(set(keys)) == 4
+
+
+def test_every_shipped_entry_is_in_the_space_of_a_kernel_of_today() -> None:
+    """Entries for kernels of a class that is gone, or outside its space, would be dead weight."""
+    for entry in shipped().entries:
+        kernel = eval_kernel(entry.kernel)
+        names = ("x86-64", "x86-64-v3", "x86-64-v4", "raspberry-pi-3", "raspberry-pi-4",
+                 "raspberry-pi-5", "jetson-nano-cpu", "jetson-orin-cpu", "jetson-xavier-cpu",
+                 "jetson-nano", "jetson-tx2", "jetson-xavier", "jetson-orin")  # fmt: skip
+        targets = [t for t in map(find_target, names) if isinstance(t, Target)]
+        devices = [device for t in targets for device in (t.gpu or t.cpu, *t.levels)]
+        (device, *_) = [device for device in devices if device_key(device) == entry.target]
+        assert Database([entry]).tuned([kernel], device), entry
+
+
+def eval_kernel(text: str) -> Dense:
+    from gfcompile.targets.tvm import kernel
+
+    name, _, fields = text.rstrip(")").partition("(")
+    values: dict[str, object] = {}
+    for field in fields.split(", "):
+        key, _, value = field.partition("=")
+        values[key] = {"True": True}.get(value, int(value) if value.isdigit() else value)
+    made: Dense = getattr(kernel, name)(**values)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "tflite"], "chooses its own kernels"),
+        (["--target", "host", "--trials", "0"], "not at least 1"),
+        (["--target", "host", "--minutes", "nan"], "not above 0"),
+        (["--target", "host", "--device", "ftp://x"], "unknown device"),
+        (["--target", "jetson-tx2", "--device", "qemu:cortex-a57"], "stands in for arm64 CPUs"),
+    ],
+)
+def test_tune_answers_mistakes_in_one_line(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["tune", "--model", "gfnet_xs", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_tune_from_the_command_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["tune", "--model", "gfnet_ti", "--target", "jetson-tx2", "--image-size", "64"]
+    assert cli.main([*arguments, "--trials", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "static: an estimate, nothing was measured" in printed
+    assert "dense_4x" in printed or "dense_" in printed
+    load(tmp_path / "tuning-jetson-tx2.json")

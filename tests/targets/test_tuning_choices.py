@@ -1,0 +1,136 @@
+"""Design spaces: what is chosen changes no result, and nothing else can be chosen."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from run_kernel import CPUS, host_cpu, poison, run_kernel
+
+from gfcompile.targets.target import Cpu, Gpu, Target, find_target
+from gfcompile.targets.tvm.choices import choices, device_key, kernel_key, parse_choice, to_json
+from gfcompile.targets.tvm.kernel import Array, Attention, Dense, DftFilter, Kernel, LayerNorm
+from gfcompile.targets.tvm.schedule import act_storage, schedule
+from gfcompile.targets.tvm.schedules.generic import GeneratedSchedule
+
+DENSE = Dense(m=13, n=97, k=70, gelu=True)
+INT8 = Dense(m=13, n=97, k=70, x="int8", out="int8", out_groups=1)
+FILTER = DftFilter(batch=1, h=6, w=5, c=20)
+ATTENTION = Attention(batch=1, tokens=11, heads=2, dim=16)
+
+
+def device(name: str) -> Cpu | Gpu:
+    found = find_target(name)
+    assert isinstance(found, Target)
+    return found.gpu or found.cpu
+
+
+def arguments(kernel: Kernel, on: Cpu | Gpu) -> dict[str, Array]:
+    rng = np.random.default_rng(1)
+    storage = act_storage(on)
+
+    def floats(*shape: int) -> Array:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    if isinstance(kernel, Dense) and kernel.x == "int8":
+        return {
+            "x": rng.integers(0, 100, (kernel.m, kernel.k)).astype(storage.dtype),
+            "w": rng.integers(-127, 128, (kernel.k, kernel.n)).astype(np.int8),
+            "bias": rng.integers(-500, 500, kernel.n).astype(np.int32),
+            "scale": np.full(kernel.n, 1e-3, np.float32),
+            "quant": np.array([20, -118, 137, -10], np.float32),
+            "y": poison((kernel.m, kernel.n), storage.dtype),
+        }
+    if isinstance(kernel, Dense):
+        shapes = {"x": (kernel.m, kernel.k), "w": (kernel.k, kernel.n), "bias": (kernel.n,)}
+        y = (kernel.m, kernel.n)
+    elif isinstance(kernel, DftFilter):
+        half = (kernel.h, kernel.w // 2 + 1, kernel.c)
+        y = (kernel.batch, kernel.h, kernel.w, kernel.c)
+        shapes = {"x": y, "k_re": half, "k_im": half}
+    else:
+        assert isinstance(kernel, Attention)
+        width = kernel.heads * kernel.dim
+        shapes = {"x": (kernel.tokens, 3 * width), "params": (5,)}
+        y = (kernel.tokens, width)
+    return {name: floats(*shape) for name, shape in shapes.items()} | {"y": poison(y, "float32")}
+
+
+@pytest.mark.parametrize("kernel", [DENSE, INT8, FILTER, ATTENTION], ids=lambda k: type(k).__name__)
+@pytest.mark.parametrize("cpu", ["host", "a72"])
+def test_whatever_is_chosen_results_are_the_same_bits(cpu: str, kernel: Kernel) -> None:
+    on = host_cpu() if cpu == "host" else CPUS[cpu]
+    args = arguments(kernel, on)
+    space = choices(kernel, on)
+    # The rule's own, one that only unrolls or reorders, and some from all over the space.
+    picked = [None, *space[2:4], *space[4 :: max(1, len(space) // 2)]]
+    results = [
+        run_kernel(schedule(kernel, on, act_storage(on), choice), args, on, threads=2)["y"]
+        for choice in picked
+    ]
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+@pytest.mark.parametrize("name", ["x86-64-v4", "x86-64", "raspberry-pi-3", "raspberry-pi-5"])
+@pytest.mark.parametrize("kernel", [DENSE, INT8, FILTER, ATTENTION], ids=lambda k: type(k).__name__)
+def test_the_rules_own_choice_leads_its_space(name: str, kernel: Kernel) -> None:
+    on = device(name)
+    first = choices(kernel, on)[0]
+    chosen, ruled = (schedule(kernel, on, act_storage(on), choice) for choice in (first, None))
+    for one, other in zip(chosen.steps, ruled.steps, strict=True):
+        assert one.func.script() == other.func.script()
+
+
+def test_the_rules_own_tile_leads_its_space_on_gpus() -> None:
+    on, kernel = device("jetson-tx2"), Dense(m=196, n=96, k=64)
+    first = choices(kernel, on)[0]
+    chosen, ruled = (schedule(kernel, on, act_storage(on), choice) for choice in (first, None))
+    assert chosen.steps[0].func.script() == ruled.steps[0].func.script()
+
+
+@pytest.mark.parametrize("name", ["x86-64-v4", "raspberry-pi-5", "jetson-tx2"])
+def test_choices_survive_json_and_nothing_else_is_accepted(name: str) -> None:
+    on, kernel = device(name), Dense(m=196, n=384, k=1536)
+    for choice in choices(kernel, on)[:5]:
+        assert parse_choice(kernel, on, to_json(choice)) == choice
+    values = dict(to_json(choices(kernel, on)[0]))
+    field = next(name for name, value in values.items() if isinstance(value, int))
+    hostile: list[dict[str, object]] = [
+        {},
+        values | {field: 10**9},
+        values | {field: -1},
+        values | {field: float(values[field])},  # type: ignore[arg-type]
+        values | {field: str(values[field])},
+        values | {field: [values[field]]},
+        values | {"more": 1},
+        {key: value for key, value in values.items() if key != field},
+    ]
+    for wrong in hostile:
+        with pytest.raises(ValueError, match="design space"):
+            parse_choice(kernel, on, wrong)
+
+
+@pytest.mark.parametrize(
+    ("trace", "why"),
+    [
+        ("", "damaged"),
+        ("[" * 100_000, "damaged"),
+        ("[[], []", "damaged"),
+        ('[[["Split"]], []]', "damaged|unpack"),
+        ('[[["UnsafeSetDType", [], [], []]], []]', "may not contain"),
+        ('[[["Annotate", ["b0", "x"], ["pragma_import_llvm"], []]], []]', "may not annotate"),
+    ],
+)
+def test_a_generated_schedule_only_transforms_loops(trace: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        GeneratedSchedule.parse({"trace": trace})
+
+
+def test_keys_say_what_is_computed_and_for_which_instructions() -> None:
+    assert kernel_key(Dense(m=1, n=2, k=3)) == "Dense(m=1, n=2, k=3)"
+    assert kernel_key(LayerNorm(rows=4, n=8, eps=1e-6)) == "LayerNorm(rows=4, n=8, eps=1e-06)"
+    assert device_key(device("jetson-tx2")) == "cuda sm_62 2 SM"
+    pi5 = device("raspberry-pi-5")
+    assert isinstance(pi5, Cpu)
+    assert device_key(pi5) == "aarch64 cortex-a76 sdot"
+    assert device_key(dataclasses.replace(pi5, cores=1, clock_ghz=3.0)) == device_key(pi5)

@@ -1,0 +1,134 @@
+"""The tuning database as a file: what goes in comes out, and nothing else gets in."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from gfcompile.runtime.errors import UserError
+from gfcompile.targets.target import Cpu, Target, find_target
+from gfcompile.targets.tvm.choices import choices, device_key, kernel_key, to_json
+from gfcompile.targets.tvm.kernel import Dense
+from gfcompile.targets.tvm.tuning.database import Database, Entry, load, shipped
+
+KERNEL = Dense(m=196, n=384, k=1536)
+
+
+def pi4() -> Cpu:
+    target = find_target("raspberry-pi-4")
+    assert isinstance(target, Target)
+    return target.cpu
+
+
+def entry(**changes: object) -> Entry:
+    found = Entry(
+        kernel=kernel_key(KERNEL),
+        target=device_key(pi4()),
+        schedule="cpu_dense/1",
+        choice=to_json(choices(KERNEL, pi4())[3]),
+        how="static",
+        unit="instructions",
+        cost=90.0,
+        default_cost=100.0,
+        trials=12,
+        device="cortex-a72 under QEMU",
+    )
+    return dataclasses.replace(found, **changes)  # type: ignore[arg-type]
+
+
+def test_entries_survive_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "db.json"
+    Database([entry()]).save(path)
+    again = load(path)
+    assert again.entries == (entry(),)
+    tuned = again.tuned([KERNEL, Dense(m=1, n=2, k=3)], pi4())
+    assert {kernel: (t.choice, t.how) for kernel, t in tuned.items()} == {
+        KERNEL: (choices(KERNEL, pi4())[3], "static")
+    }
+    Database([entry(cost=80.0)]).save(path)
+    assert load(path).entries[0].cost == 80.0
+    assert [file.name for file in path.parent.iterdir()] == ["db.json"]
+
+
+@pytest.mark.parametrize("other", ["kernel", "target", "schedule"])
+def test_an_entry_for_something_else_changes_nothing(other: str) -> None:
+    database = Database([entry(**{other: "cpu_dense/0"})])
+    assert database.tuned([KERNEL], pi4()) == {}
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "db.json"
+    Database([entry()]).save(path)
+
+    def full(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="disk full"):
+        Database().save(path)
+    assert load(path).entries == (entry(),)
+    assert [file.name for file in tmp_path.iterdir()] == ["db.json"]
+
+
+def document(**changes: object) -> str:
+    good = dataclasses.asdict(entry())
+    return json.dumps(
+        {"format": "gfcompile tuning", "version": 1, "entries": [{**good, **changes}]}
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "null",
+        "[" * 100_000,
+        '{"format": "gfcompile tuning", "version": 2, "entries": []}',
+        '{"format": "gfcompile tuning", "version": 1, "entries": {}}',
+        '{"format": "gfcompile tuning", "version": 1, "entries": [1]}',
+        '{"format": "gfcompile tuning", "version": 1, "entries": [{}]}',
+        document(more=1),
+        document(how="guessed"),
+        document(unit="parsecs"),
+        document(cost="fast"),
+        document(cost=-1),
+        document(cost=True),
+        document(choice=[]),
+        document(kernel=3),
+        document(device="x" * 10_000),
+        document(cost=float("nan")),
+        document(how=["static"]),
+    ],
+)
+def test_what_is_no_database_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "db.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"db\.json is not a tuning database"):
+        load(path)
+
+
+def test_bytes_that_are_no_text_and_files_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "db.json"
+    with pytest.raises(UserError, match="No such file"):
+        load(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="UTF-8"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "choice", [{"rows": 10**6}, {"rows": 7, "vectors": 3, "unroll": 64, "order": "columns"}, {}]
+)
+def test_a_choice_outside_the_design_space_is_refused(choice: dict[str, object]) -> None:
+    database = Database([entry(choice=choice)], "db.json")
+    with pytest.raises(UserError, match=r"db\.json: the entry for Dense.* design space"):
+        database.tuned([KERNEL], pi4())
+
+
+def test_what_is_shipped_is_small_and_marked() -> None:
+    entries = shipped().entries
+    assert len({entry.key for entry in entries}) == len(entries)
+    for found in entries:
+        assert found.cost < found.default_cost
+        assert found.how == "static" or found.unit == "ms"
