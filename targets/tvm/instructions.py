@@ -172,7 +172,7 @@ class _Counter:
                 self.add("convert", node.ty, times, lanes)
             case ir_expr.TensorLoad():
                 self.memory("load", node.source, node.ty, times, lanes)
-            case ir_expr.Call() if not str(getattr(node.ty, "dtype", "")):  # it returns nothing
+            case ir_expr.Call() if _is_tile_instruction(node):
                 self.tile(node, times)
                 return
             case ir_expr.Call():
@@ -275,6 +275,12 @@ def _is_integer_product(node: Any) -> bool:
         and str(node.ty.dtype).startswith(("int16x", "int32x"))
         and str(node.args[-1].ty.dtype).startswith(("int8x", "uint8x", "int16x"))
     )
+
+
+def _is_tile_instruction(node: Any) -> bool:
+    """Whether it is an LLVM intrinsic that returns nothing: one of AMX."""
+    name = str(getattr(node.op, "name", ""))
+    return name.startswith("tirx.call_llvm") and not str(getattr(node.ty, "dtype", "?"))
 
 
 def _product_operations(node: Any) -> int:

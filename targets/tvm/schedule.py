@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from gfcompile.targets.target import Cpu, Gpu
+from gfcompile.targets.target import Cpu, Gpu, Target
 from gfcompile.targets.tvm.choices import Choice
 from gfcompile.targets.tvm.kernel import (
     ActStorage,
@@ -76,19 +76,26 @@ _SCHEDULES: dict[type, tuple[Callable[..., Scheduled], Callable[..., Scheduled]]
 }
 
 
-def act_storage(device: Cpu | Gpu) -> ActStorage:
-    """How int8 activations lie in memory on `device`."""
+def _one(device: Cpu | Gpu | Target) -> Cpu | Gpu:
+    """The processor that kernels are for: of a target its GPU, or its least CPU."""
+    return (device.gpu or device.cpu) if isinstance(device, Target) else device
+
+
+def act_storage(device: Cpu | Gpu | Target) -> ActStorage:
+    """How int8 activations lie in memory on `device`, of a target its least one."""
+    device = _one(device)
     return ActStorage() if isinstance(device, Gpu) else cpu_dense.act_storage(device)
 
 
 def schedule(
-    kernel: Kernel, device: Cpu | Gpu, storage: ActStorage, choice: Choice | None = None
+    kernel: Kernel, device: Cpu | Gpu | Target, storage: ActStorage, choice: Choice | None = None
 ) -> Scheduled:
     """The functions that compute `kernel` on `device`.
 
     Args:
         choice: of the kernel's design space, see `choices`; by default the schedule's own rule.
     """
+    device = _one(device)
     chosen = () if choice is None else (choice,)
     if isinstance(kernel, Generic):
         if isinstance(device, Gpu):

@@ -13,11 +13,13 @@ from tvm.script.ir_builder import tirx as I
 
 from gfcompile.targets.tvm.kernel import ActStorage, Array, Scheduled, Step, quant_args
 from gfcompile.targets.tvm.schedules.math import (
+    GELU_TO_QUANTIZE_ERROR,
     dequantize,
     erf,
     exp,
     exp2,
     gelu,
+    gelu_to_quantize,
     half_to_float,
     quantize,
 )
@@ -63,6 +65,11 @@ def test_erf_and_gelu_hold_their_stated_bounds(cpu: str) -> None:
     error = np.abs(apply(gelu, v, "float32", cpu) - 0.5 * wide * (1 + exact(wide / np.sqrt(2))))
     # Half of erf's error, and the rounding of three multiplications and one addition.
     assert (error <= (0.5 * 5e-7 + 2 * EPS) * np.abs(wide)).all()
+    coarse = apply(gelu_to_quantize, v, "float32", cpu) - 0.5 * wide * (
+        1 + exact(wide / np.sqrt(2))
+    )
+    assert (np.abs(coarse) <= GELU_TO_QUANTIZE_ERROR + EPS * np.abs(wide)).all()
+    assert np.abs(coarse[np.abs(v) < 4.2]).max() <= 3e-5
 
 
 @pytest.mark.parametrize("cpu", SOME_CPUS)

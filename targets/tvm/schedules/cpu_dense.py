@@ -34,7 +34,13 @@ from gfcompile.targets.tvm.schedules.cpu_dot import (
     act_storage,
     product_of,
 )
-from gfcompile.targets.tvm.schedules.math import Expr, gelu, half_to_float, quantize
+from gfcompile.targets.tvm.schedules.math import (
+    Expr,
+    gelu,
+    gelu_to_quantize,
+    half_to_float,
+    quantize,
+)
 
 __all__ = [
     "Blocks",
@@ -387,13 +393,14 @@ def finish(
     value = acc
     if operands.scale is not None:
         value = tirx.Cast("float32", acc) * operands.scale[column]
+    activation = gelu_to_quantize if kernel.out == "int8" else gelu
     if kernel.gelu and not kernel.residual_first:
-        value = gelu(value)
+        value = activation(value)
     if rows:
         addend = operands.residual[row if rows >= kernel.m else row % rows, column]
         value = value + (half_to_float(addend) if kernel.residual_dtype == "float16" else addend)
     if kernel.gelu and kernel.residual_first:
-        value = gelu(value)
+        value = activation(value)
     if kernel.out != "int8":
         return value
     quant = operands.quant
