@@ -78,8 +78,8 @@ AVX512_AMX = dataclasses.replace(
 X86_64 = register_target(
     Target(
         name="x86-64",
-        description="any x86 since 2009, by the best of SSE4.2, AVX2, AVX-512 with VNNI and AMX "
-        "that it finds (nominal 2 GHz, 2 x DDR3-1333)",
+        description="any x86 since 2009, by the best that it has of SSE4.2, AVX2, VNNI and AMX "
+        "(2 GHz, DDR3)",
         cpu=SSE,
         levels=(AVX2, AVX512_VNNI, AVX512_AMX),
         bandwidth_gb_s=21.3,

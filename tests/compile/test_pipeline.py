@@ -108,7 +108,7 @@ def test_the_jetson_bundle_itself_runs_as_arm64_behind_the_stand_in_driver(
         sources.append((source, gpu))
         return build_standin(source, gpu, arch, folder)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("gfcompile.compile.verify.build_standin", remember)
+    monkeypatch.setattr("gfcompile.targets.tvm.standin.twin.build_standin", remember)
     bundle = compiled(tmp_path, "jetson-tx2", "int8", dump=tmp_path / "dump")
     ((source, gpu),) = sources
     driver = build_standin(source, gpu, "aarch64", tmp_path / "driver")
