@@ -84,7 +84,10 @@ class Environments:
                     make(fresh)
                 except (subprocess.CalledProcessError, OSError, zipfile.BadZipFile) as error:
                     lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-                    raise CannotBeMadeError(f"{name} cannot be made: {lines[-1]}") from error
+                    raise CannotBeMadeError(
+                        f"{name} cannot be made from PyPI's and Debian's packages; is there a "
+                        f"network? {lines[-1]}"
+                    ) from error
                 try:
                     fresh.rename(place)
                 except OSError:
