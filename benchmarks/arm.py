@@ -1,0 +1,375 @@
+"""Instructions that an inference retires on ARM: our bundles beside LiteRT and ONNX Runtime.
+
+    python benchmarks/arm.py [--quick] [--json FILE]
+
+Everything runs under QEMU as Cortex-A53, A72 and A76, so what is counted is exact and the same on
+any machine, but it is no time: which instructions they are, and what memory costs, is not in it.
+One inference is what a process with two retires, less one with one. Ours run by gfbench; the peers
+run by their own arm64 wheels in an arm64 CPython, kept in the user's cache: LiteRT on our .tflite,
+ONNX Runtime on the graph that our kernels were compiled from, its int8 activations signed and
+unsigned. Where that Python cannot be made, they are left out, and a line says why. Exits with 1 if
+a bound is missed.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import onnx_ir
+from cpu import EXACT, Check, describe_machine
+from environments import LITERT_WHEELS, CannotBeMadeError, Environments
+from peers import SAME_GRAPH, UNSIGNED, Array, Precision, onnx_runtime, unsigned
+
+from gfcompile.compile.bundle import Bundle
+from gfcompile.compile.cache import open_cache
+from gfcompile.compile.pipeline import CompileConfig, compile_model, lowered_graph
+from gfcompile.compile.progress import SilentProgress
+from gfcompile.runtime.bench import BENCH_NAME
+from gfcompile.runtime.devices.qemu import QemuDevice
+from gfcompile.runtime.errors import DeviceError, GfcompileError
+from gfcompile.runtime.images import Transform, preprocess, stand_in_photos
+
+MODEL, CLASSES = "gfnet_xs", 1000
+TARGETS: Mapping[str, str] = {
+    "cortex-a53": "raspberry-pi-3",
+    "cortex-a72": "raspberry-pi-4",
+    "cortex-a76": "raspberry-pi-5",
+}
+PRECISIONS: tuple[Precision, ...] = ("float32", "int8")
+OURS, LITERT = "gfcompile", "LiteRT"
+# Of our instructions over those of the best peer; a peer counts if its logits are as exact.
+BOUNDS: Mapping[tuple[str, Precision], float] = {
+    ("cortex-a53", "float32"): 0.90,
+    ("cortex-a72", "float32"): 0.90,
+    ("cortex-a76", "float32"): 0.90,
+    ("cortex-a72", "int8"): 0.88,
+    ("cortex-a76", "int8"): 0.80,
+}
+# MNN is not run here: what it retired when it was, and 5% on top.
+MAX_FLOAT_GIGA = 0.836 * 1.05
+NOT_CONVERTED = ("ncnn", "MNN")
+
+ONNX_RUNTIME_WHEELS = ("onnxruntime==1.31.1", "packaging")
+ENVIRONMENTS = Environments("gfcompile-benchmarks")
+# One thread throughout, and nothing that differs from one start of Python to the next.
+SETTINGS = {"OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+PEER_SCRIPT = Path(__file__).with_name("arm_peer.py").resolve()
+TIMEOUT_S = 3600.0  # only against what hangs: a busy machine is slow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A program that computes one image's logits a number of times, under QEMU.
+
+    Attributes:
+        qemu: how QEMU is called; empty for programs that need arm64's C library alone.
+        once, twice: the command that computes them so often and writes them to logits.f32.
+    """
+
+    cpu: str
+    precision: Precision
+    contender: str
+    qemu: tuple[str, ...] = ()
+    once: tuple[str, ...]
+    twice: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One contender on one CPU.
+
+    Attributes:
+        instructions: retired by one inference.
+        ratio: ours over this one's; below 1 we retire fewer.
+        cosine: of its logits with those of the float graph.
+    """
+
+    cpu: str
+    precision: Precision
+    contender: str
+    instructions: int
+    ratio: float
+    cosine: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parse(argv)
+    cpus = list(TARGETS)[-1:] if options.quick else list(TARGETS)
+    machine = describe_machine()
+    absent = dict.fromkeys(NOT_CONVERTED, "this script does not convert for it")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            results = compare(cpus, Path(folder), absent)
+        except GfcompileError as error:
+            print(f"arm.py: {error}", file=sys.stderr)
+            return error.exit_code
+    checks = judge(results)
+    print_table(results)
+    print()
+    for name, reason in absent.items():
+        print(f"left out: {name}: {reason}")
+    for check in checks:
+        verdict = "pass" if check.passed else "MISSED"
+        print(f"{verdict}: {check.what}: {check.value:.3f}, at most {check.bound:.3g}")
+    if options.json:
+        report = {
+            "benchmark": "arm",
+            "machine": machine,
+            "versions": versions(),
+            "model": MODEL,
+            "absent": absent,
+            "results": [asdict(result) for result in results],
+            "checks": [{**asdict(check), "passed": check.passed} for check in checks],
+        }
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0 if all(check.passed for check in checks) else 1
+
+
+def compare(cpus: Sequence[str], folder: Path, absent: dict[str, str]) -> list[Result]:
+    """All contenders on these CPUs; those that cannot take part go into `absent`."""
+    files = make_files(folder)
+    jobs = [
+        job
+        for cpu in cpus
+        for precision in PRECISIONS
+        for job in (our_job(cpu, precision, files), *peer_jobs(cpu, precision, files, absent))
+    ]
+    # Counts do not depend on what else runs, so all cores may be used.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        measured = list(pool.map(measure, jobs))
+    ours = {
+        (job.cpu, job.precision): instructions
+        for job, (instructions, _) in zip(jobs, measured, strict=True)
+        if job.contender == OURS
+    }
+    return [
+        Result(
+            cpu=job.cpu,
+            precision=job.precision,
+            contender=job.contender,
+            instructions=instructions,
+            ratio=ours[job.cpu, job.precision] / instructions,
+            cosine=_cosine(logits, files.expected),
+        )
+        for job, (instructions, logits) in zip(jobs, measured, strict=True)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """What the peers run, and the image for all.
+
+    Attributes:
+        image, two_images, channels_last: the same pixels as NCHW, twice that, and as NHWC.
+        expected: the logits of the float graph.
+    """
+
+    folder: Path
+    image: Path
+    two_images: Path
+    channels_last: Path
+    expected: Array
+
+    def tflite(self, precision: Precision) -> Path:
+        return self.folder / f"{precision}.tflite"
+
+    def onnx(self, precision: Precision, *, signed: bool = True) -> Path:
+        return self.folder / f"{precision}{'' if signed else '-unsigned'}.onnx"
+
+
+def make_files(folder: Path) -> Files:
+    """The peers' models, with the weights and scales of our bundles, and the image."""
+    files = Files(
+        folder=folder,
+        image=folder / "image.f32",
+        two_images=folder / "two-images.f32",
+        channels_last=folder / "image-nhwc.f32",
+        expected=np.empty(0),
+    )
+    graphs = {}
+    for precision in PRECISIONS:
+        # The targets choose the same form for the filters, so this is the graph of all of them.
+        config = CompileConfig(model=MODEL, target=TARGETS["cortex-a76"], precision=precision)
+        with open_cache() as cache:
+            lowered = lowered_graph(config, cache, SilentProgress())
+        graphs[precision] = onnx_ir.to_proto(lowered.model)
+        files.onnx(precision).write_bytes(graphs[precision].SerializeToString())
+        bundle = compiled("tflite", precision, folder / f"tflite-{precision}")
+        shutil.copyfile(bundle.path / bundle.manifest.library, files.tflite(precision))
+        transform = Transform.from_dict(dict(bundle.manifest.transform or {}))
+    turned = unsigned(graphs["int8"]).SerializeToString()
+    files.onnx("int8", signed=False).write_bytes(turned)
+    image = preprocess(stand_in_photos()[0], transform)
+    image.tofile(files.image)
+    np.concatenate([image, image]).tofile(files.two_images)
+    np.ascontiguousarray(image.transpose(0, 2, 3, 1)).tofile(files.channels_last)
+    expected = onnx_runtime("", graphs["float32"], 1).run(image)
+    return replace(files, expected=expected)
+
+
+def compiled(target: str, precision: Precision, output: Path) -> Bundle:
+    print(f"compiling {MODEL} for {target}, {precision}", file=sys.stderr)
+    return compile_model(
+        CompileConfig(model=MODEL, target=target, precision=precision, output=output)
+    )
+
+
+def our_job(cpu: str, precision: Precision, files: Files) -> Job:
+    bundle = compiled(TARGETS[cpu], precision, files.folder / f"{cpu}-{precision}").path
+    once, twice = (
+        (str(bundle / BENCH_NAME), str(bundle), "--input", str(image), "--output", "logits.f32")
+        for image in (files.image, files.two_images)
+    )
+    return Job(cpu=cpu, precision=precision, contender=OURS, once=once, twice=twice)
+
+
+def peer_jobs(
+    cpu: str, precision: Precision, files: Files, absent: dict[str, str]
+) -> Iterator[Job]:
+    """The peers on this CPU; none, and a line that says why, without a Python for them."""
+    wheels = (*LITERT_WHEELS, *ONNX_RUNTIME_WHEELS)
+    try:
+        python = ENVIRONMENTS.arm64_python(cpu, "arm64-peers", wheels, SETTINGS)
+    except CannotBeMadeError as error:
+        absent |= dict.fromkeys((LITERT, "ONNX Runtime"), str(error))
+        return
+    contenders = {
+        LITERT: ("litert", files.tflite(precision), files.channels_last),
+        SAME_GRAPH: ("onnxruntime", files.onnx(precision), files.image),
+    }
+    if precision == "int8":
+        contenders[UNSIGNED] = ("onnxruntime", files.onnx("int8", signed=False), files.image)
+    for name, (peer, model, image) in contenders.items():
+        command = (python.program, str(PEER_SCRIPT), peer, str(model), str(image))
+        yield Job(
+            cpu=cpu,
+            precision=precision,
+            contender=name,
+            qemu=python.qemu,
+            once=(*command, "1"),
+            twice=(*command, "2"),
+        )
+
+
+class ContenderDevice(QemuDevice):
+    """Where a contender runs: a peer's Python brings its own file system, not the C library's."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(f"qemu:{job.cpu}", job.cpu)
+        if job.qemu:
+            self._command = list(job.qemu)
+
+
+def measure(job: Job) -> tuple[int, Array]:
+    """What one inference retires, and its logits.
+
+    Raises:
+        DeviceError: the program failed, or this QEMU takes no plugins.
+    """
+    print(f"counting {job.cpu} {job.precision}: {job.contender}", file=sys.stderr)
+    with ContenderDevice(job) as device:
+        counts = []
+        for command in (job.once, job.twice):
+            count = device.count_instructions(command, timeout_s=TIMEOUT_S)
+            if count is None:
+                done = device.run(command, timeout_s=TIMEOUT_S)
+                reason = done.reason if done.status else "this QEMU takes no plugins"
+                raise DeviceError(f"{job.contender} as {job.cpu} was not counted: {reason}")
+            counts.append(count)
+        logits = np.frombuffer(device.fetch("logits.f32"), np.float32)[:CLASSES]
+    once, twice = counts
+    return twice - once, logits
+
+
+def judge(results: Sequence[Result]) -> list[Check]:
+    """The bounds that these results allow to be checked."""
+    checks: list[Check] = []
+    for own in results:
+        if own.contender != OURS:
+            continue
+        rivals = [
+            r
+            for r in results
+            if (r.cpu, r.precision) == (own.cpu, own.precision)
+            and r.contender != OURS
+            and r.cosine >= EXACT
+        ]
+        what = f"{own.cpu} {own.precision}"
+        bound = BOUNDS.get((own.cpu, own.precision))
+        if rivals and bound is not None:
+            best = min(rivals, key=lambda r: r.instructions)
+            checks.append(
+                Check(
+                    what=f"{what}: instructions over those of {best.contender}",
+                    value=best.ratio,
+                    bound=bound,
+                )
+            )
+        if own.precision == "float32":
+            checks.append(
+                Check(
+                    what=f"{what}: G instructions, beside MNN's",
+                    value=own.instructions / 1e9,
+                    bound=MAX_FLOAT_GIGA,
+                )
+            )
+    return checks
+
+
+def print_table(results: Sequence[Result]) -> None:
+    print(f"{MODEL}, 1 thread, batch 1: retired instructions per inference, in G")
+    header = ("CPU", "precision", "", "G", "our ratio", "cos")
+    rows = [
+        (
+            r.cpu,
+            r.precision,
+            r.contender,
+            f"{r.instructions / 1e9:.4f}",
+            "" if r.contender == OURS else f"{r.ratio:.3f}",
+            f"{r.cosine:.5f}",
+        )
+        for r in results
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        cells = [
+            cell.ljust(width) if i < 3 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def versions() -> Mapping[str, str]:
+    """Of what was compared, and of what played the CPUs."""
+    wheels = dict(wheel.split("==") for wheel in (LITERT_WHEELS[0], ONNX_RUNTIME_WHEELS[0]))
+    qemu = subprocess.run(
+        ["qemu-aarch64", "--version"], capture_output=True, text=True, check=False
+    ).stdout
+    own = {name: metadata.version(name) for name in ("gfcompile", "apache-tvm")}
+    return own | wheels | {"qemu": qemu.split("\n")[0]}
+
+
+def _cosine(a: Array, b: Array) -> float:
+    a, b = a.ravel().astype(np.float64), b.ravel().astype(np.float64)
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--quick", action="store_true", help="Cortex-A76 alone")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""A peer in a process of its own, on the CPU that it is to be counted on: see arm.py.
+
+    python arm_peer.py litert|onnxruntime MODEL IMAGE INFERENCES
+
+Reads one image, float32 as the model takes it, and writes the logits into the current folder.
+Nothing of gfcompile is imported: this runs in a Python that has the peers and NumPy alone.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+def main(peer: str, model: str, image: str, inferences: str) -> None:
+    run = PEERS[peer](model)
+    pixels = np.fromfile(image, np.float32)
+    for _ in range(int(inferences)):
+        logits = run(pixels)
+    logits.astype(np.float32).tofile("logits.f32")
+
+
+def litert(model: str) -> Callable[[Array], Array]:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_path=model, num_threads=1)
+    interpreter.allocate_tensors()
+    (source,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
+
+    def run(pixels: Array) -> Array:
+        interpreter.set_tensor(source["index"], pixels.reshape(source["shape"]))
+        interpreter.invoke()
+        return np.asarray(interpreter.get_tensor(result["index"]))
+
+    return run
+
+
+def onnx_runtime(model: str) -> Callable[[Array], Array]:
+    import onnxruntime as ort
+
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = 1
+    settings.inter_op_num_threads = 1
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    settings.log_severity_level = 3
+    session = ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+    (source,) = session.get_inputs()
+
+    def run(pixels: Array) -> Array:
+        return np.asarray(session.run(None, {source.name: pixels.reshape(source.shape)})[0])
+
+    return run
+
+
+PEERS: dict[str, Callable[[str], Callable[[Array], Array]]] = {
+    "litert": litert,
+    "onnxruntime": onnx_runtime,
+}
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
