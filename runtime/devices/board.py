@@ -48,8 +48,11 @@ read_command getprop ro.product.manufacturer
 read_command getprop ro.product.model
 read_command getprop ro.build.version.release
 read_command settings get global low_power
-ps -A -o pcpu= -o comm= 2>/dev/null | sort -rn | head -n 4 |
-    while read -r share name; do printf 'ps\t%s %s\n' "$share" "$name"; done
+# All but who asks.
+ps -A -o pid= -o pcpu= -o comm= 2>/dev/null |
+    while read -r pid share name; do
+        [ "$pid" = "$PPID" ] || printf 'ps\t%s %s\n' "$share" "$name"
+    done | sort -k 2 -rn | head -n 4
 """
 
 # Bits of vcgencmd get_throttled on a Raspberry Pi; 16 higher: since it was switched on.
