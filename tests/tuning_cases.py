@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gfcompile.runtime.errors import CompileError
 from gfcompile.targets.target import Target
 from gfcompile.targets.tvm.choices import Choice
 from gfcompile.targets.tvm.emit import Artifact
@@ -68,3 +69,16 @@ class TrickyTask(Task):
         if rows == 2:
             time.sleep(600)
         return super().build(choice, folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefusingTask(Task):
+    """Cannot be built, and says for which target."""
+
+    kernel: Kernel
+    target: Target
+    uses: int
+    program: Program
+
+    def build(self, choice: Choice | None, folder: Path) -> Artifact:  # noqa: ARG002
+        raise CompileError(self.target.name)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from boards import adb_board, ssh_board
-from tuning_cases import DENSE, TrickyTask, dense_task, program
+from tuning_cases import DENSE, RefusingTask, TrickyTask, dense_task, program
 from tvm import te
 
 from gfcompile.runtime.devices import open_device
@@ -180,6 +180,16 @@ def test_a_candidate_that_crashes_or_hangs_the_compiler_is_just_a_failure(
     assert isinstance(good, Built)
     assert isinstance(other, Built)
     assert (good.folder / "plan.bin").is_file()
+
+
+def test_a_task_is_never_taken_for_one_that_is_gone(tmp_path: Path, builders: Builders) -> None:
+    # CPython gives the address, thus the id, of an object that is gone to the next of its size.
+    for index in range(8):
+        name = ("raspberry-pi-4", "host")[index % 2]
+        task = RefusingTask(kernel=DENSE, target=target(name), uses=1, program=program())
+        (refused,) = builders.build([Job(task=task, choice=None, folder=tmp_path)])
+        del task
+        assert str(refused).endswith(name)
 
 
 @pytest.mark.parametrize(

@@ -101,11 +101,15 @@ class Builders:
 
 @dataclass
 class _Worker:
-    """A process that builds, started when it is first needed."""
+    """A process that builds, started when it is first needed.
+
+    Attributes:
+        known: the tasks it was sent, by identity; kept, so that no later one gets the same.
+    """
 
     process: SpawnProcess | None = None
     connection: Connection | None = None
-    known: set[int] = field(default_factory=set)
+    known: dict[int, Task] = field(default_factory=dict)
 
     def begin(self, job: Job) -> Connection:
         """Sends the job, and returns where its result arrives."""
@@ -120,7 +124,7 @@ class _Worker:
         task = None if identity in self.known else job.task
         with suppress(OSError):  # it died while idle: `result` finds out
             self.connection.send((identity, task, job.choice, job.folder, job.stand_in))
-        self.known.add(identity)
+        self.known[identity] = job.task
         return self.connection
 
     def result(self) -> Built | CandidateError:
