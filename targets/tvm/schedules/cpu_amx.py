@@ -67,7 +67,7 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
     tile = Tile(rows=block_rows, vectors=paired)
     columns = Columns(kernel=kernel, product=product, tile=tile)
     lanes = product.lanes
-    tasks = cut(kernel, row_steps, columns.tiles)
+    tasks = cut(kernel, product, row_steps, columns.tiles)
 
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")

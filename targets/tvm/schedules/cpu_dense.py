@@ -33,6 +33,7 @@ from tvm.script.ir_builder import tirx as I
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.kernel import ActStorage, Array, Dense, Scheduled, Step
 from gfcompile.targets.tvm.schedules.cpu_dot import (
+    X86_BLOCK,
     Buffer,
     Product,
     Tile,
@@ -69,18 +70,23 @@ __all__ = [
 # Tasks to split a kernel into: enough for the 8 to 12 cores of the largest boards.
 _TASKS = 16
 # The model of a core that chooses tiles: cycles of a vector instruction, and of a load besides
-# (fitted to some 20 tiles on AVX2 and AVX-512); the least between two additions to one
+# (fitted to some 20 tiles on AVX2 and AVX-512), and what a load takes more of a whole line of
+# weights, which come from the second-level cache; the least between two additions to one
 # accumulator; what it takes to fill and drain the pipeline around a tile.
 _INSTRUCTION = 0.5
 _LOAD = 0.2
+_FAR_LINE = 0.2
+_LINE_BYTES = 64
 _LATENCY = 4
 _TILE_START = 30
 # Vectors of accumulators in a tile: more hide no further latency, and every one is code.
 _ACCUMULATORS = 24
 # TVM keeps smaller arrays on the stack.
 _LOCAL_BYTES = 1024
-# Bytes of weights that take as long as a byte of activations that another core wrote: measured.
+# Weights that take as long to read as an activation that another core wrote: measured. And the bytes
+# that stay in a second-level cache of x86, so that one thread may read them twice.
 _WEIGHTS_PER_ACTIVATION = 3
+_WEIGHT_BYTES = 1 << 20
 # Tiles that the model calls slower than this, compared with its best, are not worth measuring.
 _WORTH_MEASURING = 1.5
 
@@ -119,7 +125,7 @@ def dense_choices(kernel: Dense, cpu: Cpu) -> Sequence[DenseChoice]:
         DenseChoice(rows=tile.rows, vectors=tile.vectors, unroll=unroll, order=order)
         for tile in sorted(near, key=lambda tile: cycles[tile])
         for order in get_args(Order)
-        for unroll in (1, 2)
+        for unroll in sorted((1, 2), key=lambda unroll: unroll != _default(product, tile).unroll)
     ]
 
 
@@ -130,7 +136,7 @@ def schedule_dense(
     product = product_of(kernel, cpu)
     if choice is None:
         tile = choose_tile(kernel, product, cpu.vector_registers)
-        choice = DenseChoice(rows=tile.rows, vectors=tile.vectors)
+        choice = _default(product, tile)
     tile = choice.tile
     k = ceil(kernel.k / product.group) * product.group
     steps, temps = [], {}
@@ -146,6 +152,17 @@ def schedule_dense(
     steps.append(Step(func=func, args=(x, *operand_names(kernel))))
     pack = packing(kernel, product, tile, storage, block=columns.block)
     return Scheduled(steps=tuple(steps), pack=pack, temps=temps)
+
+
+def _default(product: Product, tile: Tile) -> DenseChoice:
+    """The rule's own choice with a tile: integers on AVX-512 gain by a longer loop."""
+    longer = _loads_lines(product) and product.group > 1
+    return DenseChoice(rows=tile.rows, vectors=tile.vectors, unroll=2 if longer else 1)
+
+
+def _loads_lines(product: Product) -> bool:
+    """Whether a vector of weights is a whole cache line, as with AVX-512."""
+    return product.lanes * 4 == _LINE_BYTES
 
 
 def choose_tile(kernel: Dense, product: Product, registers: int) -> Tile:
@@ -189,7 +206,8 @@ def tile_cycles(product: Product, tile: Tile, k: int) -> float:
     """Cycles of `tile_sums`, by the model above."""
     per_multiply, per_vector = product.operations
     operations = tile.rows * tile.vectors * per_multiply + tile.vectors * per_vector
-    step = max(_INSTRUCTION * operations + _LOAD * product.loads(tile), _LATENCY)
+    far = _FAR_LINE * tile.vectors if _loads_lines(product) else 0
+    step = max(_INSTRUCTION * operations + _LOAD * product.loads(tile) + far, _LATENCY)
     return ceil(k / product.group) * step + _TILE_START
 
 
@@ -311,7 +329,7 @@ def _dense(
     by_rows = choice.order == "rows"
     row_tiles = ceil(m / tile.rows)
     blocks = row_blocks(columns.tiles, row_tiles)
-    by_columns = cut(kernel, row_tiles, columns.tiles)
+    by_columns = cut(kernel, product, row_tiles, columns.tiles)
 
     def tiles_of(task: Expr) -> tuple[Expr, Expr]:
         """Opens the loop over the tiles of a task: the row and the column of one."""
@@ -597,14 +615,19 @@ class Tasks:
         return column, part * middle, tirx.Select(part == 0, middle, self.steps - middle)
 
 
-def cut(kernel: Dense, steps: int, columns: int) -> Tasks:
+def cut(kernel: Dense, product: Product, steps: int, columns: int) -> Tasks:
     """The tasks of a kernel with so many columns of so many tiles.
 
     Where a thread gets rows, it reads all weights, and activations that it wrote itself; where it
-    gets columns, its share of the weights, and activations of all threads.
+    gets columns, its share of the weights, and activations of all threads. ARM's cores share a
+    cache.
     """
     weights, activations = kernel.n * kernel.k, kernel.m * (kernel.n + kernel.k)
-    by_rows = weights <= _WEIGHTS_PER_ACTIVATION * activations
+    by_rows = (
+        product.block == X86_BLOCK
+        and weights <= _WEIGHTS_PER_ACTIVATION * activations
+        and weights * np.dtype(product.w_dtype).itemsize <= _WEIGHT_BYTES
+    )
     parts = row_blocks(steps, columns)
     if by_rows:
         parts = max(parts, min(2, steps))
