@@ -118,7 +118,9 @@ def _verify_at(
         got = [{name: trace[name] for name in wanted[0]} for trace in traces]
         agreement = compare_int8(wanted, got, expected, actual, logits_step=_last_scale(program))
         if not agreement.logits_agree:
-            others = other_evaluations(model, partial(run, images=images))
+            others = other_evaluations(
+                model, partial(run, images=images), flipped=1 - agreement.equal
+            )
             agreement = agreement.with_own_spread(expected, others)
     entry = compare(
         "artifact",

@@ -271,7 +271,9 @@ def _verify(
             logits_limit=_HALF_MAX_LOGIT_STEPS if half else MAX_LOGIT_STEPS,
         )
         if not int8.logits_agree:
-            others = other_evaluations(graph, partial(run, images=reference.images))
+            others = other_evaluations(
+                graph, partial(run, images=reference.images), flipped=1 - int8.equal
+            )
             int8 = int8.with_own_spread(expected, others)
     if reference.pruning is not None:
         places = [[trace[name] for name in chosen] for trace in traces]

@@ -142,7 +142,9 @@ def _verified(
             logits_limit=_max_logit_steps(len(activations), integer_only=integer_only),
         )
         if not agreement.logits_agree:
-            others = other_evaluations(model, partial(run_given, given=places, images=inputs))
+            others = other_evaluations(
+                model, partial(run_given, given=places, images=inputs), flipped=1 - agreement.equal
+            )
             agreement = agreement.with_own_spread(expected, others)
     entry = compare(
         "artifact",
