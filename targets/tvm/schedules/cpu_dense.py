@@ -1,10 +1,14 @@
 """Dense kernels on CPUs: one recipe for every instruction set, float32 and int8.
 
-    for each panel of columns, packed as it is read     (parallel, with blocks of rows)
-      for each tile of rows
-        accumulators = bias
-        for k: accumulators += x * w                    (registers only, see cpu_dot)
-        y = epilogue(accumulators)                      (vectors only)
+    for each part of the rows                           (parallel, with panels)
+      for each panel of columns, packed as it is read
+        for each tile of rows of the part
+          accumulators = bias
+          for k: accumulators += x * w                  (registers only, see cpu_dot)
+          y = epilogue(accumulators)                    (vectors only)
+
+The parts are for threads: each reads most of what it wrote itself in the kernel before. To get a
+line from another core's cache may take a hundred cycles, which is a whole tile's product by AMX.
 
 Nothing is padded but weights: where rows or columns do not divide by the tile, the last tile
 overlaps the one before it and computes the same numbers again. Two tasks may so write the same
@@ -15,6 +19,7 @@ instruction set, from SSE to AMX, so that a library for all of them has its weig
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, Literal, get_args
@@ -50,6 +55,7 @@ __all__ = [
     "act_storage",
     "choose_tile",
     "clamped",
+    "cut",
     "dense_choices",
     "epilogue_width",
     "fits_registers",
@@ -73,6 +79,8 @@ _TILE_START = 30
 _ACCUMULATORS = 24
 # TVM keeps smaller arrays on the stack.
 _LOCAL_BYTES = 1024
+# Bytes of weights that take as long as a byte of activations that another core wrote: measured.
+_WEIGHTS_PER_ACTIVATION = 3
 # Tiles that the model calls slower than this, compared with its best, are not worth measuring.
 _WORTH_MEASURING = 1.5
 
@@ -301,19 +309,26 @@ def _dense(
     """The kernel as a PrimFunc; k is rounded up to whole groups."""
     m, product, tile = kernel.m, columns.product, columns.tile
     by_rows = choice.order == "rows"
-    outer, inner = ceil(m / tile.rows), columns.tiles
-    if not by_rows:
-        outer, inner = inner, outer
-    blocks = row_blocks(inner, outer)
+    row_tiles = ceil(m / tile.rows)
+    blocks = row_blocks(columns.tiles, row_tiles)
+    by_columns = cut(kernel, row_tiles, columns.tiles)
+
+    def tiles_of(task: Expr) -> tuple[Expr, Expr]:
+        """Opens the loop over the tiles of a task: the row and the column of one."""
+        if by_rows:
+            each = columns.tiles // blocks
+            i = frame.enter_context(I.serial(each))
+            return task // blocks, task % blocks * each + i
+        column_tile, first, count = by_columns.at(task)
+        return first + frame.enter_context(I.serial(count)), column_tile
 
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
         I.func_attr({"tirx.noalias": True})
         operands = declare(columns, k, storage)
-        with I.parallel(outer * blocks) as task, I.serial(inner // blocks) as i:
-            row_tile, column_tile = task // blocks, task % blocks * (inner // blocks) + i
-            if not by_rows:
-                row_tile, column_tile = column_tile, row_tile
+        tasks = row_tiles * blocks if by_rows else by_columns.count
+        with I.parallel(tasks) as task, ExitStack() as frame:
+            row_tile, column_tile = tiles_of(task)
             group = column_tile // columns.group_tiles
             first = I.bind(columns.first(column_tile))
             runs = columns.runs(group, first)
@@ -546,6 +561,54 @@ def packing(
     if pad_columns or (kernel.x == "int8" and storage.offset):
         pack["bias"] = pack_bias
     return pack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tasks:
+    """How the tiles of a kernel are cut into tasks: a column of tiles each, of a part of the rows.
+
+    Attributes:
+        steps: tiles of a column.
+        columns: columns of tiles.
+        parts: of the rows. Two parts may differ by a step, others are equal.
+        by_rows: whether a thread gets neighbouring rows rather than neighbouring columns.
+    """
+
+    steps: int
+    columns: int
+    parts: int
+    by_rows: bool
+
+    @property
+    def count(self) -> int:
+        return self.parts * self.columns
+
+    def at(self, task: Expr) -> tuple[Expr, Expr, Expr]:
+        """A task's column, its first step, and how many steps it has."""
+        if self.by_rows:
+            part, column = task // self.columns, task % self.columns
+        else:
+            part, column = task % self.parts, task // self.parts
+        steps, left = divmod(self.steps, self.parts)
+        if not left:
+            return column, part * steps, steps
+        # The step in the middle is the first part's in every other column, else the second's.
+        middle = steps + column % 2
+        return column, part * middle, tirx.Select(part == 0, middle, self.steps - middle)
+
+
+def cut(kernel: Dense, steps: int, columns: int) -> Tasks:
+    """The tasks of a kernel with so many columns of so many tiles.
+
+    Where a thread gets rows, it reads all weights, and activations that it wrote itself; where it
+    gets columns, its share of the weights, and activations of all threads.
+    """
+    weights, activations = kernel.n * kernel.k, kernel.m * (kernel.n + kernel.k)
+    by_rows = weights <= _WEIGHTS_PER_ACTIVATION * activations
+    parts = row_blocks(steps, columns)
+    if by_rows:
+        parts = max(parts, min(2, steps))
+    return Tasks(steps=steps, columns=columns, parts=parts, by_rows=by_rows)
 
 
 def row_blocks(inner: int, outer: int) -> int:
