@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,20 +104,26 @@ def litert(model: str, precision: Precision, threads: int, folder: Path) -> Cont
     """LiteRT with XNNPACK, on our .tflite: the same scales, filters as products."""
     name = "LiteRT, our scales" if precision == "int8" else "LiteRT"
     try:
-        bundle = gfcompile.compile_model(
-            gfcompile.CompileConfig(
-                model=model, target="tflite-xnnpack", precision=precision, output=folder
-            )
-        )
+        interpreter = TfliteInterpreter(_tflite(model, precision, folder), threads=threads)
     except GfcompileError as error:
         return Absent(name=name, reason=str(error))
-    interpreter = TfliteInterpreter(bundle.path / bundle.manifest.library, threads=threads)
 
     def run(image: Array) -> Array:
         (logits,) = interpreter.run(np.ascontiguousarray(image.transpose(0, 2, 3, 1))).values()
         return logits
 
     return Contender(name=name, run=run)
+
+
+@cache
+def _tflite(model: str, precision: Precision, folder: Path) -> Path:
+    """Our .tflite, which serves every number of threads."""
+    bundle = gfcompile.compile_model(
+        gfcompile.CompileConfig(
+            model=model, target="tflite-xnnpack", precision=precision, output=folder
+        )
+    )
+    return bundle.path / bundle.manifest.library
 
 
 def openvino(

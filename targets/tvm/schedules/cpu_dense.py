@@ -83,8 +83,8 @@ _TILE_START = 30
 _ACCUMULATORS = 24
 # TVM keeps smaller arrays on the stack.
 _LOCAL_BYTES = 1024
-# Weights that take as long to read as an activation that another core wrote: measured. And the bytes
-# that stay in a second-level cache of x86, so that one thread may read them twice.
+# Weights that take as long to read as an activation that another core wrote: measured. And the
+# bytes of them that stay in a second-level cache of x86, so that one thread may read them twice.
 _WEIGHTS_PER_ACTIVATION = 3
 _WEIGHT_BYTES = 1 << 20
 # Tiles that the model calls slower than this, compared with its best, are not worth measuring.
