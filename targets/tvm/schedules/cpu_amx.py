@@ -1,10 +1,14 @@
 """Dense int8 kernels on x86 CPUs with AMX: products of whole tiles, 16 rows by 64 bytes each.
 
-    for each pair of blocks of columns                  (parallel, with blocks of rows)
-      for each block of rows                            (two tiles of them)
-        four accumulator tiles = 0
-        for k: accumulators += x * w                    (tdpbusd)
-        y = epilogue(accumulators + bias)               (AVX-512, from memory: tiles have no lanes)
+    for each pair of blocks of columns, each block of rows      (parallel, in slices)
+      four accumulator tiles = 0                                (two tiles of rows, two of columns)
+      for k: accumulators += x * w                              (tdpbusd)
+      y = epilogue(accumulators + bias)                         (AVX-512, from memory: tiles have
+                                                                no lanes)
+
+A model's weights do not fit the caches that are near: with 68 rows, reading them takes as long as
+multiplying them. So the next columns' weights are asked for meanwhile, line by line, in whichever
+of the two loops takes longer; asked for in bursts, they would keep the loads of x and w waiting.
 
 Weights lie as for VNNI, whose groups of four k are the rows of a tile of w. A tile's rows and
 columns are set in steps of one row and four bytes, so nothing has to be padded: blocks of rows and
@@ -29,7 +33,6 @@ from gfcompile.targets.tvm.schedules.cpu_dense import (
     operand_names,
     packing,
     registers,
-    row_blocks,
 )
 from gfcompile.targets.tvm.schedules.cpu_dot import Tile, product_of
 from gfcompile.targets.tvm.schedules.math import Expr
@@ -38,6 +41,8 @@ from gfcompile.targets.tvm.schedules.math import Expr
 # product takes a cycle a row, so nothing is lost.
 _TILE_ROWS = 15
 _TILE_BYTES = 64  # of a row
+# Tasks to split a kernel into. Setting the tiles up takes as long as a dozen products of them.
+_SLICES = 16
 # With fewer rows, a tile does so little for its loads that VNNI is as fast.
 _LEAST_ROWS = 8
 # Accumulators are tiles 0 to 3, (row tile, vector); then those of x, then those of w.
@@ -66,7 +71,12 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
     tile = Tile(rows=block_rows, vectors=paired)
     columns = Columns(kernel=kernel, product=product, tile=tile)
     lanes = product.lanes
-    blocks = row_blocks(row_steps, columns.tiles)
+    blocks = columns.tiles * row_steps
+    slices = min(_SLICES, blocks)
+    chunks = k // depth
+    in_epilogue = chunks < tile_rows
+    turns = row_tiles * tile_rows if in_epilogue else chunks
+    lines = ceil(k * columns.block / (_TILE_BYTES * row_steps * turns))
 
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
@@ -78,24 +88,31 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
         def load_x(t: int, row: Expr, at: Expr) -> None:
             _load(_X_TILE + t, x, [row + t * offset, at], k)
 
-        with I.parallel(columns.tiles * blocks) as task:
-            group = task // blocks // columns.group_tiles
-            first = I.bind(columns.first(task // blocks))
-            column = [I.bind(columns.column(group, first + v)) for v in range(paired)]
-            panel = group * columns.group_blocks + first
+        def prefetch(panel: Expr, turn: Expr) -> None:
+            for v in range(paired):
+                for line in range(lines):
+                    _prefetch(w, [panel + paired + v, turn * lines + line, 0])
+
+        with I.parallel(slices) as task:
             # A tile is stored where the epilogue reads it.
             sums = [
                 [registers(tile_rows * lanes, "int32") for _ in range(paired)]
                 for _ in range(row_tiles)
             ]
             _tile("ldtilecfg", T.address_of(config[0]))
-            with I.serial(row_steps // blocks) as i:
-                step = (task % blocks * (row_steps // blocks) + i) * block_rows
-                row = I.bind(clamped(step, m - block_rows, m % block_rows != 0))
+            with I.serial(task * blocks // slices, (task + 1) * blocks // slices) as block:
+                column_tile, step = block // row_steps, block % row_steps
+                group = column_tile // columns.group_tiles
+                first = I.bind(columns.first(column_tile))
+                column = [I.bind(columns.column(group, first + v)) for v in range(paired)]
+                panel = I.bind(group * columns.group_blocks + first)
+                row = I.bind(clamped(step * block_rows, m - block_rows, m % block_rows != 0))
                 for t in range(row_tiles):
                     for v in range(paired):
                         _tile("tilezero", T.int8(_accumulator(t, v)))
-                with I.serial(k // depth) as chunk:
+                with I.serial(chunks) as chunk:
+                    if not in_epilogue:
+                        prefetch(panel, step * turns + chunk)
                     for t in range(row_tiles):
                         load_x(t, row, chunk * depth)
                     for v in range(paired):
@@ -109,6 +126,8 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
                         _tile("tilestored64", T.int8(_accumulator(t, v)), at, T.int64(4 * lanes))
                 for t in range(row_tiles):
                     with I.serial(tile_rows) as r:
+                        if in_epilogue:
+                            prefetch(panel, step * turns + t * tile_rows + r)
                         for v in range(paired):
                             with I.vectorized(lanes) as lane:
                                 place = (row + t * offset + r, column[v] + lane)
@@ -139,6 +158,16 @@ def _load(tile: int, buffer: Any, at: list[Expr], stride: int) -> None:
 
 def _tile(instruction: str, *args: Expr) -> None:
     I.evaluate(T.call_llvm_intrin("void", f"llvm.x86.{instruction}", *args))
+
+
+def _prefetch(buffer: Any, at: list[Expr]) -> None:
+    """Asks for a line that is soon read, into the second-level cache.
+
+    It may lie behind the buffer: asking for what is not there does nothing.
+    """
+    read, second_level, data = T.int32(0), T.int32(2), T.int32(1)
+    address = T.address_of(buffer[tuple(at)])
+    I.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, second_level, data))
 
 
 def _config(tile_rows: int, depth: int) -> Array:
