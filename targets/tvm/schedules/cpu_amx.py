@@ -32,6 +32,7 @@ from gfcompile.targets.tvm.schedules.cpu_dense import (
     finish,
     operand_names,
     packing,
+    prefetch_line,
     registers,
 )
 from gfcompile.targets.tvm.schedules.cpu_dot import Tile, product_of
@@ -91,7 +92,7 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
         def prefetch(panel: Expr, turn: Expr) -> None:
             for v in range(paired):
                 for line in range(lines):
-                    _prefetch(w, [panel + paired + v, turn * lines + line, 0])
+                    prefetch_line(w, [panel + paired + v, turn * lines + line, 0])
 
         with I.parallel(slices) as task:
             # A tile is stored where the epilogue reads it.
@@ -158,16 +159,6 @@ def _load(tile: int, buffer: Any, at: list[Expr], stride: int) -> None:
 
 def _tile(instruction: str, *args: Expr) -> None:
     I.evaluate(T.call_llvm_intrin("void", f"llvm.x86.{instruction}", *args))
-
-
-def _prefetch(buffer: Any, at: list[Expr]) -> None:
-    """Asks for a line that is soon read, into the second-level cache.
-
-    It may lie behind the buffer: asking for what is not there does nothing.
-    """
-    read, second_level, data = T.int32(0), T.int32(2), T.int32(1)
-    address = T.address_of(buffer[tuple(at)])
-    I.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, second_level, data))
 
 
 def _config(tile_rows: int, depth: int) -> Array:

@@ -12,6 +12,10 @@ bytes to the same place; results do not depend on how tasks are split.
 
 Weights lie in blocks of columns. On ARM a block is a tile; on x86 it is 16 columns for every
 instruction set, from SSE to AMX, so that a library for all of them has its weights once.
+
+A model's float32 weights come from the third-level cache or from memory, at a third of the speed at
+which the first tile of rows could take them. So with AVX-512, whose tiles take that much, each
+tile of rows asks for its share of the weights that come next.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +33,7 @@ from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.kernel import ActStorage, Array, Dense, Scheduled, Step
 from gfcompile.targets.tvm.schedules.cpu_dot import (
     Buffer,
+    FloatFma,
     Product,
     Tile,
     act_storage,
@@ -54,6 +59,7 @@ __all__ = [
     "epilogue_width",
     "fits_registers",
     "packing",
+    "prefetch_line",
     "registers",
     "schedule_dense",
     "tile_cycles",
@@ -68,9 +74,16 @@ _TASKS = 16
 _INSTRUCTION = 0.5
 _LOAD = 0.2
 _LATENCY = 4
+# What a load of a whole line of weights takes besides: a tile's weights are in the second-level
+# cache (fitted to 7 tiles on AVX-512, for 68 to 197 rows).
+_LINE_LOAD = 0.35
 _TILE_START = 30
 # Vectors of accumulators in a tile: more hide no further latency, and every one is code.
 _ACCUMULATORS = 24
+_LINE_BYTES = 64
+# Steps of the inner loop between two requests for weights that come next. More often, the requests
+# cost registers; more rarely, they come in bursts and keep other loads waiting.
+_TURN_STEPS = 4
 # TVM keeps smaller arrays on the stack.
 _LOCAL_BYTES = 1024
 # Tiles that the model calls slower than this, compared with its best, are not worth measuring.
@@ -167,7 +180,13 @@ def _cycles(kernel: Dense, product: Product, tile: Tile) -> float:
     epilogue = _INSTRUCTION * outputs * (28 if kernel.gelu else 6)
     row_tiles = ceil(kernel.m / tile.rows)
     column_tiles = Columns(kernel=kernel, product=product, tile=tile).tiles
-    return row_tiles * column_tiles * (tile_cycles(product, tile, kernel.k) + epilogue)
+    lines = _LINE_LOAD * tile.vectors * kernel.k if _loads_lines(product) else 0
+    return row_tiles * column_tiles * (tile_cycles(product, tile, kernel.k) + lines + epilogue)
+
+
+def _loads_lines(product: Product) -> bool:
+    """Whether a vector of float32 weights is a line of the cache: with AVX-512."""
+    return isinstance(product, FloatFma) and product.lanes * 4 == _LINE_BYTES
 
 
 def fits_registers(product: Product, tile: Tile, registers: int) -> bool:
@@ -305,6 +324,8 @@ def _dense(
     if not by_rows:
         outer, inner = inner, outer
     blocks = row_blocks(inner, outer)
+    row_tiles = ceil(m / tile.rows)
+    reads_ahead = _loads_lines(product) and not by_rows and row_tiles > 1
 
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
@@ -320,8 +341,26 @@ def _dense(
             w = Blocks(operands.w, columns, group * columns.group_blocks)
             bias = Runs(operands.bias, runs)
             row = I.bind(clamped(row_tile * tile.rows, m - tile.rows, m % tile.rows != 0))
+
+            def read_ahead(turn: Expr, turns: int) -> None:
+                block = group * columns.group_blocks + first + tile.vectors
+                lines = ceil(tile.vectors * k / (row_tiles * turns))
+                with I.serial(lines) as line:
+                    at = (row_tile * turns + turn) * lines + line
+                    prefetch_line(operands.w, [block, at, 0])
+
             sums = tile_sums(
-                operands.x, w, bias, row, first, 0, k, product, tile, unroll=choice.unroll
+                operands.x,
+                w,
+                bias,
+                row,
+                first,
+                0,
+                k,
+                product,
+                tile,
+                unroll=choice.unroll,
+                each_turn=read_ahead if reads_ahead else None,
             )
             for r in range(tile.rows):
                 for place, width, column in runs:
@@ -420,11 +459,14 @@ def tile_sums(
     tile: Tile,
     *,
     unroll: int = 1,
+    each_turn: Callable[[Expr, int], None] | None = None,
 ) -> list[Buffer]:
     """Builds bias + x @ w for one tile: a buffer of columns for each row, all in registers.
 
     Args:
         unroll: chunks of k in the inner loop.
+        each_turn: builds what else is to be done now and then; it gets which time it is, of how
+            many.
     """
     rows, vectors, lanes = tile.rows, tile.vectors, product.lanes
     dtype = f"{product.acc_dtype}x{lanes}"
@@ -460,9 +502,19 @@ def tile_sums(
     chunks, left = divmod(k // product.group, per_chunk)
     together = min(unroll, max(chunks, 1))
     if chunks:
-        with I.serial(chunks // together) as step:
-            for i in range(together):
-                multiply((step * together + i) * per_chunk, per_chunk)
+        steps = chunks // together
+        if each_turn is None:
+            with I.serial(steps) as step:
+                for i in range(together):
+                    multiply((step * together + i) * per_chunk, per_chunk)
+        else:
+            turn_steps = max(n for n in range(1, _TURN_STEPS + 1) if steps % n == 0)
+            with I.serial(steps // turn_steps) as turn:
+                each_turn(turn, steps // turn_steps)
+                with I.serial(turn_steps) as step:
+                    for i in range(together):
+                        chunk = (turn * turn_steps + step) * together + i
+                        multiply(chunk * per_chunk, per_chunk)
     for chunk in range(chunks // together * together, chunks):
         multiply(chunk * per_chunk, per_chunk)
     for g in range(left):
@@ -476,6 +528,16 @@ def tile_sums(
             addend = bias.vload([column + v * product.columns], dtype)
             store(sums, total + addend, r, v // partial)
     return sums
+
+
+def prefetch_line(buffer: Buffer, at: list[Expr]) -> None:
+    """Asks for a line that is soon read, into the second-level cache.
+
+    It may lie behind the buffer: asking for what is not there does nothing.
+    """
+    read, second_level, data = T.int32(0), T.int32(2), T.int32(1)
+    address = T.address_of(buffer[tuple(at)])
+    I.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, second_level, data))
 
 
 def registers(size: int, dtype: str) -> Buffer:
