@@ -16,6 +16,10 @@ bytes to the same place; results do not depend on how tasks are split.
 
 Weights lie in blocks of columns. On ARM a block is a tile; on x86 it is 16 columns for every
 instruction set, from SSE to AMX, so that a library for all of them has its weights once.
+
+A model's float32 weights come from the third-level cache or from memory, at a third of the speed at
+which the first tile of rows could take them. So with AVX-512, whose tiles take that much, each
+tile of rows asks for its share of the weights that come next.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -61,6 +65,7 @@ __all__ = [
     "epilogue_width",
     "fits_registers",
     "packing",
+    "prefetch_line",
     "registers",
     "schedule_dense",
     "tile_cycles",
@@ -71,16 +76,19 @@ __all__ = [
 _TASKS = 16
 # The model of a core that chooses tiles: cycles of a vector instruction, and of a load besides
 # (fitted to some 20 tiles on AVX2 and AVX-512), and what a load takes more of a whole line of
-# weights, which come from the second-level cache; the least between two additions to one
-# accumulator; what it takes to fill and drain the pipeline around a tile.
+# weights, which come from the second-level cache (of 68 to 197 rows); the least between two
+# additions to one accumulator; what it takes to fill and drain the pipeline around a tile.
 _INSTRUCTION = 0.5
 _LOAD = 0.2
-_FAR_LINE = 0.2
+_FAR_LINE = {"int8": 0.2, "float32": 0.35}
 _LINE_BYTES = 64
 _LATENCY = 4
 _TILE_START = 30
 # Vectors of accumulators in a tile: more hide no further latency, and every one is code.
 _ACCUMULATORS = 24
+# Steps of the inner loop between two requests for weights that come next. More often, the requests
+# cost registers; more rarely, they come in bursts and keep other loads waiting.
+_TURN_STEPS = 4
 # TVM keeps smaller arrays on the stack.
 _LOCAL_BYTES = 1024
 # Weights that take as long to read as an activation that another core wrote: measured. And the
@@ -206,7 +214,7 @@ def tile_cycles(product: Product, tile: Tile, k: int) -> float:
     """Cycles of `tile_sums`, by the model above."""
     per_multiply, per_vector = product.operations
     operations = tile.rows * tile.vectors * per_multiply + tile.vectors * per_vector
-    far = _FAR_LINE * tile.vectors if _loads_lines(product) else 0
+    far = _FAR_LINE[product.w_dtype] * tile.vectors if _loads_lines(product) else 0
     step = max(_INSTRUCTION * operations + _LOAD * product.loads(tile) + far, _LATENCY)
     return ceil(k / product.group) * step + _TILE_START
 
@@ -330,15 +338,18 @@ def _dense(
     row_tiles = ceil(m / tile.rows)
     blocks = row_blocks(columns.tiles, row_tiles)
     by_columns = cut(kernel, product, row_tiles, columns.tiles)
+    passes = by_columns.passes
+    reads_ahead = _loads_lines(product) and product.group == 1 and not by_rows and passes > 1
 
-    def tiles_of(task: Expr) -> tuple[Expr, Expr]:
-        """Opens the loop over the tiles of a task: the row and the column of one."""
+    def tiles_of(task: Expr) -> tuple[Expr, Expr, Expr]:
+        """Opens the loop over the tiles of a task: the row and the column of one, and its pass."""
         if by_rows:
             each = columns.tiles // blocks
             i = frame.enter_context(I.serial(each))
-            return task // blocks, task % blocks * each + i
+            return task // blocks, task % blocks * each + i, i
         column_tile, first, count = by_columns.at(task)
-        return first + frame.enter_context(I.serial(count)), column_tile
+        i = frame.enter_context(I.serial(count))
+        return first + i, column_tile, by_columns.pass_of(first, i)
 
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
@@ -346,15 +357,33 @@ def _dense(
         operands = declare(columns, k, storage)
         tasks = row_tiles * blocks if by_rows else by_columns.count
         with I.parallel(tasks) as task, ExitStack() as frame:
-            row_tile, column_tile = tiles_of(task)
+            row_tile, column_tile, nth_pass = tiles_of(task)
             group = column_tile // columns.group_tiles
             first = I.bind(columns.first(column_tile))
             runs = columns.runs(group, first)
             w = Blocks(operands.w, columns, group * columns.group_blocks)
             bias = Runs(operands.bias, runs)
             row = I.bind(clamped(row_tile * tile.rows, m - tile.rows, m % tile.rows != 0))
+
+            def read_ahead(turn: Expr, turns: int) -> None:
+                block = group * columns.group_blocks + first + tile.vectors
+                lines = ceil(tile.vectors * k / (passes * turns))
+                with I.serial(lines) as line:
+                    at = (nth_pass * turns + turn) * lines + line
+                    prefetch_line(operands.w, [block, at, 0])
+
             sums = tile_sums(
-                operands.x, w, bias, row, first, 0, k, product, tile, unroll=choice.unroll
+                operands.x,
+                w,
+                bias,
+                row,
+                first,
+                0,
+                k,
+                product,
+                tile,
+                unroll=choice.unroll,
+                each_turn=read_ahead if reads_ahead else None,
             )
             for r in range(tile.rows):
                 for place, width, column in runs:
@@ -453,11 +482,14 @@ def tile_sums(
     tile: Tile,
     *,
     unroll: int = 1,
+    each_turn: Callable[[Expr, int], None] | None = None,
 ) -> list[Buffer]:
     """Builds bias + x @ w for one tile: a buffer of columns for each row, all in registers.
 
     Args:
         unroll: chunks of k in the inner loop.
+        each_turn: builds what else is to be done now and then; it gets which time it is, of how
+            many.
     """
     rows, vectors, lanes = tile.rows, tile.vectors, product.lanes
     dtype = f"{product.acc_dtype}x{lanes}"
@@ -493,9 +525,19 @@ def tile_sums(
     chunks, left = divmod(k // product.group, per_chunk)
     together = min(unroll, max(chunks, 1))
     if chunks:
-        with I.serial(chunks // together) as step:
-            for i in range(together):
-                multiply((step * together + i) * per_chunk, per_chunk)
+        steps = chunks // together
+        if each_turn is None:
+            with I.serial(steps) as step:
+                for i in range(together):
+                    multiply((step * together + i) * per_chunk, per_chunk)
+        else:
+            turn_steps = max(n for n in range(1, _TURN_STEPS + 1) if steps % n == 0)
+            with I.serial(steps // turn_steps) as turn:
+                each_turn(turn, steps // turn_steps)
+                with I.serial(turn_steps) as step:
+                    for i in range(together):
+                        chunk = (turn * turn_steps + step) * together + i
+                        multiply(chunk * per_chunk, per_chunk)
     for chunk in range(chunks // together * together, chunks):
         multiply(chunk * per_chunk, per_chunk)
     for g in range(left):
@@ -509,6 +551,16 @@ def tile_sums(
             addend = bias.vload([column + v * product.columns], dtype)
             store(sums, total + addend, r, v // partial)
     return sums
+
+
+def prefetch_line(buffer: Buffer, at: list[Expr]) -> None:
+    """Asks for a line that is soon read, into the second-level cache.
+
+    It may lie behind the buffer: asking for what is not there does nothing.
+    """
+    read, second_level, data = T.int32(0), T.int32(2), T.int32(1)
+    address = T.address_of(buffer[tuple(at)])
+    I.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, second_level, data))
 
 
 def registers(size: int, dtype: str) -> Buffer:
@@ -613,6 +665,15 @@ class Tasks:
         # The step in the middle is the first part's in every other column, else the second's.
         middle = steps + column % 2
         return column, part * middle, tirx.Select(part == 0, middle, self.steps - middle)
+
+    @property
+    def passes(self) -> int:
+        """How often a thread at least passes over a column's weights before the next column's."""
+        return self.steps // self.parts if self.by_rows else self.steps
+
+    def pass_of(self, first: Expr, i: Expr) -> Expr:
+        """Which pass the step `i` of a task that begins at step `first` is."""
+        return i if self.by_rows else first + i
 
 
 def cut(kernel: Dense, product: Product, steps: int, columns: int) -> Tasks:
