@@ -141,7 +141,9 @@ class Ncnn(Runtime):
         import torch
 
         module, images = _torch_module(model)
-        traced = torch.jit.trace(module, images[0])
+        # Exported first: shapes are numbers then, on which the choice of tokens depends.
+        exported = torch.export.export(module, (images[0],)).module()
+        traced = torch.jit.trace(exported, images[0])
         traced.save(str(folder / "model.pt"))
         shape = str(list(images[0].shape)).replace(" ", "")
         command = [pnnx.EXEC_PATH, "model.pt", f"inputshape={shape}", "fp16=0"]
@@ -206,10 +208,24 @@ def _torch_module(model: str) -> tuple[Any, list[Any]]:
 
 
 def _quantized(program: Any, images: list[Any]) -> Any:
+    import torch
     from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
     from torchao.quantization.pt2e import quantize_pt2e
 
-    quantizer = xnnpack_quantizer.XNNPACKQuantizer()
+    class OfFloats(xnnpack_quantizer.XNNPACKQuantizer):  # type: ignore[misc]
+        """Leaves indices alone, which it would turn into floats and quantize."""
+
+        def transform_for_annotation(self, model: Any) -> Any:
+            return model  # the other one makes float tensors of the numbers that are added
+
+        def annotate(self, model: Any) -> Any:
+            for node in super().annotate(model).graph.nodes:
+                value = node.meta.get("val")
+                if isinstance(value, torch.Tensor) and not value.dtype.is_floating_point:
+                    node.meta.pop("quantization_annotation", None)
+            return model
+
+    quantizer = OfFloats()
     quantizer.set_global(xnnpack_quantizer.get_symmetric_quantization_config(is_per_channel=True))
     prepared = quantize_pt2e.prepare_pt2e(program.module(), quantizer)
     for image in images:
