@@ -29,10 +29,10 @@ import onnx
 from peers import Absent, Array, Contender, Precision, onnx_runtime, peers, quiet
 
 import gfcompile
+from gfcompile.compile.bundle import Bundle
 from gfcompile.compile.models import model_spec
 from gfcompile.runtime import load
 from gfcompile.runtime.bench import BENCH_NAME
-from gfcompile.runtime.bundle import Bundle
 from gfcompile.runtime.images import Transform, preprocess, stand_in_photos
 from gfcompile.targets.host import host_target
 
