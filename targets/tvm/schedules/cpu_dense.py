@@ -14,7 +14,7 @@ Weights lie in blocks of columns. On ARM a block is a tile; on x86 it is 16 colu
 instruction set, from SSE to AMX, so that a library for all of them has its weights once.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, Literal, get_args
@@ -31,6 +31,7 @@ from gfcompile.targets.tvm.schedules.cpu_dot import (
     Buffer,
     Product,
     Tile,
+    View,
     act_storage,
     product_of,
 )
@@ -71,10 +72,14 @@ _LATENCY = 4
 _TILE_START = 30
 # Vectors of accumulators in a tile: more hide no further latency, and every one is code.
 _ACCUMULATORS = 24
+# From so many tiles of columns on, laying x out for them pays.
+_WORTH_PANELS = 8
 # TVM keeps smaller arrays on the stack.
 _LOCAL_BYTES = 1024
 # Tiles that the model calls slower than this, compared with its best, are not worth measuring.
 _WORTH_MEASURING = 1.5
+
+_UNROLLS = (1, 2, 3, 4)
 
 Order = Literal["columns", "rows"]
 
@@ -107,11 +112,12 @@ def dense_choices(kernel: Dense, cpu: Cpu) -> Sequence[DenseChoice]:
     cycles = {tile: _cycles(kernel, product, tile) for tile in tiles}
     best = min(cycles.values())
     near = [tile for tile in cycles if cycles[tile] <= _WORTH_MEASURING * best]
+    unrolls = sorted(_UNROLLS, key=lambda unroll: unroll != product.unroll)
     return [
         DenseChoice(rows=tile.rows, vectors=tile.vectors, unroll=unroll, order=order)
         for tile in sorted(near, key=lambda tile: cycles[tile])
         for order in get_args(Order)
-        for unroll in (1, 2)
+        for unroll in unrolls
     ]
 
 
@@ -122,19 +128,26 @@ def schedule_dense(
     product = product_of(kernel, cpu)
     if choice is None:
         tile = choose_tile(kernel, product, cpu.vector_registers)
-        choice = DenseChoice(rows=tile.rows, vectors=tile.vectors)
+        choice = DenseChoice(rows=tile.rows, vectors=tile.vectors, unroll=product.unroll)
     tile = choice.tile
+    columns = Columns(kernel=kernel, product=product, tile=tile)
     k = ceil(kernel.k / product.group) * product.group
-    steps, temps = [], {}
+    steps = []
+    temps: dict[str, tuple[str, tuple[int, ...]]] = {}
     x = "x"
     x_dtype = storage.dtype if kernel.x == "int8" else "float32"
-    if k != kernel.k or x_dtype != product.x_dtype:
+    panels = None
+    if product.by_lane and tile.rows > 1 and columns.tiles >= _WORTH_PANELS:
+        panels = Panels(m=kernel.m, k=kernel.k, rows=tile.rows, chunk=product.chunk)
+        x = "x_panels"
+        temps[x] = (product.x_dtype, panels.shape)
+        steps.append(Step(func=_panel_rows(panels, product.x_dtype), args=("x", x)))
+    elif k != kernel.k or x_dtype != product.x_dtype:
         x = "x_groups"
         temps[x] = (product.x_dtype, (kernel.m, k))
         group_rows = _group_rows(kernel.m, kernel.k, k, x_dtype, product.x_dtype)
         steps.append(Step(func=group_rows, args=("x", x)))
-    columns = Columns(kernel=kernel, product=product, tile=tile)
-    func = _dense(kernel, k, columns, choice, storage)
+    func = _dense(kernel, k, columns, choice, storage, panels)
     steps.append(Step(func=func, args=(x, *operand_names(kernel))))
     pack = packing(kernel, product, tile, storage, block=columns.block)
     return Scheduled(steps=tuple(steps), pack=pack, temps=temps)
@@ -295,8 +308,63 @@ class Runs:
         return self.buffer.vload([column + (at[0] - start)], dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Panels:
+    """x laid out for tiles of `rows` rows: (tiles, chunks of k, rows, chunk).
+
+    A tile then reads x from one end to the other, so that one instruction loads two registers.
+    """
+
+    m: int
+    k: int
+    rows: int
+    chunk: int
+
+    @property
+    def chunks(self) -> int:
+        return ceil(self.k / self.chunk)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (ceil(self.m / self.rows), self.chunks, self.rows, self.chunk)
+
+    def first_row(self, panel: Expr) -> Expr:
+        return clamped(panel * self.rows, self.m - self.rows, self.m % self.rows != 0)
+
+    def view(self, buffer: Buffer, panel: Expr) -> View:
+        """A panel as rows of k."""
+        return View(buffer, lambda r, k: [panel, k // self.chunk, r, k % self.chunk])
+
+
+def _panel_rows(panels: Panels, dtype: str) -> Any:
+    """x (m, k) as panels, what is added to its rows as zeros."""
+    m, k, rows, chunk = panels.m, panels.k, panels.rows, panels.chunk
+    with IRBuilder() as builder, I.prim_func(s_tir=True):
+        I.func_name("panel_rows")
+        I.func_attr({"tirx.noalias": True})
+        x = I.arg("x", I.buffer((m, k), dtype))
+        y = I.arg("y", I.buffer(panels.shape, dtype))
+        with I.parallel(panels.shape[0]) as panel:
+            row = I.bind(panels.first_row(panel))
+            if k >= chunk:
+                with I.serial(k // chunk) as i:
+                    for r in range(rows):
+                        with I.vectorized(chunk) as lane:
+                            I.buffer_store(y, x[row + r, i * chunk + lane], [panel, i, r, lane])
+            for at in range(k // chunk * chunk, panels.chunks * chunk):
+                with I.serial(rows) as r:
+                    value = x[row + r, at] if at < k else tirx.const(0, dtype)
+                    I.buffer_store(y, value, [panel, at // chunk, r, at % chunk])
+    return builder.get()
+
+
 def _dense(
-    kernel: Dense, k: int, columns: Columns, choice: DenseChoice, storage: ActStorage
+    kernel: Dense,
+    k: int,
+    columns: Columns,
+    choice: DenseChoice,
+    storage: ActStorage,
+    panels: Panels | None,
 ) -> Any:
     """The kernel as a PrimFunc; k is rounded up to whole groups."""
     m, product, tile = kernel.m, columns.product, columns.tile
@@ -309,7 +377,7 @@ def _dense(
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
         I.func_attr({"tirx.noalias": True})
-        operands = declare(columns, k, storage)
+        operands = declare(columns, (m, k) if panels is None else panels.shape, storage)
         with I.parallel(outer * blocks) as task, I.serial(inner // blocks) as i:
             row_tile, column_tile = task // blocks, task % blocks * (inner // blocks) + i
             if not by_rows:
@@ -320,15 +388,13 @@ def _dense(
             w = Blocks(operands.w, columns, group * columns.group_blocks)
             bias = Runs(operands.bias, runs)
             row = I.bind(clamped(row_tile * tile.rows, m - tile.rows, m % tile.rows != 0))
-            sums = tile_sums(
-                operands.x, w, bias, row, first, 0, k, product, tile, unroll=choice.unroll
-            )
+            x, x_row = operands.x, row
+            if panels is not None:
+                x, x_row = panels.view(x, row_tile), 0
+            sums = tile_sums(x, w, bias, x_row, first, 0, k, product, tile, unroll=choice.unroll)
             for r in range(tile.rows):
                 for place, width, column in runs:
-                    vector = epilogue_width(width, product.lanes, kernel.out)
-                    for start in range(0, width, vector):
-                        # Where a vector does not fit any more, it overlaps the one before it.
-                        at = min(start, width - vector)
+                    for at, vector in epilogue_vectors(width, product.lanes, kernel.out):
                         with I.vectorized(vector) as lane:
                             acc = sums[r][place + at + lane]
                             to = (row + r, column + at + lane)
@@ -361,12 +427,12 @@ def operand_names(kernel: Dense) -> tuple[str, ...]:
     return (*names, "y")
 
 
-def declare(columns: Columns, k: int, storage: ActStorage) -> Operands:
-    """Declares the parameters of the PrimFunc under construction; k is in whole groups."""
+def declare(columns: Columns, x_shape: Sequence[int], storage: ActStorage) -> Operands:
+    """Declares the parameters of the PrimFunc under construction."""
     kernel, product = columns.kernel, columns.product
     n, rows, groups = kernel.n, kernel.residual_rows, kernel.out_groups
     w_shape = (
-        *(groups * columns.group_blocks, k // product.group),
+        *(groups * columns.group_blocks, ceil(kernel.k / product.group)),
         columns.per_block * product.w_elements,
     )
     padded = n + max(0, columns.block - columns.in_group)
@@ -374,7 +440,7 @@ def declare(columns: Columns, k: int, storage: ActStorage) -> Operands:
     y_dtype = storage.dtype if kernel.out == "int8" else "float32"
     quant_shape = (groups, 4) if groups > 1 else (4,)
     return Operands(
-        x=I.arg("x", I.buffer((kernel.m, k), product.x_dtype)),
+        x=I.arg("x", I.buffer(x_shape, product.x_dtype)),
         w=I.arg("w", I.buffer(w_shape, product.w_dtype)),
         scale=I.arg("scale", I.buffer((n,))) if kernel.x == "int8" else None,
         bias=I.arg("bias", I.buffer((padded,), product.acc_dtype)),
@@ -565,6 +631,17 @@ def epilogue_width(columns: int, lanes: int, out: str) -> int:
         wide = next((w for w in (16, 8) if columns % w == 0), 0)
         return max(wide, min(lanes, _power_of_two(columns)))
     return min(lanes, _power_of_two(columns))
+
+
+def epilogue_vectors(columns: int, lanes: int, out: str) -> Iterator[tuple[int, int]]:
+    """Where the vectors of an epilogue start, and how wide they are; the last ones may overlap."""
+    at = 0
+    while at < columns:
+        width = min(columns - at, 16) if out == "int8" else lanes
+        width = min(max(_power_of_two(width), lanes), _power_of_two(columns))
+        at = min(at, columns - width)
+        yield at, width
+        at += width
 
 
 def _power_of_two(limit: int) -> int:
