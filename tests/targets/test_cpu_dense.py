@@ -11,6 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from run_kernel import CPUS, compile_object, host_cpu, poison, run_kernel, tvm_target
+from tvm import tirx
+from tvm.sym import Analyzer
 
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.kernel import Array, Dense, Scheduled, quant_args
@@ -19,6 +21,7 @@ from gfcompile.targets.tvm.schedules.cpu_dense import (
     DenseChoice,
     act_storage,
     choose_tile,
+    cut,
     epilogue_vectors,
 )
 from gfcompile.targets.tvm.schedules.cpu_dot import Tile, product_of
@@ -213,6 +216,28 @@ def test_tiles_fit_the_registers_and_cover_what_they_must(cpu: str, x: str) -> N
             assert rows <= 1.1 * m, f"{tile} computes {rows} rows for {m}"
 
 
+@pytest.mark.parametrize(
+    "kernel", [Dense(m=196, n=384, k=1536, x="int8"), Dense(m=49, n=512, k=2048)]
+)
+@pytest.mark.parametrize("steps", [1, 2, 7, 28, 33])
+@pytest.mark.parametrize("columns", [1, 2, 5, 12])
+def test_tasks_cover_every_tile_once_and_no_two_differ_much(
+    kernel: Dense, steps: int, columns: int
+) -> None:
+    tasks = cut(kernel, product_of(kernel, CPUS["avx512_vnni"]), steps, columns)
+    assert tasks.by_rows == (kernel.x == "int8")
+    covered = []
+    counts = []
+    for task in range(tasks.count):
+        column, first, count = (
+            int(Analyzer().simplify(value)) for value in tasks.at(tirx.IntImm("int32", task))
+        )
+        covered += [(column, step) for step in range(first, first + count)]
+        counts.append(count)
+    assert sorted(covered) == [(c, s) for c in range(columns) for s in range(steps)]
+    assert max(counts) - min(counts) <= 1
+
+
 def test_tiles_are_those_that_were_measured_best() -> None:
     mlp = Dense(m=196, n=384, k=1536)
     chosen = {
@@ -220,7 +245,7 @@ def test_tiles_are_those_that_were_measured_best() -> None:
         for name in ("avx512", "avx2", "sse", "a72")
     }
     assert chosen == {
-        "avx512": Tile(rows=4, vectors=6),
+        "avx512": Tile(rows=6, vectors=4),
         "avx2": Tile(rows=4, vectors=3),
         "sse": Tile(rows=4, vectors=3),
         "a72": Tile(rows=7, vectors=3),

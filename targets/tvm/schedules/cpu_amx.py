@@ -1,10 +1,11 @@
 """Dense int8 kernels on x86 CPUs with AMX: products of whole tiles, 16 rows by 64 bytes each.
 
-    for each pair of blocks of columns                  (parallel, with blocks of rows)
-      for each block of rows                            (two tiles of them)
-        four accumulator tiles = 0
-        for k: accumulators += x * w                    (tdpbusd)
-        y = epilogue(accumulators + bias)               (AVX-512, from memory: tiles have no lanes)
+    for each part of the rows                           (parallel, with pairs of blocks)
+      for each pair of blocks of columns
+        for each block of rows of the part              (two tiles of them)
+          four accumulator tiles = 0
+          for k: accumulators += x * w                  (tdpbusd)
+          y = epilogue(accumulators + bias)             (AVX-512, from memory: tiles have no lanes)
 
 Weights lie as for VNNI, whose groups of four k are the rows of a tile of w. A tile's rows and
 columns are set in steps of one row and four bytes, so nothing has to be padded: blocks of rows and
@@ -24,12 +25,12 @@ from gfcompile.targets.tvm.kernel import ActStorage, Array, Dense, Scheduled, St
 from gfcompile.targets.tvm.schedules.cpu_dense import (
     Columns,
     clamped,
+    cut,
     declare,
     finish,
     operand_names,
     packing,
     registers,
-    row_blocks,
 )
 from gfcompile.targets.tvm.schedules.cpu_dot import Tile, product_of
 from gfcompile.targets.tvm.schedules.math import Expr
@@ -66,7 +67,7 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
     tile = Tile(rows=block_rows, vectors=paired)
     columns = Columns(kernel=kernel, product=product, tile=tile)
     lanes = product.lanes
-    blocks = row_blocks(row_steps, columns.tiles)
+    tasks = cut(kernel, product, row_steps, columns.tiles)
 
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
@@ -78,9 +79,10 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
         def load_x(t: int, row: Expr, at: Expr) -> None:
             _load(_X_TILE + t, x, [row + t * offset, at], k)
 
-        with I.parallel(columns.tiles * blocks) as task:
-            group = task // blocks // columns.group_tiles
-            first = I.bind(columns.first(task // blocks))
+        with I.parallel(tasks.count) as task:
+            column_tile, start, steps = tasks.at(task)
+            group = column_tile // columns.group_tiles
+            first = I.bind(columns.first(column_tile))
             column = [I.bind(columns.column(group, first + v)) for v in range(paired)]
             panel = group * columns.group_blocks + first
             # A tile is stored where the epilogue reads it.
@@ -89,8 +91,8 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
                 for _ in range(row_tiles)
             ]
             _tile("ldtilecfg", T.address_of(config[0]))
-            with I.serial(row_steps // blocks) as i:
-                step = (task % blocks * (row_steps // blocks) + i) * block_rows
+            with I.serial(steps) as i:
+                step = (start + i) * block_rows
                 row = I.bind(clamped(step, m - block_rows, m % block_rows != 0))
                 for t in range(row_tiles):
                     for v in range(paired):
