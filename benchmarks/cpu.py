@@ -103,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet()
     rounds, repeats = (8, 3) if options.quick else (30, 5)
     machine = describe_machine()  # its load before we add ours
-    peaks = {count: core_peaks(count) for count in dict.fromkeys([1, *options.threads])}
+    with at_priority(options.priority):
+        peaks = {count: core_peaks(count) for count in dict.fromkeys([1, *options.threads])}
     results: list[Result] = []
     checks: list[Check] = []
     footprints: list[str] = []
