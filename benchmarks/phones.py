@@ -93,7 +93,7 @@ class PackageRow:
 
     Attributes:
         operations: that are executed.
-        own_operations: the same of coremltools' own path, in float16.
+        own_operations: the same of coremltools' own path, in float16; None if it converts nothing.
         fp16_error: what float16 costs: the logits' largest distance from the graph's over the
             largest logit.
         steps: how far int8 activations are from the graph's, in steps; None without int8.
@@ -103,7 +103,7 @@ class PackageRow:
     precision: Precision
     size_mb: float
     operations: int
-    own_operations: int
+    own_operations: int | None
     fp16_error: float
     steps: int | None
     convert_s: float
@@ -393,21 +393,28 @@ def compare_packages(name: str, model: LoadedModel) -> list[PackageRow]:
     return rows
 
 
-def own_operations(model: LoadedModel) -> int:
-    """The operations of what coremltools itself makes of the torch module, constants apart."""
+def own_operations(model: LoadedModel) -> int | None:
+    """The operations of what coremltools itself makes of the torch module, constants apart.
+
+    None, and a line that says why, where it refuses the module.
+    """
     from gfcompile.targets.coreml.tools import coremltools, quiet
 
     ct = coremltools()
     module = with_filters(freeze(model.module), RfftnFilter)
     size = model.transform.image_size
-    with quiet(), torch.no_grad():
-        traced = torch.jit.trace(module, torch.zeros(1, 3, size, size), check_trace=False)
-        made = ct.convert(
-            traced,
-            inputs=[ct.TensorType(name="image", shape=(1, 3, size, size))],
-            minimum_deployment_target=ct.target.iOS17,
-            skip_model_load=True,
-        )
+    try:
+        with quiet(), torch.no_grad():
+            made = ct.convert(
+                torch.jit.trace(module, torch.zeros(1, 3, size, size), check_trace=False),
+                inputs=[ct.TensorType(name="image", shape=(1, 3, size, size))],
+                minimum_deployment_target=ct.target.iOS17,
+                skip_model_load=True,
+            )
+    except Exception as error:  # whatever a converter raises is its result
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        print(f"coremltools' own path: {type(error).__name__}: {reason}", file=sys.stderr)
+        return None
     function = made.get_spec().mlProgram.functions["main"]
     block = function.block_specializations[function.opset]
     return sum(op.type != "const" for op in block.operations)
@@ -420,7 +427,9 @@ def missed_by_packages(rows: Sequence[PackageRow]) -> list[str]:
             continue
         if r.precision == "int8" and r.size_mb > MAX_PACKAGE_MB:
             missed.append(f"the .mlpackage has {r.size_mb:.1f} MB, {MAX_PACKAGE_MB} are allowed")
-        if r.own_operations < MIN_FEWER_OPERATIONS * r.operations:
+        if r.own_operations is not None and (
+            r.own_operations < MIN_FEWER_OPERATIONS * r.operations
+        ):
             missed.append(
                 f"the {r.precision} .mlpackage has {r.operations} operations, coremltools' own "
                 f"path {r.own_operations}"
@@ -438,7 +447,9 @@ def print_packages(rows: Sequence[PackageRow]) -> None:
                 r.precision,
                 f"{r.size_mb:.2f}",
                 str(r.operations),
-                f"{r.own_operations} ({r.own_operations / r.operations:.1f}x)",
+                "refused"
+                if r.own_operations is None
+                else f"{r.own_operations} ({r.own_operations / r.operations:.1f}x)",
                 f"{r.fp16_error:.1e}",
                 "" if r.steps is None else f"{r.steps} step",
                 f"{r.convert_s:.2f}",

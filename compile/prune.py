@@ -76,7 +76,8 @@ class FrozenPredictor(nn.Module):
 
     def forward(self, patches: Tensor, _alive: Tensor) -> Tensor:  # (B, N, C) -> (B, keep)
         scores = self.scores(patches)
-        ordered = self.keep == scores.shape[1]  # all are returned: nothing but the order counts
+        # Where all are returned, nothing but the order counts. (A size is a tensor to torch.jit.)
+        ordered = bool(self.keep == scores.shape[1])
         return scores.topk(self.keep, dim=1, sorted=ordered).indices
 
     def scores(self, patches: Tensor) -> Tensor:

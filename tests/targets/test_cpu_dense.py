@@ -11,11 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from run_kernel import CPUS, compile_object, host_cpu, poison, run_kernel, tvm_target
+from tvm import tirx
+from tvm.sym import Analyzer
 
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.kernel import Array, Dense, Scheduled, quant_args
 from gfcompile.targets.tvm.schedule import schedule
-from gfcompile.targets.tvm.schedules.cpu_dense import act_storage, choose_tile
+from gfcompile.targets.tvm.schedules.cpu_dense import act_storage, choose_tile, cut
 from gfcompile.targets.tvm.schedules.cpu_dot import Tile, product_of
 from gfcompile.targets.tvm.schedules.math import GELU_TO_QUANTIZE_ERROR
 
@@ -208,6 +210,28 @@ def test_tiles_fit_the_registers_and_cover_what_they_must(cpu: str, x: str) -> N
             assert rows <= 1.1 * m, f"{tile} computes {rows} rows for {m}"
 
 
+@pytest.mark.parametrize(
+    "kernel", [Dense(m=196, n=384, k=1536, x="int8"), Dense(m=49, n=512, k=2048)]
+)
+@pytest.mark.parametrize("steps", [1, 2, 7, 28, 33])
+@pytest.mark.parametrize("columns", [1, 2, 5, 12])
+def test_tasks_cover_every_tile_once_and_no_two_differ_much(
+    kernel: Dense, steps: int, columns: int
+) -> None:
+    tasks = cut(kernel, product_of(kernel, CPUS["avx512_vnni"]), steps, columns)
+    assert tasks.by_rows == (kernel.x == "int8")
+    covered = []
+    counts = []
+    for task in range(tasks.count):
+        column, first, count = (
+            int(Analyzer().simplify(value)) for value in tasks.at(tirx.IntImm("int32", task))
+        )
+        covered += [(column, step) for step in range(first, first + count)]
+        counts.append(count)
+    assert sorted(covered) == [(c, s) for c in range(columns) for s in range(steps)]
+    assert max(counts) - min(counts) <= 1
+
+
 def test_tiles_are_those_that_were_measured_best() -> None:
     mlp = Dense(m=196, n=384, k=1536)
     chosen = {
@@ -252,6 +276,17 @@ def loaded_bytes(path: Path) -> int:
     return sum(size for flags, _, _, size in headers if flags & 2)  # SHF_ALLOC
 
 
+@pytest.mark.parametrize("cpu", ["sse", "avx2", "avx512", "avx512_vnni", "a53", "a76"])
+def test_float_weights_are_asked_for_ahead_where_a_tile_takes_a_line_of_them(cpu: str) -> None:
+    import tvm
+
+    (step,) = scheduled_for(Dense(m=68, n=384, k=96), CPUS[cpu]).steps
+    module = tvm.IRModule({"main": step.func.with_attr("global_symbol", "main")})
+    assembly = tvm.compile(module, tvm_target(CPUS[cpu])).mod.inspect_source("asm")
+    asks = re.search(r"\b(prefetcht1|prfm)\b", assembly) is not None
+    assert asks == cpu.startswith("avx512")
+
+
 def test_only_vnni_stores_activations_unsigned() -> None:
     assert {name for name in CPUS if act_storage(CPUS[name]).offset} == {
         "avx512_vnni",
@@ -272,6 +307,7 @@ def test_amx_kernels_are_made_of_tiles() -> None:
         len(re.findall(rf"\b{name}\b", assembly)) for name in ("tdpbusd", "tileloadd")
     )
     assert products == loads > 0, "two and two tiles make four products"
+    assert "prefetcht1" in assembly
     for once in ("ldtilecfg", "tilerelease"):
         assert len(re.findall(rf"\b{once}\b", assembly)) == 1
     head = Dense(m=1, n=1000, k=384, x="int8")

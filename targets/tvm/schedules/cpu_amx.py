@@ -1,10 +1,11 @@
 """Dense int8 kernels on x86 CPUs with AMX: products of whole tiles, 16 rows by 64 bytes each.
 
-    for each pair of blocks of columns, each block of rows      (parallel, in slices)
-      four accumulator tiles = 0                                (two tiles of rows, two of columns)
-      for k: accumulators += x * w                              (tdpbusd)
-      y = epilogue(accumulators + bias)                         (AVX-512, from memory: tiles have
-                                                                no lanes)
+    for each part of the rows                           (parallel, with pairs of blocks, in slices)
+      for each pair of blocks of columns
+        for each block of rows of the part              (two tiles of them)
+          four accumulator tiles = 0
+          for k: accumulators += x * w                  (tdpbusd)
+          y = epilogue(accumulators + bias)             (AVX-512, from memory: tiles have no lanes)
 
 A model's weights do not fit the caches that are near: with 68 rows, reading them takes as long as
 multiplying them. So the next columns' weights are asked for meanwhile, line by line, in whichever
@@ -15,6 +16,7 @@ columns are set in steps of one row and four bytes, so nothing has to be padded:
 columns overlap at the end as those of `cpu_dense` do.
 """
 
+from contextlib import ExitStack
 from math import ceil
 from typing import Any
 
@@ -28,6 +30,7 @@ from gfcompile.targets.tvm.kernel import ActStorage, Array, Dense, Scheduled, St
 from gfcompile.targets.tvm.schedules.cpu_dense import (
     Columns,
     clamped,
+    cut,
     declare,
     finish,
     operand_names,
@@ -72,12 +75,12 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
     tile = Tile(rows=block_rows, vectors=paired)
     columns = Columns(kernel=kernel, product=product, tile=tile)
     lanes = product.lanes
-    blocks = columns.tiles * row_steps
-    slices = min(_SLICES, blocks)
+    tasks = cut(kernel, product, row_steps, columns.tiles)
+    slices = min(_SLICES, tasks.count)
     chunks = k // depth
     in_epilogue = chunks < tile_rows
     turns = row_tiles * tile_rows if in_epilogue else chunks
-    lines = ceil(k * columns.block / (_TILE_BYTES * row_steps * turns))
+    lines = ceil(k * columns.block / (_TILE_BYTES * tasks.together * turns))
 
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
@@ -94,26 +97,30 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
                 for line in range(lines):
                     prefetch_line(w, [panel + paired + v, turn * lines + line, 0])
 
-        with I.parallel(slices) as task:
+        with I.parallel(slices) as part:
             # A tile is stored where the epilogue reads it.
             sums = [
                 [registers(tile_rows * lanes, "int32") for _ in range(paired)]
                 for _ in range(row_tiles)
             ]
             _tile("ldtilecfg", T.address_of(config[0]))
-            with I.serial(task * blocks // slices, (task + 1) * blocks // slices) as block:
-                column_tile, step = block // row_steps, block % row_steps
+            last = (part + 1) * tasks.count // slices
+            with I.serial(part * tasks.count // slices, last) as task, ExitStack() as frame:
+                column_tile, start, steps = tasks.at(task)
                 group = column_tile // columns.group_tiles
                 first = I.bind(columns.first(column_tile))
                 column = [I.bind(columns.column(group, first + v)) for v in range(paired)]
                 panel = I.bind(group * columns.group_blocks + first)
-                row = I.bind(clamped(step * block_rows, m - block_rows, m % block_rows != 0))
+                i = frame.enter_context(I.serial(steps))
+                turn = (i if tasks.by_rows else start + i) * turns
+                step = (start + i) * block_rows
+                row = I.bind(clamped(step, m - block_rows, m % block_rows != 0))
                 for t in range(row_tiles):
                     for v in range(paired):
                         _tile("tilezero", T.int8(_accumulator(t, v)))
                 with I.serial(chunks) as chunk:
                     if not in_epilogue:
-                        prefetch(panel, step * turns + chunk)
+                        prefetch(panel, turn + chunk)
                     for t in range(row_tiles):
                         load_x(t, row, chunk * depth)
                     for v in range(paired):
@@ -128,7 +135,7 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
                 for t in range(row_tiles):
                     with I.serial(tile_rows) as r:
                         if in_epilogue:
-                            prefetch(panel, step * turns + t * tile_rows + r)
+                            prefetch(panel, turn + t * tile_rows + r)
                         for v in range(paired):
                             with I.vectorized(lanes) as lane:
                                 place = (row + t * offset + r, column[v] + lane)

@@ -1,10 +1,14 @@
 """Dense kernels on CPUs: one recipe for every instruction set, float32 and int8.
 
-    for each panel of columns, packed as it is read     (parallel, with blocks of rows)
-      for each tile of rows
-        accumulators = bias
-        for k: accumulators += x * w                    (registers only, see cpu_dot)
-        y = epilogue(accumulators)                      (vectors only)
+    for each part of the rows                           (parallel, with panels)
+      for each panel of columns, packed as it is read
+        for each tile of rows of the part
+          accumulators = bias
+          for k: accumulators += x * w                  (registers only, see cpu_dot)
+          y = epilogue(accumulators)                    (vectors only)
+
+The parts are for threads: each reads most of what it wrote itself in the kernel before. To get a
+line from another core's cache may take a hundred cycles, which is a whole tile's product by AMX.
 
 Nothing is padded but weights: where rows or columns do not divide by the tile, the last tile
 overlaps the one before it and computes the same numbers again. Two tasks may so write the same
@@ -19,6 +23,7 @@ tile of rows asks for its share of the weights that come next.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, Literal, get_args
@@ -32,8 +37,8 @@ from tvm.script.ir_builder import tirx as I
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.kernel import ActStorage, Array, Dense, Scheduled, Step
 from gfcompile.targets.tvm.schedules.cpu_dot import (
+    X86_BLOCK,
     Buffer,
-    FloatFma,
     Product,
     Tile,
     act_storage,
@@ -55,6 +60,7 @@ __all__ = [
     "act_storage",
     "choose_tile",
     "clamped",
+    "cut",
     "dense_choices",
     "epilogue_width",
     "fits_registers",
@@ -69,23 +75,28 @@ __all__ = [
 # Tasks to split a kernel into: enough for the 8 to 12 cores of the largest boards.
 _TASKS = 16
 # The model of a core that chooses tiles: cycles of a vector instruction, and of a load besides
-# (fitted to some 20 tiles on AVX2 and AVX-512); the least between two additions to one
+# (fitted to some 20 tiles on AVX2 and AVX-512), and what a load takes more of a whole line of
+# weights, which come from the second-level cache; the least between two additions to one
 # accumulator; what it takes to fill and drain the pipeline around a tile.
 _INSTRUCTION = 0.5
 _LOAD = 0.2
+_FAR_LINE = 0.2
+_LINE_BYTES = 64
 _LATENCY = 4
-# What a load of a whole line of weights takes besides: a tile's weights are in the second-level
-# cache (fitted to 7 tiles on AVX-512, for 68 to 197 rows).
-_LINE_LOAD = 0.35
+# And of float32 weights, which are the most bytes, further still (7 tiles, 68 to 197 rows).
+_FAR_FLOAT_LINE = 0.15
 _TILE_START = 30
 # Vectors of accumulators in a tile: more hide no further latency, and every one is code.
 _ACCUMULATORS = 24
-_LINE_BYTES = 64
 # Steps of the inner loop between two requests for weights that come next. More often, the requests
 # cost registers; more rarely, they come in bursts and keep other loads waiting.
 _TURN_STEPS = 4
 # TVM keeps smaller arrays on the stack.
 _LOCAL_BYTES = 1024
+# Weights that take as long to read as an activation that another core wrote: measured. And the
+# bytes of them that stay in a second-level cache of x86, so that one thread may read them twice.
+_WEIGHTS_PER_ACTIVATION = 3
+_WEIGHT_BYTES = 1 << 20
 # Tiles that the model calls slower than this, compared with its best, are not worth measuring.
 _WORTH_MEASURING = 1.5
 
@@ -124,7 +135,7 @@ def dense_choices(kernel: Dense, cpu: Cpu) -> Sequence[DenseChoice]:
         DenseChoice(rows=tile.rows, vectors=tile.vectors, unroll=unroll, order=order)
         for tile in sorted(near, key=lambda tile: cycles[tile])
         for order in get_args(Order)
-        for unroll in (1, 2)
+        for unroll in sorted((1, 2), key=lambda unroll: unroll != _default(product, tile).unroll)
     ]
 
 
@@ -135,7 +146,7 @@ def schedule_dense(
     product = product_of(kernel, cpu)
     if choice is None:
         tile = choose_tile(kernel, product, cpu.vector_registers)
-        choice = DenseChoice(rows=tile.rows, vectors=tile.vectors)
+        choice = _default(product, tile)
     tile = choice.tile
     k = ceil(kernel.k / product.group) * product.group
     steps, temps = [], {}
@@ -151,6 +162,17 @@ def schedule_dense(
     steps.append(Step(func=func, args=(x, *operand_names(kernel))))
     pack = packing(kernel, product, tile, storage, block=columns.block)
     return Scheduled(steps=tuple(steps), pack=pack, temps=temps)
+
+
+def _default(product: Product, tile: Tile) -> DenseChoice:
+    """The rule's own choice with a tile: integers on AVX-512 gain by a longer loop."""
+    longer = _loads_lines(product) and product.group > 1
+    return DenseChoice(rows=tile.rows, vectors=tile.vectors, unroll=2 if longer else 1)
+
+
+def _loads_lines(product: Product) -> bool:
+    """Whether a vector of weights is a whole cache line, as with AVX-512."""
+    return product.lanes * 4 == _LINE_BYTES
 
 
 def choose_tile(kernel: Dense, product: Product, registers: int) -> Tile:
@@ -180,13 +202,13 @@ def _cycles(kernel: Dense, product: Product, tile: Tile) -> float:
     epilogue = _INSTRUCTION * outputs * (28 if kernel.gelu else 6)
     row_tiles = ceil(kernel.m / tile.rows)
     column_tiles = Columns(kernel=kernel, product=product, tile=tile).tiles
-    lines = _LINE_LOAD * tile.vectors * kernel.k if _loads_lines(product) else 0
+    lines = _FAR_FLOAT_LINE * tile.vectors * kernel.k if _reads_ahead(product) else 0
     return row_tiles * column_tiles * (tile_cycles(product, tile, kernel.k) + lines + epilogue)
 
 
-def _loads_lines(product: Product) -> bool:
-    """Whether a vector of float32 weights is a line of the cache: with AVX-512."""
-    return isinstance(product, FloatFma) and product.lanes * 4 == _LINE_BYTES
+def _reads_ahead(product: Product) -> bool:
+    """Whether weights are asked for ahead of their use: float32's with AVX-512."""
+    return _loads_lines(product) and product.w_dtype == "float32"
 
 
 def fits_registers(product: Product, tile: Tile, registers: int) -> bool:
@@ -200,7 +222,8 @@ def tile_cycles(product: Product, tile: Tile, k: int) -> float:
     """Cycles of `tile_sums`, by the model above."""
     per_multiply, per_vector = product.operations
     operations = tile.rows * tile.vectors * per_multiply + tile.vectors * per_vector
-    step = max(_INSTRUCTION * operations + _LOAD * product.loads(tile), _LATENCY)
+    far = _FAR_LINE * tile.vectors if _loads_lines(product) else 0
+    step = max(_INSTRUCTION * operations + _LOAD * product.loads(tile) + far, _LATENCY)
     return ceil(k / product.group) * step + _TILE_START
 
 
@@ -320,21 +343,28 @@ def _dense(
     """The kernel as a PrimFunc; k is rounded up to whole groups."""
     m, product, tile = kernel.m, columns.product, columns.tile
     by_rows = choice.order == "rows"
-    outer, inner = ceil(m / tile.rows), columns.tiles
-    if not by_rows:
-        outer, inner = inner, outer
-    blocks = row_blocks(inner, outer)
     row_tiles = ceil(m / tile.rows)
-    reads_ahead = _loads_lines(product) and not by_rows and row_tiles > 1
+    blocks = row_blocks(columns.tiles, row_tiles)
+    by_columns = cut(kernel, product, row_tiles, columns.tiles)
+    reads_ahead = _reads_ahead(product) and not by_rows and by_columns.together > 1
+
+    def tiles_of(task: Expr) -> tuple[Expr, Expr, Expr]:
+        """Opens the loop over the tiles of a task: row, column and number within it of one."""
+        if by_rows:
+            each = columns.tiles // blocks
+            i = frame.enter_context(I.serial(each))
+            return task // blocks, task % blocks * each + i, i
+        column_tile, first, count = by_columns.at(task)
+        i = frame.enter_context(I.serial(count))
+        return first + i, column_tile, i if by_columns.by_rows else first + i
 
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
         I.func_attr({"tirx.noalias": True})
         operands = declare(columns, k, storage)
-        with I.parallel(outer * blocks) as task, I.serial(inner // blocks) as i:
-            row_tile, column_tile = task // blocks, task % blocks * (inner // blocks) + i
-            if not by_rows:
-                row_tile, column_tile = column_tile, row_tile
+        tasks = row_tiles * blocks if by_rows else by_columns.count
+        with I.parallel(tasks) as task, ExitStack() as frame:
+            row_tile, column_tile, number = tiles_of(task)
             group = column_tile // columns.group_tiles
             first = I.bind(columns.first(column_tile))
             runs = columns.runs(group, first)
@@ -344,9 +374,9 @@ def _dense(
 
             def read_ahead(turn: Expr, turns: int) -> None:
                 block = group * columns.group_blocks + first + tile.vectors
-                lines = ceil(tile.vectors * k / (row_tiles * turns))
+                lines = ceil(tile.vectors * k / (by_columns.together * turns))
                 with I.serial(lines) as line:
-                    at = (row_tile * turns + turn) * lines + line
+                    at = (number * turns + turn) * lines + line
                     prefetch_line(operands.w, [block, at, 0])
 
             sums = tile_sums(
@@ -608,6 +638,65 @@ def packing(
     if pad_columns or (kernel.x == "int8" and storage.offset):
         pack["bias"] = pack_bias
     return pack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tasks:
+    """How the tiles of a kernel are cut into tasks: a column of tiles each, of a part of the rows.
+
+    Attributes:
+        steps: tiles of a column.
+        columns: columns of tiles.
+        parts: of the rows, equal or a step apart.
+        by_rows: whether a thread gets neighbouring rows rather than neighbouring columns.
+    """
+
+    steps: int
+    columns: int
+    parts: int
+    by_rows: bool
+
+    @property
+    def count(self) -> int:
+        return self.parts * self.columns
+
+    @property
+    def together(self) -> int:
+        """Steps of a column, at least, that a thread takes before it goes on to the next."""
+        return self.steps // self.parts if self.by_rows else self.steps
+
+    def at(self, task: Expr) -> tuple[Expr, Expr, Expr]:
+        """A task's column, its first step, and how many steps it has."""
+        if self.by_rows:
+            part, column = task // self.columns, task % self.columns
+        else:
+            part, column = task % self.parts, task // self.parts
+        first, end = (self._boundary(column, part + i) for i in range(2))
+        return column, first, end - first
+
+    def _boundary(self, column: Expr, part: Expr) -> Expr:
+        """The first step of a part: rounded down in every other column, else up."""
+        if self.steps % self.parts == 0:
+            return part * (self.steps // self.parts)
+        return (part * self.steps + column % 2 * (self.parts - 1)) // self.parts
+
+
+def cut(kernel: Dense, product: Product, steps: int, columns: int) -> Tasks:
+    """The tasks of a kernel with so many columns of so many tiles.
+
+    Where a thread gets rows, it reads all weights, and activations that it wrote itself; where it
+    gets columns, its share of the weights, and activations of all threads. ARM's cores share a
+    cache.
+    """
+    weights, activations = kernel.n * kernel.k, kernel.m * (kernel.n + kernel.k)
+    by_rows = (
+        product.block == X86_BLOCK
+        and weights <= _WEIGHTS_PER_ACTIVATION * activations
+        and weights * np.dtype(product.w_dtype).itemsize <= _WEIGHT_BYTES
+    )
+    # A thread reads all the weights for each of its parts: so as few as can be, an even number.
+    parts = min(steps, 2 * ceil(_TASKS / (2 * columns))) if by_rows else row_blocks(steps, columns)
+    return Tasks(steps=steps, columns=columns, parts=parts, by_rows=by_rows)
 
 
 def row_blocks(inner: int, outer: int) -> int:

@@ -22,6 +22,7 @@ from gfcompile.targets.tvm.kernel import (
     Step,
 )
 from gfcompile.targets.tvm.schedules.cpu_tiling import (
+    apart,
     ceil_div,
     fitting_lanes,
     span,
@@ -191,8 +192,9 @@ def schedule_dft_filter(
     # Transforms along h work in place, so their tiles must not overlap: the spectrum is padded.
     tiles = ceil_div(w * vectors, tile.columns)
     padded = tiles * tile.columns
-    spectrum_shape = (blocks.workers, h, padded, lanes)
-    line_shape = (blocks.workers, max(w * rows * vectors, h * tile.columns), lanes)
+    line = max(w * rows * vectors, h * tile.columns)
+    spectrum_shape = (blocks.workers, apart(h, padded * lanes), padded, lanes)
+    line_shape = (blocks.workers, apart(line, lanes), lanes)
     k_shape = (blocks.per_image, h, w // 2 + 1, blocks.width)
     along_w = _RealDft(n=w, columns=rows * vectors, most_rows=tile.rows, lanes=lanes)
     along_h = _RealDft(n=h, columns=tile.columns, most_rows=tile.rows, lanes=lanes)
@@ -474,8 +476,8 @@ def schedule_circular_filter(kernel: CircularFilter, cpu: Cpu, storage: ActStora
     h, w, c = kernel.h, kernel.w, kernel.c
     blocks = _cut(kernel.batch, c, _CACHE_LINE_BYTES // cpu.vector_bytes, cpu)
     vectors, lanes = blocks.vectors, blocks.lanes
-    wound_shape = (blocks.workers, vectors, h, 2 * w - 1, lanes)
-    taps_shape = (blocks.workers, vectors, h, w, lanes)
+    wound_shape = (blocks.workers, vectors, apart(h, (2 * w - 1) * lanes), 2 * w - 1, lanes)
+    taps_shape = (blocks.workers, vectors, apart(h, w * lanes), w, lanes)
     kernel_shape = (blocks.per_image, h, w, blocks.width)
     outputs = tile_rows(w, _OUTPUTS if cpu.vector_registers >= 32 else _OUTPUTS // 2)
     together = max(count for count in range(1, _TAPS + 1) if w % count == 0)

@@ -11,6 +11,8 @@ Expr = Any  # tvm.tirx.Expr, or a number where TVM accepts one
 # Waking a pool of workers takes some microseconds; a core moves this many floats meanwhile.
 _PARALLEL_ELEMENTS = 16384
 
+_PAGE_BYTES = 4096
+
 
 def span(start: Expr, lanes: int) -> Expr:
     """The index of `lanes` consecutive elements: a vector load or store when more than one."""
@@ -36,6 +38,15 @@ def fitting_lanes(extent: int, lanes: int) -> int:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def apart(rows: int, elements_per_row: int) -> int:
+    """Rows of one worker's float32 scratch, `rows` and a page of nothing.
+
+    A core fetches lines ahead of those that it works on, within a page of memory. Where they are
+    another core's scratch, both wait for them all the time.
+    """
+    return rows + ceil_div(_PAGE_BYTES, 4 * elements_per_row)
 
 
 def tile_rows(count: int, most: int) -> int:
