@@ -1,6 +1,6 @@
 """Dense int8 kernels on x86 CPUs with AMX: products of whole tiles, 16 rows by 64 bytes each.
 
-    for each part of the rows                           (parallel, with pairs of blocks, in slices)
+    for each part of the rows                           (parallel, with pairs of blocks)
       for each pair of blocks of columns
         for each block of rows of the part              (two tiles of them)
           four accumulator tiles = 0
@@ -16,7 +16,6 @@ columns are set in steps of one row and four bytes, so nothing has to be padded:
 columns overlap at the end as those of `cpu_dense` do.
 """
 
-from contextlib import ExitStack
 from math import ceil
 from typing import Any
 
@@ -80,7 +79,7 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
     chunks = k // depth
     in_epilogue = chunks < tile_rows
     turns = row_tiles * tile_rows if in_epilogue else chunks
-    lines = ceil(k * columns.block / (_TILE_BYTES * tasks.together * turns))
+    lines = ceil(k * columns.block / (_TILE_BYTES * tasks.passes * turns))
 
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
@@ -104,44 +103,45 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
                 for _ in range(row_tiles)
             ]
             _tile("ldtilecfg", T.address_of(config[0]))
-            last = (part + 1) * tasks.count // slices
-            with I.serial(part * tasks.count // slices, last) as task, ExitStack() as frame:
+            with I.serial(part * tasks.count // slices, (part + 1) * tasks.count // slices) as task:
                 column_tile, start, steps = tasks.at(task)
                 group = column_tile // columns.group_tiles
                 first = I.bind(columns.first(column_tile))
                 column = [I.bind(columns.column(group, first + v)) for v in range(paired)]
                 panel = I.bind(group * columns.group_blocks + first)
-                i = frame.enter_context(I.serial(steps))
-                turn = (i if tasks.by_rows else start + i) * turns
-                step = (start + i) * block_rows
-                row = I.bind(clamped(step, m - block_rows, m % block_rows != 0))
-                for t in range(row_tiles):
-                    for v in range(paired):
-                        _tile("tilezero", T.int8(_accumulator(t, v)))
-                with I.serial(chunks) as chunk:
-                    if not in_epilogue:
-                        prefetch(panel, turn + chunk)
+                with I.serial(steps) as i:
+                    step = (start + i) * block_rows
+                    row = I.bind(clamped(step, m - block_rows, m % block_rows != 0))
+                    done = I.bind(tasks.pass_of(start, i) * turns)
                     for t in range(row_tiles):
-                        load_x(t, row, chunk * depth)
-                    for v in range(paired):
-                        _load(_W_TILE + v, w, [panel + v, chunk * (depth // 4), 0], _TILE_BYTES)
-                        for t in range(row_tiles):
-                            operand_tiles = T.int8(_X_TILE + t), T.int8(_W_TILE + v)
-                            _tile("tdpbusd", T.int8(_accumulator(t, v)), *operand_tiles)
-                for t in range(row_tiles):
-                    for v in range(paired):
-                        at = T.address_of(sums[t][v][0])
-                        _tile("tilestored64", T.int8(_accumulator(t, v)), at, T.int64(4 * lanes))
-                for t in range(row_tiles):
-                    with I.serial(tile_rows) as r:
-                        if in_epilogue:
-                            prefetch(panel, turn + t * tile_rows + r)
                         for v in range(paired):
-                            with I.vectorized(lanes) as lane:
-                                place = (row + t * offset + r, column[v] + lane)
-                                acc = sums[t][v][r * lanes + lane] + bias[place[1]]
-                                value = finish(kernel, operands, acc, *place, group)
-                                I.buffer_store(y, value, list(place))
+                            _tile("tilezero", T.int8(_accumulator(t, v)))
+                    with I.serial(chunks) as chunk:
+                        if not in_epilogue:
+                            prefetch(panel, done + chunk)
+                        for t in range(row_tiles):
+                            load_x(t, row, chunk * depth)
+                        for v in range(paired):
+                            _load(_W_TILE + v, w, [panel + v, chunk * (depth // 4), 0], _TILE_BYTES)
+                            for t in range(row_tiles):
+                                operand_tiles = T.int8(_X_TILE + t), T.int8(_W_TILE + v)
+                                _tile("tdpbusd", T.int8(_accumulator(t, v)), *operand_tiles)
+                    for t in range(row_tiles):
+                        for v in range(paired):
+                            at = T.address_of(sums[t][v][0])
+                            _tile(
+                                "tilestored64", T.int8(_accumulator(t, v)), at, T.int64(4 * lanes)
+                            )
+                    for t in range(row_tiles):
+                        with I.serial(tile_rows) as r:
+                            if in_epilogue:
+                                prefetch(panel, done + t * tile_rows + r)
+                            for v in range(paired):
+                                with I.vectorized(lanes) as lane:
+                                    place = (row + t * offset + r, column[v] + lane)
+                                    acc = sums[t][v][r * lanes + lane] + bias[place[1]]
+                                    value = finish(kernel, operands, acc, *place, group)
+                                    I.buffer_store(y, value, list(place))
             _tile("tilerelease")
     args = ("x", *operand_names(kernel), "config")
     return Scheduled(

@@ -76,15 +76,13 @@ __all__ = [
 _TASKS = 16
 # The model of a core that chooses tiles: cycles of a vector instruction, and of a load besides
 # (fitted to some 20 tiles on AVX2 and AVX-512), and what a load takes more of a whole line of
-# weights, which come from the second-level cache; the least between two additions to one
-# accumulator; what it takes to fill and drain the pipeline around a tile.
+# weights, which come from the second-level cache (of 68 to 197 rows); the least between two
+# additions to one accumulator; what it takes to fill and drain the pipeline around a tile.
 _INSTRUCTION = 0.5
 _LOAD = 0.2
-_FAR_LINE = 0.2
+_FAR_LINE = {"int8": 0.2, "float32": 0.35}
 _LINE_BYTES = 64
 _LATENCY = 4
-# And of float32 weights, which are the most bytes, further still (7 tiles, 68 to 197 rows).
-_FAR_FLOAT_LINE = 0.15
 _TILE_START = 30
 # Vectors of accumulators in a tile: more hide no further latency, and every one is code.
 _ACCUMULATORS = 24
@@ -202,13 +200,7 @@ def _cycles(kernel: Dense, product: Product, tile: Tile) -> float:
     epilogue = _INSTRUCTION * outputs * (28 if kernel.gelu else 6)
     row_tiles = ceil(kernel.m / tile.rows)
     column_tiles = Columns(kernel=kernel, product=product, tile=tile).tiles
-    lines = _FAR_FLOAT_LINE * tile.vectors * kernel.k if _reads_ahead(product) else 0
-    return row_tiles * column_tiles * (tile_cycles(product, tile, kernel.k) + lines + epilogue)
-
-
-def _reads_ahead(product: Product) -> bool:
-    """Whether weights are asked for ahead of their use: float32's with AVX-512."""
-    return _loads_lines(product) and product.w_dtype == "float32"
+    return row_tiles * column_tiles * (tile_cycles(product, tile, kernel.k) + epilogue)
 
 
 def fits_registers(product: Product, tile: Tile, registers: int) -> bool:
@@ -222,7 +214,7 @@ def tile_cycles(product: Product, tile: Tile, k: int) -> float:
     """Cycles of `tile_sums`, by the model above."""
     per_multiply, per_vector = product.operations
     operations = tile.rows * tile.vectors * per_multiply + tile.vectors * per_vector
-    far = _FAR_LINE * tile.vectors if _loads_lines(product) else 0
+    far = _FAR_LINE[product.w_dtype] * tile.vectors if _loads_lines(product) else 0
     step = max(_INSTRUCTION * operations + _LOAD * product.loads(tile) + far, _LATENCY)
     return ceil(k / product.group) * step + _TILE_START
 
@@ -346,17 +338,18 @@ def _dense(
     row_tiles = ceil(m / tile.rows)
     blocks = row_blocks(columns.tiles, row_tiles)
     by_columns = cut(kernel, product, row_tiles, columns.tiles)
-    reads_ahead = _reads_ahead(product) and not by_rows and by_columns.together > 1
+    passes = by_columns.passes
+    reads_ahead = _loads_lines(product) and product.group == 1 and not by_rows and passes > 1
 
     def tiles_of(task: Expr) -> tuple[Expr, Expr, Expr]:
-        """Opens the loop over the tiles of a task: row, column and number within it of one."""
+        """Opens the loop over the tiles of a task: the row and the column of one, and its pass."""
         if by_rows:
             each = columns.tiles // blocks
             i = frame.enter_context(I.serial(each))
             return task // blocks, task % blocks * each + i, i
         column_tile, first, count = by_columns.at(task)
         i = frame.enter_context(I.serial(count))
-        return first + i, column_tile, i if by_columns.by_rows else first + i
+        return first + i, column_tile, by_columns.pass_of(first, i)
 
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
@@ -364,7 +357,7 @@ def _dense(
         operands = declare(columns, k, storage)
         tasks = row_tiles * blocks if by_rows else by_columns.count
         with I.parallel(tasks) as task, ExitStack() as frame:
-            row_tile, column_tile, number = tiles_of(task)
+            row_tile, column_tile, nth_pass = tiles_of(task)
             group = column_tile // columns.group_tiles
             first = I.bind(columns.first(column_tile))
             runs = columns.runs(group, first)
@@ -374,9 +367,9 @@ def _dense(
 
             def read_ahead(turn: Expr, turns: int) -> None:
                 block = group * columns.group_blocks + first + tile.vectors
-                lines = ceil(tile.vectors * k / (by_columns.together * turns))
+                lines = ceil(tile.vectors * k / (passes * turns))
                 with I.serial(lines) as line:
-                    at = (number * turns + turn) * lines + line
+                    at = (nth_pass * turns + turn) * lines + line
                     prefetch_line(operands.w, [block, at, 0])
 
             sums = tile_sums(
@@ -660,11 +653,6 @@ class Tasks:
     def count(self) -> int:
         return self.parts * self.columns
 
-    @property
-    def together(self) -> int:
-        """Steps of a column, at least, that a thread takes before it goes on to the next."""
-        return self.steps // self.parts if self.by_rows else self.steps
-
     def at(self, task: Expr) -> tuple[Expr, Expr, Expr]:
         """A task's column, its first step, and how many steps it has."""
         if self.by_rows:
@@ -679,6 +667,15 @@ class Tasks:
         if self.steps % self.parts == 0:
             return part * (self.steps // self.parts)
         return (part * self.steps + column % 2 * (self.parts - 1)) // self.parts
+
+    @property
+    def passes(self) -> int:
+        """How often a thread at least passes over a column's weights before the next column's."""
+        return self.steps // self.parts if self.by_rows else self.steps
+
+    def pass_of(self, first: Expr, i: Expr) -> Expr:
+        """Which pass the step `i` of a task that begins at step `first` is."""
+        return i if self.by_rows else first + i
 
 
 def cut(kernel: Dense, product: Product, steps: int, columns: int) -> Tasks:

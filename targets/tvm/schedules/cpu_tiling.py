@@ -4,6 +4,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from tvm.script import tirx as T
 
 Expr = Any  # tvm.tirx.Expr, or a number where TVM accepts one
@@ -40,13 +41,13 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def apart(rows: int, elements_per_row: int) -> int:
-    """Rows of one worker's float32 scratch, `rows` and a page of nothing.
+def apart(rows: int, elements_per_row: int, dtype: str = "float32") -> int:
+    """Rows of one worker's scratch: `rows`, and a page of nothing.
 
     A core fetches lines ahead of those that it works on, within a page of memory. Where they are
     another core's scratch, both wait for them all the time.
     """
-    return rows + ceil_div(_PAGE_BYTES, 4 * elements_per_row)
+    return rows + ceil_div(_PAGE_BYTES, elements_per_row * np.dtype(dtype).itemsize)
 
 
 def tile_rows(count: int, most: int) -> int:
