@@ -37,7 +37,7 @@ def tuned_database(path: Path, kernel: Dense, place: int) -> object:
     entry = Entry(
         kernel=kernel_key(kernel),
         target=device_key(target.cpu),
-        schedule="cpu_dense/1",
+        schedule="cpu_dense/2",
         choice=to_json(choice),
         how="static",
         unit="cycles",

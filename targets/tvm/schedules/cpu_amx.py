@@ -84,7 +84,7 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
         I.func_attr({"tirx.noalias": True})
-        operands = declare(columns, k, storage)
+        operands = declare(columns, (kernel.m, k), storage)
         x, w, bias, y = operands.x, operands.w, operands.bias, operands.y
         config = I.arg("config", I.buffer((_TILE_BYTES,), "uint8"))
 

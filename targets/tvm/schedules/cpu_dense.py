@@ -22,7 +22,7 @@ which the first tile of rows could take them. So with AVX-512, whose tiles take 
 tile of rows asks for its share of the weights that come next.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import ceil
@@ -41,6 +41,7 @@ from gfcompile.targets.tvm.schedules.cpu_dot import (
     Buffer,
     Product,
     Tile,
+    View,
     act_storage,
     product_of,
 )
@@ -89,6 +90,8 @@ _ACCUMULATORS = 24
 # Steps of the inner loop between two requests for weights that come next. More often, the requests
 # cost registers; more rarely, they come in bursts and keep other loads waiting.
 _TURN_STEPS = 4
+# From so many tiles of columns on, laying x out for them pays.
+_WORTH_PANELS = 8
 # TVM keeps smaller arrays on the stack.
 _LOCAL_BYTES = 1024
 # Weights that take as long to read as an activation that another core wrote: measured. And the
@@ -97,6 +100,8 @@ _WEIGHTS_PER_ACTIVATION = 3
 _WEIGHT_BYTES = 1 << 20
 # Tiles that the model calls slower than this, compared with its best, are not worth measuring.
 _WORTH_MEASURING = 1.5
+
+_UNROLLS = (1, 2, 3, 4)
 
 Order = Literal["columns", "rows"]
 
@@ -133,7 +138,7 @@ def dense_choices(kernel: Dense, cpu: Cpu) -> Sequence[DenseChoice]:
         DenseChoice(rows=tile.rows, vectors=tile.vectors, unroll=unroll, order=order)
         for tile in sorted(near, key=lambda tile: cycles[tile])
         for order in get_args(Order)
-        for unroll in sorted((1, 2), key=lambda unroll: unroll != _default(product, tile).unroll)
+        for unroll in sorted(_UNROLLS, key=lambda unroll: unroll != _default(product, tile).unroll)
     ]
 
 
@@ -146,17 +151,24 @@ def schedule_dense(
         tile = choose_tile(kernel, product, cpu.vector_registers)
         choice = _default(product, tile)
     tile = choice.tile
+    columns = Columns(kernel=kernel, product=product, tile=tile)
     k = ceil(kernel.k / product.group) * product.group
-    steps, temps = [], {}
+    steps = []
+    temps: dict[str, tuple[str, tuple[int, ...]]] = {}
     x = "x"
     x_dtype = storage.dtype if kernel.x == "int8" else "float32"
-    if k != kernel.k or x_dtype != product.x_dtype:
+    panels = None
+    if product.by_lane and tile.rows > 1 and columns.tiles >= _WORTH_PANELS:
+        panels = Panels(m=kernel.m, k=kernel.k, rows=tile.rows, chunk=product.chunk)
+        x = "x_panels"
+        temps[x] = (product.x_dtype, panels.shape)
+        steps.append(Step(func=_panel_rows(panels, product.x_dtype), args=("x", x)))
+    elif k != kernel.k or x_dtype != product.x_dtype:
         x = "x_groups"
         temps[x] = (product.x_dtype, (kernel.m, k))
         group_rows = _group_rows(kernel.m, kernel.k, k, x_dtype, product.x_dtype)
         steps.append(Step(func=group_rows, args=("x", x)))
-    columns = Columns(kernel=kernel, product=product, tile=tile)
-    func = _dense(kernel, k, columns, choice, storage)
+    func = _dense(kernel, k, columns, choice, storage, panels)
     steps.append(Step(func=func, args=(x, *operand_names(kernel))))
     pack = packing(kernel, product, tile, storage, block=columns.block)
     return Scheduled(steps=tuple(steps), pack=pack, temps=temps)
@@ -165,7 +177,8 @@ def schedule_dense(
 def _default(product: Product, tile: Tile) -> DenseChoice:
     """The rule's own choice with a tile: integers on AVX-512 gain by a longer loop."""
     longer = _loads_lines(product) and product.group > 1
-    return DenseChoice(rows=tile.rows, vectors=tile.vectors, unroll=2 if longer else 1)
+    unroll = 2 if longer else product.unroll
+    return DenseChoice(rows=tile.rows, vectors=tile.vectors, unroll=unroll)
 
 
 def _loads_lines(product: Product) -> bool:
@@ -329,8 +342,63 @@ class Runs:
         return self.buffer.vload([column + (at[0] - start)], dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Panels:
+    """x laid out for tiles of `rows` rows: (tiles, chunks of k, rows, chunk).
+
+    A tile then reads x from one end to the other, so that one instruction loads two registers.
+    """
+
+    m: int
+    k: int
+    rows: int
+    chunk: int
+
+    @property
+    def chunks(self) -> int:
+        return ceil(self.k / self.chunk)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (ceil(self.m / self.rows), self.chunks, self.rows, self.chunk)
+
+    def first_row(self, panel: Expr) -> Expr:
+        return clamped(panel * self.rows, self.m - self.rows, self.m % self.rows != 0)
+
+    def view(self, buffer: Buffer, panel: Expr) -> View:
+        """A panel as rows of k."""
+        return View(buffer, lambda r, k: [panel, k // self.chunk, r, k % self.chunk])
+
+
+def _panel_rows(panels: Panels, dtype: str) -> Any:
+    """x (m, k) as panels, what is added to its rows as zeros."""
+    m, k, rows, chunk = panels.m, panels.k, panels.rows, panels.chunk
+    with IRBuilder() as builder, I.prim_func(s_tir=True):
+        I.func_name("panel_rows")
+        I.func_attr({"tirx.noalias": True})
+        x = I.arg("x", I.buffer((m, k), dtype))
+        y = I.arg("y", I.buffer(panels.shape, dtype))
+        with I.parallel(panels.shape[0]) as panel:
+            row = I.bind(panels.first_row(panel))
+            if k >= chunk:
+                with I.serial(k // chunk) as i:
+                    for r in range(rows):
+                        with I.vectorized(chunk) as lane:
+                            I.buffer_store(y, x[row + r, i * chunk + lane], [panel, i, r, lane])
+            for at in range(k // chunk * chunk, panels.chunks * chunk):
+                with I.serial(rows) as r:
+                    value = x[row + r, at] if at < k else tirx.const(0, dtype)
+                    I.buffer_store(y, value, [panel, at // chunk, r, at % chunk])
+    return builder.get()
+
+
 def _dense(
-    kernel: Dense, k: int, columns: Columns, choice: DenseChoice, storage: ActStorage
+    kernel: Dense,
+    k: int,
+    columns: Columns,
+    choice: DenseChoice,
+    storage: ActStorage,
+    panels: Panels | None,
 ) -> Any:
     """The kernel as a PrimFunc; k is rounded up to whole groups."""
     m, product, tile = kernel.m, columns.product, columns.tile
@@ -354,7 +422,7 @@ def _dense(
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
         I.func_attr({"tirx.noalias": True})
-        operands = declare(columns, k, storage)
+        operands = declare(columns, (m, k) if panels is None else panels.shape, storage)
         tasks = row_tiles * blocks if by_rows else by_columns.count
         with I.parallel(tasks) as task, ExitStack() as frame:
             row_tile, column_tile, nth_pass = tiles_of(task)
@@ -364,6 +432,9 @@ def _dense(
             w = Blocks(operands.w, columns, group * columns.group_blocks)
             bias = Runs(operands.bias, runs)
             row = I.bind(clamped(row_tile * tile.rows, m - tile.rows, m % tile.rows != 0))
+            x, x_row = operands.x, row
+            if panels is not None:
+                x, x_row = panels.view(x, row_tile), 0
 
             def read_ahead(turn: Expr, turns: int) -> None:
                 block = group * columns.group_blocks + first + tile.vectors
@@ -373,10 +444,10 @@ def _dense(
                     prefetch_line(operands.w, [block, at, 0])
 
             sums = tile_sums(
-                operands.x,
+                x,
                 w,
                 bias,
-                row,
+                x_row,
                 first,
                 0,
                 k,
@@ -387,10 +458,7 @@ def _dense(
             )
             for r in range(tile.rows):
                 for place, width, column in runs:
-                    vector = epilogue_width(width, product.lanes, kernel.out)
-                    for start in range(0, width, vector):
-                        # Where a vector does not fit any more, it overlaps the one before it.
-                        at = min(start, width - vector)
+                    for at, vector in epilogue_vectors(width, product.lanes, kernel.out):
                         with I.vectorized(vector) as lane:
                             acc = sums[r][place + at + lane]
                             to = (row + r, column + at + lane)
@@ -423,12 +491,12 @@ def operand_names(kernel: Dense) -> tuple[str, ...]:
     return (*names, "y")
 
 
-def declare(columns: Columns, k: int, storage: ActStorage) -> Operands:
-    """Declares the parameters of the PrimFunc under construction; k is in whole groups."""
+def declare(columns: Columns, x_shape: Sequence[int], storage: ActStorage) -> Operands:
+    """Declares the parameters of the PrimFunc under construction."""
     kernel, product = columns.kernel, columns.product
     n, rows, groups = kernel.n, kernel.residual_rows, kernel.out_groups
     w_shape = (
-        *(groups * columns.group_blocks, k // product.group),
+        *(groups * columns.group_blocks, ceil(kernel.k / product.group)),
         columns.per_block * product.w_elements,
     )
     padded = n + max(0, columns.block - columns.in_group)
@@ -436,7 +504,7 @@ def declare(columns: Columns, k: int, storage: ActStorage) -> Operands:
     y_dtype = storage.dtype if kernel.out == "int8" else "float32"
     quant_shape = (groups, 4) if groups > 1 else (4,)
     return Operands(
-        x=I.arg("x", I.buffer((kernel.m, k), product.x_dtype)),
+        x=I.arg("x", I.buffer(x_shape, product.x_dtype)),
         w=I.arg("w", I.buffer(w_shape, product.w_dtype)),
         scale=I.arg("scale", I.buffer((n,))) if kernel.x == "int8" else None,
         bias=I.arg("bias", I.buffer((padded,), product.acc_dtype)),
@@ -713,6 +781,17 @@ def epilogue_width(columns: int, lanes: int, out: str) -> int:
         wide = next((w for w in (16, 8) if columns % w == 0), 0)
         return max(wide, min(lanes, _power_of_two(columns)))
     return min(lanes, _power_of_two(columns))
+
+
+def epilogue_vectors(columns: int, lanes: int, out: str) -> Iterator[tuple[int, int]]:
+    """Where the vectors of an epilogue start, and how wide they are; the last ones may overlap."""
+    at = 0
+    while at < columns:
+        width = min(columns - at, 16) if out == "int8" else lanes
+        width = min(max(_power_of_two(width), lanes), _power_of_two(columns))
+        at = min(at, columns - width)
+        yield at, width
+        at += width
 
 
 def _power_of_two(limit: int) -> int:
