@@ -309,6 +309,17 @@ def loaded_bytes(path: Path) -> int:
     return sum(size for flags, _, _, size in headers if flags & 2)  # SHF_ALLOC
 
 
+@pytest.mark.parametrize("cpu", ["sse", "avx2", "avx512", "avx512_vnni", "a53", "a76"])
+def test_float_weights_are_asked_for_ahead_where_a_tile_takes_a_line_of_them(cpu: str) -> None:
+    import tvm
+
+    (step,) = scheduled_for(Dense(m=68, n=384, k=96), CPUS[cpu]).steps
+    module = tvm.IRModule({"main": step.func.with_attr("global_symbol", "main")})
+    assembly = tvm.compile(module, tvm_target(CPUS[cpu])).mod.inspect_source("asm")
+    asks = re.search(r"\b(prefetcht1|prfm)\b", assembly) is not None
+    assert asks == cpu.startswith("avx512")
+
+
 def test_only_vnni_stores_activations_unsigned() -> None:
     assert {name for name in CPUS if act_storage(CPUS[name]).offset} == {
         "avx512_vnni",
@@ -329,6 +340,7 @@ def test_amx_kernels_are_made_of_tiles() -> None:
         len(re.findall(rf"\b{name}\b", assembly)) for name in ("tdpbusd", "tileloadd")
     )
     assert products == loads > 0, "two and two tiles make four products"
+    assert "prefetcht1" in assembly
     for once in ("ldtilecfg", "tilerelease"):
         assert len(re.findall(rf"\b{once}\b", assembly)) == 1
     head = Dense(m=1, n=1000, k=384, x="int8")

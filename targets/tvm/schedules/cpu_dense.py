@@ -708,7 +708,7 @@ class Tasks:
     Attributes:
         steps: tiles of a column.
         columns: columns of tiles.
-        parts: of the rows. Two parts may differ by a step, others are equal.
+        parts: of the rows, equal or a step apart.
         by_rows: whether a thread gets neighbouring rows rather than neighbouring columns.
     """
 
@@ -727,12 +727,14 @@ class Tasks:
             part, column = task // self.columns, task % self.columns
         else:
             part, column = task % self.parts, task // self.parts
-        steps, left = divmod(self.steps, self.parts)
-        if not left:
-            return column, part * steps, steps
-        # The step in the middle is the first part's in every other column, else the second's.
-        middle = steps + column % 2
-        return column, part * middle, tirx.Select(part == 0, middle, self.steps - middle)
+        first, end = (self._boundary(column, part + i) for i in range(2))
+        return column, first, end - first
+
+    def _boundary(self, column: Expr, part: Expr) -> Expr:
+        """The first step of a part: rounded down in every other column, else up."""
+        if self.steps % self.parts == 0:
+            return part * (self.steps // self.parts)
+        return (part * self.steps + column % 2 * (self.parts - 1)) // self.parts
 
     @property
     def passes(self) -> int:
@@ -757,9 +759,8 @@ def cut(kernel: Dense, product: Product, steps: int, columns: int) -> Tasks:
         and weights <= _WEIGHTS_PER_ACTIVATION * activations
         and weights * np.dtype(product.w_dtype).itemsize <= _WEIGHT_BYTES
     )
-    parts = row_blocks(steps, columns)
-    if by_rows:
-        parts = max(parts, min(2, steps))
+    # A thread reads all the weights for each of its parts: so as few as can be, an even number.
+    parts = min(steps, 2 * ceil(_TASKS / (2 * columns))) if by_rows else row_blocks(steps, columns)
     return Tasks(steps=steps, columns=columns, parts=parts, by_rows=by_rows)
 
 
