@@ -48,8 +48,10 @@ class NamedBuilders:
 
     def __init__(self) -> None:
         self.choices: dict[Path, Choice | None] = {}
+        self.limits: list[float] = []
 
-    def build(self, jobs: Sequence[Job]) -> list[Built | CandidateError]:
+    def build(self, jobs: Sequence[Job], *, limit_s: float = 0.0) -> list[Built | CandidateError]:
+        self.limits.append(limit_s)
         self.choices |= {job.folder: job.choice for job in jobs}
         return [Built(folder=job.folder, kernels=()) for job in jobs]
 
@@ -98,6 +100,8 @@ def test_the_search_finds_the_best_without_trying_all(tmp_path: Path) -> None:
     (entry,) = load(tmp_path / "db.json").entries
     assert (entry.how, entry.unit, entry.device) == ("static", "cycles", "a model")
     assert entry.cost == pytest.approx(100 * finding.ratio)
+    own, *others = builders.limits
+    assert own > max(others)  # a busy machine is no reason to give up the default
 
 
 def test_an_interrupted_search_goes_on_and_tries_nothing_twice(tmp_path: Path) -> None:
