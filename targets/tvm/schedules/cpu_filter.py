@@ -450,9 +450,11 @@ class _RealDft:
             tile = [
                 (r, j, (r, span(0, self.lanes))) for r in range(rows) for j in range(self.columns)
             ]
-            for r, j, at in tile:
-                T.buffer_store(sums[j], bases[part.first, m + r] * load(0, j), list(at))
-            with T.serial(1, count) as i:
+            # From 0 on: a lone first product would be fused with one sum or another, as the tile
+            # has it, and results would depend on that.
+            for _, j, at in tile:
+                T.buffer_store(sums[j], splat(0.0, self.lanes), list(at))
+            with T.serial(count) as i:
                 for r, j, at in tile:
                     term = bases[part.first + i, m + r] * load(i, j)
                     T.buffer_store(sums[j], sums[j][at] + term, list(at))

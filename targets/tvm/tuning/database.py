@@ -2,7 +2,7 @@
 
     {"format": "gfcompile tuning", "version": 1, "entries": [
       {"kernel": "Dense(m=196, n=1536, k=384, gelu=True)", "target": "aarch64 cortex-a76 sdot",
-       "schedule": "cpu_dense/1", "choice": {"rows": 7, "vectors": 3, ...},
+       "schedule": "cpu_dense/2", "choice": {"rows": 7, "vectors": 3, ...},
        "how": "static", "unit": "instructions", "cost": 3.1e7, "default_cost": 3.3e7,
        "trials": 40, "device": "qemu cortex-a76"}, ...]}
 
