@@ -33,6 +33,7 @@ from gfcompile.runtime.trace import logical_values
 from gfcompile.targets.host import cpu_flags
 from gfcompile.targets.onnx_values import dtype_of, shape_of
 from gfcompile.targets.target import Gpu, Target
+from gfcompile.targets.tvm import link
 from gfcompile.targets.tvm.emit import Artifact
 from gfcompile.targets.tvm.kernel import Dense
 from gfcompile.targets.tvm.partition import Program, Tensor
@@ -74,6 +75,9 @@ def verify(
     try:
         with _place(artifact, target, folder) as place:
             entry = _verify_at(place, model, program, list(images[: place.images]), pruning)
+        for place in _places_of_levels(artifact, target, folder):
+            _verify_at(place, model, program, list(images[: place.images]), pruning)
+            entry = dataclasses.replace(entry, how=f"{entry.how}, {place.how}")
     except DeviceError as error:
         return None, [f"the artifact was not verified on this machine: {error}"]
     return entry, notes_on_patches(entry)
@@ -164,6 +168,21 @@ def _place(artifact: Artifact, target: Target, folder: Path) -> Iterator[_Place]
             images=2,
             prefix=qemu_command(cpu=cpu.qemu_cpu, env={}),
         )
+
+
+def _places_of_levels(artifact: Artifact, target: Target, folder: Path) -> Iterator[_Place]:
+    """Where levels above the least one run emulated; a machine's own CPU takes its best level."""
+    if target.cpu.arch == platform.machine():
+        return
+    emitted = {plan.cpu_features for plan in artifact.better_plans}
+    for cpu in target.levels:
+        if cpu.qemu_cpu is not None and link.cpu_features(cpu) in emitted:
+            yield _Place(
+                folder=folder,
+                how=f"and {cpu.qemu_cpu}",
+                images=1,
+                prefix=qemu_command(cpu=cpu.qemu_cpu, env={}),
+            )
 
 
 def _behind_stand_in(artifact: Artifact, gpu: Gpu, folder: Path, twin: Path) -> _Place:

@@ -6,11 +6,13 @@ import platform
 from pathlib import Path
 
 from gfcompile.runtime.errors import UserError
+from gfcompile.targets.arm64 import ARMV8_I8MM
 from gfcompile.targets.raspberry_pi import (
     CORTEX_A53,
     CORTEX_A72,
     CORTEX_A76,
     INT8_SDOT,
+    INT8_SMMLA,
     INT8_SMULL,
 )
 from gfcompile.targets.target import Cpu, Target
@@ -67,7 +69,7 @@ def host_target() -> Target:
         ("aarch64", "sdot"): INT8_SDOT,
         ("aarch64", None): INT8_SMULL,
     }[cpu.arch, cpu.int8_dot]
-    compute = INT8_AMX if cpu.amx else compute
+    compute = INT8_AMX if cpu.amx else INT8_SMMLA if cpu.i8mm else compute
     times = round(cpu.int8_gops / cpu.fp32_gflops)
     return Target(
         name="host",
@@ -100,7 +102,10 @@ def cpu_level(machine: str, cpuinfo: str) -> Cpu:
             return SSE
         raise UserError("target host: this CPU has no SSE4.2, which every x86 target needs")
     if machine in ("aarch64", "arm64"):
-        if "asimddp" in _field(cpuinfo, "Features").split():
+        features = set(_field(cpuinfo, "Features").split())
+        if features >= {"asimddp", "i8mm"}:
+            return ARMV8_I8MM
+        if "asimddp" in features:
             return CORTEX_A76
         return CORTEX_A53 if _field(cpuinfo, "CPU part") == "0xd03" else CORTEX_A72
     raise UserError(f"target host: no support for {machine}; x86_64 and aarch64 are supported")

@@ -10,6 +10,7 @@ from gfcompile.targets.target import Cpu, Target, register_target
 
 INT8_SMULL = "int8 x int8 -> int16, pairs added into int32 (smull, smlal2, sadalp)"
 INT8_SDOT = "int8 x int8 -> int32, four products per lane (sdot)"
+INT8_SMMLA = "int8 x int8 -> int32 in tiles of 2 x 2 x 8 (smmla)"
 
 # glibc 2.27 predates every 64-bit Raspberry Pi OS; Ubuntu 18.04 for the Pi has just that one.
 CORTEX_A53 = Cpu(

@@ -18,7 +18,10 @@ class Cpu:
         vector_bytes: width of a SIMD register.
         vector_registers: how many of them.
         int8_dot: the instruction that multiplies 4 int8 pairs into an int32, if there is one.
+        i8mm: whether it multiplies 2 x 8 with 8 x 2 int8 at once (Arm's smmla).
         amx: whether it multiplies tiles of uint8 with int8 (x86 AMX), once the kernel allows it.
+        shares_weights: whether a library has its kernels beside those for other CPUs, so that
+            packed weights have to lie alike for all of them.
         in_order: whether instructions issue in program order (Cortex-A53).
         glibc: the oldest glibc that the library must load on, unless it is for Android.
         android_api: the oldest API level of Android that the library must load on; None for glibc.
@@ -33,7 +36,9 @@ class Cpu:
     vector_bytes: int
     vector_registers: int
     int8_dot: Literal["vnni", "sdot"] | None
+    i8mm: bool = False
     amx: bool = False
+    shares_weights: bool = False
     in_order: bool = False
     glibc: str = "2.27"
     android_api: int | None = None
@@ -206,4 +211,11 @@ def all_targets() -> tuple[AnyTarget, ...]:
 
 
 def _import_all() -> None:
-    from gfcompile.targets import android, jetson, phones, raspberry_pi, x86  # noqa: F401 - they register
+    from gfcompile.targets import (  # noqa: F401 - they register
+        android,
+        arm64,
+        jetson,
+        phones,
+        raspberry_pi,
+        x86,
+    )

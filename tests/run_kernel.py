@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gfcompile.targets.arm64 import ARM64
 from gfcompile.targets.host import cpu_level
 from gfcompile.targets.jetson import CARMEL
 from gfcompile.targets.raspberry_pi import CORTEX_A53, CORTEX_A72, CORTEX_A76
@@ -35,6 +36,10 @@ _X86_LEVELS = {
 }
 _ARM_CORES = {"a53": CORTEX_A53, "a72": CORTEX_A72, "a76": CORTEX_A76, "carmel": CARMEL}
 CPUS: Mapping[str, Cpu] = {**_X86_LEVELS, **_ARM_CORES}
+# Those that share a library, and so the layout of its weights.
+ARM_LEVELS: Mapping[str, Cpu] = dict(
+    zip(("armv8", "dotprod", "i8mm"), (ARM64.cpu, *ARM64.levels), strict=True)
+)
 
 _HARNESS = Path(__file__).with_suffix(".c")
 _TYPE_CODES = {"i": 0, "u": 1, "f": 2}

@@ -297,7 +297,7 @@ def _levels(program: Program, target: Target, tuning: Tuning) -> list[_Level]:
 
 def _gains_nothing(below: _Level, device: Cpu | Gpu, scheduled: Mapping[Kernel, Scheduled]) -> bool:
     """Whether kernels scheduled for `device` are those of the level below it."""
-    if getattr(below.device, "mcpu", None) != getattr(device, "mcpu", None):
+    if getattr(below.device, "vector_bytes", None) != getattr(device, "vector_bytes", None):
         return False
     return all(
         len(plan.steps) == len(below.scheduled[kernel].steps)

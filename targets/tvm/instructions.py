@@ -287,7 +287,10 @@ def _product_operations(node: Any) -> int:
     """Multiplications and additions in the intrinsic; one of one operand only sums up."""
     if len(node.args) == 2:  # the first one names the intrinsic
         return 0
-    return 2 * _lanes_and_bytes(node.args[-1].ty)[0]
+    uses = 1
+    if int(node.args[0]) == codegen.llvm_lookup_intrinsic_id("llvm.aarch64.neon.smmla"):
+        uses = 2  # each value meets two of the other side
+    return uses * 2 * _lanes_and_bytes(node.args[-1].ty)[0]
 
 
 def _lanes_and_bytes(thing: Any) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from toy_bundle import KERNELS, RUNTIME, Toy, build_toy, toy_images, toy_object,
 
 from gfcompile.runtime import load
 from gfcompile.runtime.errors import CompileError
-from gfcompile.targets.android import ANDROID_ARM64, ARMV8, ARMV8_DOTPROD
+from gfcompile.targets.android import ANDROID_ARM64, ANDROID_ARM64_DOTPROD
 from gfcompile.targets.tvm.bionic import PAGE_BYTES, SYMBOLS, loader_complaint
 from gfcompile.targets.tvm.cortex_a53 import has_erratum_843419
 from gfcompile.targets.tvm.elf import PT_GNU_RELRO, PT_LOAD, read_segments
@@ -26,6 +26,8 @@ from tools import need, qemu_aarch64
 
 API = set(re.findall(r"\b(gfrt_\w+)\(", (RUNTIME / "gfrt.h").read_text()))
 HEADERS = sorted((RUNTIME / "bionic").rglob("*.h"))
+
+ARMV8 = ANDROID_ARM64.cpu
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +269,7 @@ def test_the_baseline_asks_for_nothing_that_a_phone_may_lack() -> None:
     assert cpu_features(ARMV8) == ("asimd",)
     # Armv8.1-A made these mandatory, and the dot product came with Armv8.2-A.
     always = {"asimd", "crc32", "atomics", "asimdrdm"}
-    assert set(cpu_features(ARMV8_DOTPROD)) == always | {"asimddp"}
+    assert set(cpu_features(ANDROID_ARM64_DOTPROD.cpu)) == always | {"asimddp"}
 
 
 def test_a_core_without_sdot_is_refused_before_it_meets_one(

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from run_kernel import CPUS, compile_object, host_cpu, poison, run_kernel, tvm_target
+from run_kernel import (
+    ARM_LEVELS,
+    CPUS,
+    compile_object,
+    host_cpu,
+    poison,
+    run_kernel,
+    tvm_target,
+)
 from tvm import tirx
 from tvm.sym import Analyzer
 
@@ -146,6 +154,38 @@ def kernels() -> list[Dense]:
 @pytest.mark.parametrize("cpu", CPUS)
 def test_every_instruction_set_computes_the_reference(cpu: str, kernel: Dense) -> None:
     check(kernel, CPUS[cpu], threads=2)
+
+
+@pytest.mark.parametrize("kernel", [k for k in kernels() if k.x == "int8"], ids=str)
+@pytest.mark.parametrize("cpu", ["armv8", "i8mm"])
+def test_the_levels_of_arm_compute_the_reference(cpu: str, kernel: Dense) -> None:
+    check(kernel, ARM_LEVELS[cpu], threads=2)
+
+
+@pytest.mark.parametrize("cpu", ARM_LEVELS)
+def test_int8_products_of_every_level_of_arm_are_exact(cpu: str) -> None:
+    kernel = Dense(m=5, n=24, k=64, x="int8")
+    y = check(kernel, ARM_LEVELS[cpu], extreme=True)
+    expected = problem(kernel, ARM_LEVELS[cpu], extreme=True).value
+    np.testing.assert_array_equal(y, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        Dense(m=196, n=384, k=1536, x="int8"),
+        Dense(m=197, n=1000, k=64, x="int8"),
+        Dense(m=1, n=1000, k=384, x="int8"),
+        Dense(m=9, n=90, k=32, x="int8", out="int8", out_groups=3),
+        Dense(m=196, n=64, k=147),
+    ],
+    ids=str,
+)
+def test_the_levels_of_arm_have_their_weights_in_common(kernel: Dense) -> None:
+    raw = {name: problem(kernel, ARM_LEVELS["armv8"]).args[name] for name in ("w", "bias")}
+    packed = [scheduled_for(kernel, cpu).pack["w"](raw).reshape(-1) for cpu in ARM_LEVELS.values()]
+    for other in packed[1:]:
+        np.testing.assert_array_equal(other, packed[0])
 
 
 @pytest.mark.parametrize("x", ["float32", "int8"])
@@ -325,6 +365,22 @@ def test_only_vnni_stores_activations_unsigned() -> None:
         "avx512_vnni",
         "avx512_amx",
     }
+
+
+def test_each_level_of_arm_multiplies_by_the_best_that_it_has() -> None:
+    """Seen in the code, and nothing of the levels above it."""
+    import tvm
+
+    kernel = Dense(m=197, n=384, k=1536, x="int8", out="int8")
+    found = {}
+    for name, cpu in ARM_LEVELS.items():
+        func = scheduled_for(kernel, cpu).steps[-1].func.with_attr("global_symbol", "main")
+        assembly = tvm.compile(tvm.IRModule({"main": func}), tvm_target(cpu)).mod.inspect_source(
+            "asm"
+        )
+        words = ("sadalp", "ld4", "sdot", "smmla")
+        found[name] = {word for word in words if re.search(rf"\s{word}\s", assembly)}
+    assert found == {"armv8": {"sadalp", "ld4"}, "dotprod": {"sdot"}, "i8mm": {"smmla"}}
 
 
 def test_amx_kernels_are_made_of_tiles() -> None:

@@ -1,10 +1,12 @@
 """Instructions counted in scheduled kernels, against counts made by hand."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
 from gfcompile.runtime.roofline import KernelCost, estimate
+from gfcompile.targets.arm64 import ARM64
 from gfcompile.targets.jetson import JETSON_TX2, JETSON_XAVIER
 from gfcompile.targets.raspberry_pi import RASPBERRY_PI_4
 from gfcompile.targets.target import Target, all_targets, peaks
@@ -22,6 +24,7 @@ from gfcompile.targets.x86 import X86_64_V4
 
 PRODUCT = Dense(m=196, n=384, k=96)
 MACS = 196 * 384 * 96
+I8MM = replace(ARM64, name="i8mm", cpu=ARM64.levels[-1], levels=())
 
 
 def counted(kernel: Kernel, target: Target) -> Instructions:
@@ -39,7 +42,7 @@ def test_a_float_product_is_one_fma_per_register_of_macs(target: Target) -> None
     assert counts["store"] == epilogue
 
 
-@pytest.mark.parametrize("target", [RASPBERRY_PI_4, X86_64_V4], ids=lambda t: t.name)
+@pytest.mark.parametrize("target", [RASPBERRY_PI_4, X86_64_V4, I8MM], ids=lambda t: t.name)
 def test_integer_products_are_counted_as_operations(target: Target) -> None:
     kernel = Dense(m=196, n=384, k=96, x="int8", out="int8")
     # Rows of the last tile that the matrix does not have are computed as well.

@@ -7,11 +7,12 @@ import pytest
 
 from gfcompile.runtime.errors import UserError
 from gfcompile.targets.host import cpu_level
-from gfcompile.targets.target import Target, all_targets, find_target
+from gfcompile.targets.target import Cpu, Target, all_targets, find_target
 from tools import need
 
 NAMES = [
     *("x86-64", "x86-64-v3", "x86-64-v4"),
+    "arm64",
     *("raspberry-pi-3", "raspberry-pi-4", "raspberry-pi-5"),
     *("android-arm64", "android-arm64-dotprod"),
     *("jetson-nano", "jetson-tx2", "jetson-xavier", "jetson-orin"),
@@ -19,6 +20,7 @@ NAMES = [
     *("tflite-xnnpack", "tflite-int-only", "coreml"),
 ]
 DEVICES = [target for target in all_targets() if isinstance(target, Target)]
+CPUS = [(target.name, cpu) for target in DEVICES for cpu in (target.cpu, *target.levels)]
 
 # What a row of /proc/cpuinfo looks like on machines of each kind, shortened.
 SKYLAKE_X = (
@@ -30,6 +32,7 @@ HASWELL = "flags\t: sse4_2 ssse3 popcnt avx2 fma f16c bmi2"
 NEHALEM = "flags\t: sse4_2 ssse3 popcnt"
 PI_5 = "CPU part\t: 0xd0b\nFeatures\t: fp asimd fphp asimdhp asimddp"
 PI_4 = "CPU part\t: 0xd08\nFeatures\t: fp asimd crc32"
+GRAVITON_3 = "CPU part\t: 0xd40\nFeatures\t: fp asimd fphp asimdhp asimddp i8mm bf16"
 PI_3 = "CPU part\t: 0xd03\nFeatures\t: fp asimd crc32"
 
 
@@ -44,9 +47,8 @@ def test_unknown_target_names_the_nearest_and_all() -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("target", DEVICES, ids=lambda target: target.name)
-def test_cpu_figures_agree_with_each_other(target: Target) -> None:
-    cpu = target.cpu
+@pytest.mark.parametrize("cpu", [pytest.param(cpu, id=f"{name}-{cpu.mcpu}") for name, cpu in CPUS])
+def test_cpu_figures_agree_with_each_other(cpu: Cpu) -> None:
     # The peak is a whole number of operations per cycle, a multiple of two per float lane.
     per_cycle = cpu.fp32_gflops / cpu.clock_ghz
     assert per_cycle % (2 * cpu.float_lanes) == pytest.approx(0, abs=1e-9)
@@ -87,10 +89,9 @@ def test_llvm_knows_every_cpu_and_feature() -> None:
     from tvm.target import Target as TvmTarget
     from tvm.target import codegen
 
-    for target in DEVICES:
-        cpu = target.cpu
+    for name, cpu in CPUS:
         tvm_target = TvmTarget({"kind": "llvm", "mtriple": cpu.llvm_triple})
-        assert cpu.mcpu in set(codegen.llvm_get_cpu_archlist(tvm_target)), target.name
+        assert cpu.mcpu in set(codegen.llvm_get_cpu_archlist(tvm_target)), name
         with_features = TvmTarget(
             {
                 "kind": "llvm",
@@ -99,9 +100,10 @@ def test_llvm_knows_every_cpu_and_feature() -> None:
                 "mattr": list(cpu.features),
             }
         )
-        wanted = {"vnni": "avx512vnni", "sdot": "dotprod", None: None}[cpu.int8_dot]
+        wanted = {"vnni": {"avx512vnni"}, "sdot": {"dotprod"}, None: set()}[cpu.int8_dot]
+        wanted |= {"i8mm"} if cpu.i8mm else set()
         features = set(codegen.llvm_get_cpu_features(with_features))
-        assert wanted is None or wanted in features, (target.name, sorted(features))
+        assert wanted <= features, (name, sorted(features))
 
 
 def test_qemu_knows_every_stand_in() -> None:
@@ -109,9 +111,9 @@ def test_qemu_knows_every_stand_in() -> None:
         [need("qemu-aarch64"), "-cpu", "help"], capture_output=True, text=True
     )  # it exits with 1 after help
     known = set(re.findall(r"^\s+(\S+)$", listed.stdout, re.MULTILINE))
-    for target in DEVICES:
-        if target.cpu.qemu_cpu is not None:
-            assert target.cpu.qemu_cpu in known, target.name
+    for name, cpu in CPUS:
+        if cpu.qemu_cpu is not None:
+            assert cpu.qemu_cpu in known, name
 
 
 @pytest.mark.parametrize(
@@ -122,6 +124,7 @@ def test_qemu_knows_every_stand_in() -> None:
         ("x86_64", SKYLAKE_X, "x86-64-v4", None),
         ("x86_64", HASWELL, "x86-64-v3", None),
         ("x86_64", NEHALEM, "x86-64-v2", None),
+        ("aarch64", GRAVITON_3, "cortex-a55", "sdot"),
         ("aarch64", PI_5, "cortex-a76", "sdot"),
         ("aarch64", PI_4, "cortex-a72", None),
         ("aarch64", PI_3, "cortex-a53", None),
@@ -133,6 +136,7 @@ def test_host_is_recognised_by_its_flags(
     cpu = cpu_level(machine, cpuinfo)
     assert (cpu.mcpu, cpu.int8_dot) == (mcpu, int8_dot)
     assert cpu.amx == ("amx_int8" in cpuinfo)
+    assert cpu.i8mm == ("i8mm" in cpuinfo)
 
 
 @pytest.mark.parametrize(

@@ -152,13 +152,17 @@ def schedule_dense(
         choice = _default(product, tile)
     tile = choice.tile
     columns = Columns(kernel=kernel, product=product, tile=tile)
-    k = ceil(kernel.k / product.group) * product.group
+    k = _whole(kernel.k, product.group)
     steps = []
     temps: dict[str, tuple[str, tuple[int, ...]]] = {}
     x = "x"
     x_dtype = storage.dtype if kernel.x == "int8" else "float32"
     panels = None
-    if product.by_lane and tile.rows > 1 and columns.tiles >= _WORTH_PANELS:
+    if product.rows > 1:
+        x = "x_pairs"
+        temps[x] = (product.x_dtype, _x_shape(kernel, product, k))
+        steps.append(Step(func=_pair_rows(kernel.m, kernel.k, k), args=("x", x)))
+    elif product.by_lane and tile.rows > 1 and columns.tiles >= _WORTH_PANELS:
         panels = Panels(m=kernel.m, k=kernel.k, rows=tile.rows, chunk=product.chunk)
         x = "x_panels"
         temps[x] = (product.x_dtype, panels.shape)
@@ -196,7 +200,7 @@ def _tiles(kernel: Dense, product: Product, registers: int) -> Sequence[Tile]:
     """The tiles that fit the registers and cover the columns."""
     tiles = (
         Tile(rows=rows, vectors=vectors)
-        for rows in range(min(kernel.m, registers), 0, -1)
+        for rows in range(_whole(min(kernel.m, registers), product.rows), 0, -product.rows)
         for vectors in range(product.vector_step, registers, product.vector_step)
     )
     return [
@@ -218,7 +222,7 @@ def _cycles(kernel: Dense, product: Product, tile: Tile) -> float:
 
 def fits_registers(product: Product, tile: Tile, registers: int) -> bool:
     """Whether the tile's inner loop needs no more than `registers`, and little code."""
-    few = tile.rows * tile.vectors <= _ACCUMULATORS
+    few = product.operands(tile) * tile.vectors <= _ACCUMULATORS
     a_row = 4 * tile.vectors * product.lanes
     return product.registers(tile) <= registers and few and a_row < _LOCAL_BYTES
 
@@ -226,7 +230,7 @@ def fits_registers(product: Product, tile: Tile, registers: int) -> bool:
 def tile_cycles(product: Product, tile: Tile, k: int) -> float:
     """Cycles of `tile_sums`, by the model above."""
     per_multiply, per_vector = product.operations
-    operations = tile.rows * tile.vectors * per_multiply + tile.vectors * per_vector
+    operations = product.operands(tile) * tile.vectors * per_multiply + tile.vectors * per_vector
     far = _FAR_LINE[product.w_dtype] * tile.vectors if _loads_lines(product) else 0
     step = max(_INSTRUCTION * operations + _LOAD * product.loads(tile) + far, _LATENCY)
     return ceil(k / product.group) * step + _TILE_START
@@ -322,12 +326,18 @@ class Blocks:
     first_block: Expr  # of the group
 
     def vload(self, at: Sequence[Expr], dtype: str) -> Expr:
-        first, k, vector, _ = at
-        place = first + vector
-        per_block = self.columns.per_block
-        block = self.first_block + place // per_block
-        offset = place % per_block * self.columns.product.w_elements
-        return self.buffer.vload([block, k, offset], dtype)
+        first, group, vector, _ = at
+        per_block, in_tile = self.columns.per_block, self.columns.tile.vectors
+        if in_tile % per_block == 0:  # a tile begins where a block does
+            block, place = first // per_block + vector // per_block, vector % per_block
+        elif per_block % in_tile == 0:  # or is within one
+            block, place = first // per_block, first % per_block + vector
+        else:
+            block, place = (first + vector) // per_block, (first + vector) % per_block
+        product = self.columns.product
+        groups, wide = product.depth // product.group, product.cell[0]
+        offset = place * product.columns * product.depth + group % groups * product.group * wide
+        return self.buffer.vload([self.first_block + block, group // groups, offset], dtype)
 
 
 @dataclass(frozen=True)
@@ -422,7 +432,9 @@ def _dense(
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
         I.func_attr({"tirx.noalias": True})
-        operands = declare(columns, (m, k) if panels is None else panels.shape, storage)
+        operands = declare(
+            columns, _x_shape(kernel, product, k) if panels is None else panels.shape, storage
+        )
         tasks = row_tiles * blocks if by_rows else by_columns.count
         with I.parallel(tasks) as task, ExitStack() as frame:
             row_tile, column_tile, nth_pass = tiles_of(task)
@@ -431,8 +443,9 @@ def _dense(
             runs = columns.runs(group, first)
             w = Blocks(operands.w, columns, group * columns.group_blocks)
             bias = Runs(operands.bias, runs)
-            row = I.bind(clamped(row_tile * tile.rows, m - tile.rows, m % tile.rows != 0))
-            x, x_row = operands.x, row
+            every, per_tile = ceil(m / product.rows), product.operands(tile)
+            operand = I.bind(clamped(row_tile * per_tile, every - per_tile, every % per_tile != 0))
+            x, x_row = operands.x, operand
             if panels is not None:
                 x, x_row = panels.view(x, row_tile), 0
 
@@ -457,11 +470,12 @@ def _dense(
                 each_turn=read_ahead if reads_ahead else None,
             )
             for r in range(tile.rows):
+                row = I.bind(_row(operand, r, m, product))
                 for place, width, column in runs:
                     for at, vector in epilogue_vectors(width, product.lanes, kernel.out):
                         with I.vectorized(vector) as lane:
                             acc = sums[r][place + at + lane]
-                            to = (row + r, column + at + lane)
+                            to = (row, column + at + lane)
                             value = finish(kernel, operands, acc, *to, group)
                             I.buffer_store(operands.y, value, list(to))
     return builder.get()
@@ -496,8 +510,8 @@ def declare(columns: Columns, x_shape: Sequence[int], storage: ActStorage) -> Op
     kernel, product = columns.kernel, columns.product
     n, rows, groups = kernel.n, kernel.residual_rows, kernel.out_groups
     w_shape = (
-        *(groups * columns.group_blocks, ceil(kernel.k / product.group)),
-        columns.per_block * product.w_elements,
+        *(groups * columns.group_blocks, ceil(kernel.k / product.depth)),
+        columns.per_block * product.columns * product.depth,
     )
     padded = n + max(0, columns.block - columns.in_group)
     residual_dtype = "uint16" if kernel.residual_dtype == "float16" else "float32"
@@ -559,9 +573,9 @@ def tile_sums(
         each_turn: builds what else is to be done now and then; it gets which time it is, of how
             many.
     """
-    rows, vectors, lanes = tile.rows, tile.vectors, product.lanes
+    rows, vectors, lanes = product.operands(tile), tile.vectors, product.lanes
     dtype = f"{product.acc_dtype}x{lanes}"
-    partial = lanes // product.columns  # sums of a column, which are added up at the end
+    partial = lanes // product.columns  # accumulators that make a vector of sums at the end
     acc = [registers(vectors * lanes, product.acc_dtype) for _ in range(rows)]
 
     def load(r: int, v: int) -> Expr:
@@ -612,12 +626,13 @@ def tile_sums(
         multiply(chunks * per_chunk + g, 1)
     if partial == 1:
         return acc
-    sums = [registers(vectors * product.columns, product.acc_dtype) for _ in range(rows)]
+    sums = [registers(vectors * product.columns, product.acc_dtype) for _ in range(tile.rows)]
     for r in range(rows):
         for v in range(0, vectors, partial):
-            total = product.sums([load(r, v + i) for i in range(partial)])
+            totals = product.sums([load(r, v + i) for i in range(partial)])
             addend = bias.vload([column + v * product.columns], dtype)
-            store(sums, total + addend, r, v // partial)
+            for i, total in enumerate(totals):
+                store(sums, total + addend, r * product.rows + i, v // partial)
     return sums
 
 
@@ -658,6 +673,44 @@ def _group_rows(m: int, k: int, k_groups: int, source: str, target: str) -> Any:
     return builder.get()
 
 
+def _pair_rows(m: int, k: int, k_groups: int) -> Any:
+    """x (m, k) as pairs of rows, eight k of one beside eight k of the other, zeros after k.
+
+    Of an odd number of rows, the last pair overlaps the one before it.
+    """
+    pairs = ceil(m / 2)
+    with IRBuilder() as builder, I.prim_func(s_tir=True):
+        I.func_name("pair_rows")
+        I.func_attr({"tirx.noalias": True})
+        x = I.arg("x", I.buffer((m, k), "int8"))
+        y = I.arg("y", I.buffer((pairs, 2 * k_groups), "int8"))
+        with I.parallel(pairs) as pair:
+            first = I.bind(clamped(2 * pair, m - 2, m % 2 != 0))
+            for r in range(2):
+                with I.serial(k // 8) as eight, I.vectorized(8) as i:
+                    I.buffer_store(y, x[first + r, eight * 8 + i], [pair, eight * 16 + r * 8 + i])
+                for i in range(k // 8 * 8, k_groups):
+                    value = x[first + r, i] if i < k else tirx.const(0, "int8")
+                    I.buffer_store(y, value, [pair, i // 8 * 16 + r * 8 + i % 8])
+    return builder.get()
+
+
+def _x_shape(kernel: Dense, product: Product, k: int) -> tuple[int, int]:
+    """How a kernel reads x: rows of k, or operands of several rows each."""
+    return ceil(kernel.m / product.rows), product.rows * k
+
+
+def _row(operand: Expr, r: int, m: int, product: Product) -> Expr:
+    """The row of x that is number r from an operand's first one on."""
+    first = (operand + r // product.rows) * product.rows
+    return clamped(first, m - product.rows, m % product.rows != 0) + r % product.rows
+
+
+def _whole(count: int, unit: int) -> int:
+    """The least multiple of `unit` that is not below `count`."""
+    return ceil(count / unit) * unit
+
+
 def packing(
     kernel: Dense, product: Product, tile: Tile, storage: ActStorage, block: int = 0
 ) -> Mapping[str, Callable[[Mapping[str, Array]], Array]]:
@@ -674,18 +727,18 @@ def packing(
     pad_columns = max(0, columns - group_columns)
 
     def pack_w(raw: Mapping[str, Array]) -> Array:
-        w = np.pad(raw["w"], ((0, -kernel.k % product.group), (0, pad_columns)))
+        w = np.pad(raw["w"], ((0, -kernel.k % product.depth), (0, pad_columns)))
         # The columns of each panel, the last one of a group overlapping.
         last = max(0, group_columns - columns)
         within = np.minimum(np.arange(group_panels) * columns, last)
         first = np.arange(kernel.out_groups)[:, None] * group_columns + within
         w = w[:, first.reshape(-1, 1) + np.arange(columns)]  # (k, panels, columns)
-        groups = w.shape[0] // product.group
-        vectors = columns // product.columns
-        w = w.reshape(groups, product.group, panels, vectors, product.columns)
-        elements = vectors * product.w_elements
-        shape = (panels, groups, *([elements] if block else [vectors, product.w_elements]))
-        return np.ascontiguousarray(w.transpose(2, 0, 3, 4, 1)).reshape(shape)
+        wide, deep = product.cell
+        w = w.reshape(-1, product.depth // deep, deep, panels, columns // wide, wide)
+        elements = product.columns * product.depth
+        vectors = [columns * product.depth] if block else [columns // product.columns, elements]
+        shape = (panels, w.shape[0], *vectors)
+        return np.ascontiguousarray(w.transpose(3, 0, 4, 1, 5, 2)).reshape(shape)
 
     def pack_bias(raw: Mapping[str, Array]) -> Array:
         bias = raw["bias"]

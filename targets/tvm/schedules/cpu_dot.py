@@ -2,7 +2,8 @@
 
 A `Product` keeps a tile of accumulators in vector registers. One multiply takes `group`
 consecutive k of a row of x and of `columns` columns of w, and adds the products, exactly for int8,
-to one accumulator vector. Weights are packed in the order in which they are read:
+to one accumulator vector; where it takes several `rows` at once, the accumulator holds a small
+tile of them. Weights are packed in the order in which they are read:
 (panels, k / group, vectors, columns * group).
 """
 
@@ -21,6 +22,11 @@ from gfcompile.targets.tvm.schedules.math import Expr
 
 # Columns of a block of weights on x86: a vector of AVX-512, a tile of AMX.
 X86_BLOCK = 16
+# The same on ARM, for a library of several levels: the tile that most of them choose. Of int8,
+# four columns by 16 k lie together, in vectors of four by four, as sdot takes them.
+ARM_BLOCK = 12
+_ARM_DEPTH = 16
+_ARM_CELL = (4, 4)
 
 Buffer = Any  # a tvm.tirx.Buffer, under construction
 
@@ -52,6 +58,7 @@ class Product(ABC):
 
     Attributes:
         lanes: 32-bit lanes of a vector register.
+        block: columns of a block of packed weights; 0 where a block is a tile.
 
     Class attributes:
         x_dtype, w_dtype, acc_dtype: of x as the tile reads it, of the packed weights, and of the
@@ -64,10 +71,11 @@ class Product(ABC):
         temporaries: registers needed besides accumulators, weights and rows.
         unroll: chunks of k in the inner loop, unless a search found better.
         vector_step: the number of vectors in a tile is a multiple of it.
-        block: columns of a block of packed weights; 0 where a block is a tile.
+        rows: of x that one operand holds; the number of rows in a tile is a multiple of it.
     """
 
     lanes: int
+    block: int = 0
 
     x_dtype: ClassVar[str]
     w_dtype: ClassVar[str]
@@ -79,7 +87,17 @@ class Product(ABC):
     temporaries: ClassVar[int] = 1
     unroll: ClassVar[int] = 1
     vector_step: ClassVar[int] = 1
-    block: ClassVar[int] = 0
+    rows: ClassVar[int] = 1
+
+    @property
+    def depth(self) -> int:
+        """Consecutive k whose cells lie together in a block, before those of the next columns."""
+        return self.group
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Columns and k of packed weights that lie together, those of one column first."""
+        return self.columns, self.group
 
     @property
     def columns(self) -> int:
@@ -93,13 +111,17 @@ class Product(ABC):
 
     def registers(self, tile: Tile) -> int:
         """Vector registers that the inner loop needs."""
-        rows = tile.rows if self.by_lane else 0
+        rows = self.operands(tile) if self.by_lane else 0
         weights = tile.vectors if tile.rows > 1 else 1  # for one row, each is used as it is loaded
-        return tile.rows * tile.vectors + weights + rows + self.temporaries
+        return self.operands(tile) * tile.vectors + weights + rows + self.temporaries
+
+    def operands(self, tile: Tile) -> int:
+        """Operands that the rows of a tile make."""
+        return tile.rows // self.rows
 
     def loads(self, tile: Tile) -> float:
         """Loads for one group of k."""
-        return tile.vectors + tile.rows * (self.group / self.chunk if self.by_lane else 1)
+        return tile.vectors + self.operands(tile) * (self.group / self.chunk if self.by_lane else 1)
 
     def load_w(self, w: Buffer, panel: Expr, group: Expr, vector: int) -> Expr:
         """The weights of one multiply."""
@@ -110,6 +132,8 @@ class Product(ABC):
     def load_x(self, x: Buffer, row: Expr, k: Expr, groups: int) -> Sequence[Expr]:
         """For each of `groups` groups from k on, x's operand of a multiply.
 
+        Of `rows` rows at once, `row` counts such operands.
+
         With `by_lane`, `groups` is those of a chunk, or 1 in what is left of k.
         """
 
@@ -117,8 +141,8 @@ class Product(ABC):
     def multiply(self, acc: Expr, a: Expr, b: Expr) -> Expr:
         """acc plus the products of x's operand a and the weights b."""
 
-    def sums(self, accumulators: Sequence[Expr]) -> Expr:
-        """The totals of accumulators that hold several sums of a column side by side."""
+    def sums(self, accumulators: Sequence[Expr]) -> Sequence[Expr]:
+        """For each of `rows` rows a vector of columns: the totals of neighbouring accumulators."""
         raise NotImplementedError(f"{type(self).__name__} has one sum for each column")
 
 
@@ -127,7 +151,6 @@ class _BroadcastFloat(Product):
 
     x_dtype = w_dtype = acc_dtype = "float32"
     group, chunk = 1, 4
-    block = X86_BLOCK
 
     def load_x(self, x: Buffer, row: Expr, k: Expr, groups: int) -> Sequence[Expr]:
         return [I.bind(T.broadcast(x[row, k + i], self.lanes)) for i in range(groups)]
@@ -169,7 +192,6 @@ class Vnni(Product):
 
     x_dtype, w_dtype = "uint8", "int8"
     group, chunk = 4, 8
-    block = X86_BLOCK
 
     def load_x(self, x: Buffer, row: Expr, k: Expr, groups: int) -> Sequence[Expr]:
         dtype = f"uint8x{4 * self.lanes}"
@@ -219,7 +241,6 @@ class MultiplyAddQuads(MultiplyAddPairs):
 
     group, chunk = 4, 8
     vector_step = 2
-    block = X86_BLOCK
 
     @property
     def columns(self) -> int:
@@ -239,9 +260,9 @@ class MultiplyAddQuads(MultiplyAddPairs):
             I.bind(T.reinterpret(T.broadcast(quad, self.lanes // 2), dtype=dtype)) for quad in quads
         ]
 
-    def sums(self, accumulators: Sequence[Expr]) -> Expr:
+    def sums(self, accumulators: Sequence[Expr]) -> Sequence[Expr]:
         even, odd = (list(range(first, 2 * self.lanes, 2)) for first in (0, 1))
-        return T.Shuffle(list(accumulators), even) + T.Shuffle(list(accumulators), odd)
+        return [T.Shuffle(list(accumulators), even) + T.Shuffle(list(accumulators), odd)]
 
 
 class MultiplyAddInt16(MultiplyAddPairs):
@@ -261,6 +282,10 @@ class Sdot(Product):
     by_lane = True
     temporaries = 0
     unroll = 3
+
+    @property
+    def depth(self) -> int:
+        return _ARM_DEPTH if self.block else self.group
 
     def load_x(self, x: Buffer, row: Expr, k: Expr, groups: int) -> Sequence[Expr]:
         if groups == 1:
@@ -299,14 +324,76 @@ class WideningNeon(Product):
     def multiply(self, acc: Expr, a: Expr, b: Expr) -> Expr:
         return acc + _add_pairs(_long(a, b, T.vectorlow) + _long(a, b, T.vectorhigh))
 
-    def sums(self, accumulators: Sequence[Expr]) -> Expr:
+    def sums(self, accumulators: Sequence[Expr]) -> Sequence[Expr]:
         """The sums over the lanes of four accumulators, as one vector."""
 
         def add_pairs(a: Expr, b: Expr) -> Expr:
             return _intrinsic("llvm.aarch64.neon.addp.v4i32", "int32x4", a, b)
 
         a, b, c, d = accumulators
-        return add_pairs(add_pairs(a, b), add_pairs(c, d))
+        return [add_pairs(add_pairs(a, b), add_pairs(c, d))]
+
+
+class WideningNeonFours(WideningNeon):
+    """The same over weights that lie as sdot takes them: ld4 brings four columns in order."""
+
+    # Of what ld4 brings, nothing is loaded later; with fewer to spare, LLVM spills.
+    temporaries = 4
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        return _ARM_CELL
+
+    def load_w(self, w: Buffer, panel: Expr, group: Expr, vector: int) -> Expr:
+        # The same load for four vectors, which LLVM merges: they become one instruction.
+        four = w.vload([panel, group, vector - vector % 4, 0], "int8x64")
+        words = I.bind(T.reinterpret(four, dtype="int32x16"))
+        column = T.Shuffle([words], list(range(vector % 4, 16, 4)))
+        return I.bind(T.reinterpret(column, dtype="int8x16"))
+
+
+class Smmla(Product):
+    """int8 on ARM with the matrix product: eight k of two rows times eight k of two columns.
+
+    Rows lie in pairs, (pairs, k / 8, 2 * 8), see `cpu_dense`. Weights lie as sdot takes them,
+    four columns by four k, so that a library for both has them once.
+    """
+
+    x_dtype = w_dtype = "int8"
+    group, chunk = 8, 16
+    operations = (1, 1)  # zip, which brings together what a column has in two fours
+    vector_step = 2
+    rows = 2
+
+    @property
+    def depth(self) -> int:
+        return _ARM_DEPTH
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        return _ARM_CELL
+
+    @property
+    def columns(self) -> int:
+        return 2
+
+    def load_w(self, w: Buffer, panel: Expr, group: Expr, vector: int) -> Expr:
+        # Of four columns, the first four k come before the others; the same load for two vectors.
+        four = w.vload([panel, group, vector - vector % 2, 0], "int8x32")
+        words = I.bind(T.reinterpret(four, dtype="int32x8"))
+        first = 2 * (vector % 2)
+        columns = T.Shuffle([words], [first, first + 4, first + 1, first + 5])
+        return I.bind(T.reinterpret(columns, dtype="int8x16"))
+
+    def load_x(self, x: Buffer, row: Expr, k: Expr, groups: int) -> Sequence[Expr]:
+        return [I.bind(x.vload([row, 2 * (k + 8 * i)], "int8x16")) for i in range(groups)]
+
+    def multiply(self, acc: Expr, a: Expr, b: Expr) -> Expr:
+        return _intrinsic("llvm.aarch64.neon.smmla.v4i32.v16i8", "int32x4", acc, a, b)
+
+    def sums(self, accumulators: Sequence[Expr]) -> Sequence[Expr]:
+        """Two tiles of 2 x 2 as two rows of four."""
+        return [T.Shuffle(list(accumulators), [i, i + 1, i + 4, i + 5]) for i in (0, 2)]
 
 
 class WideningNeonAnyInt8(WideningNeon):
@@ -330,12 +417,17 @@ def product_of(kernel: Dense, cpu: Cpu) -> Product:
     """How `cpu` multiplies in `kernel`."""
     lanes = cpu.vector_bytes // 4
     if cpu.arch == "aarch64":
+        block = ARM_BLOCK if cpu.shares_weights else 0
         if kernel.x == "float32":
-            return FloatNeon(lanes)
-        return Sdot(lanes) if cpu.int8_dot == "sdot" else WideningNeon(lanes)
+            return FloatNeon(lanes, block)
+        if cpu.i8mm and kernel.m > 1:
+            return Smmla(lanes, block)
+        if cpu.int8_dot == "sdot":
+            return Sdot(lanes, block)
+        return (WideningNeonFours if block else WideningNeon)(lanes, block)
     if kernel.x == "float32":
-        return FloatSse(lanes) if cpu.vector_bytes == 16 else FloatFma(lanes)
-    return Vnni(lanes) if cpu.int8_dot == "vnni" else MultiplyAddQuads(lanes)
+        return (FloatSse if cpu.vector_bytes == 16 else FloatFma)(lanes, X86_BLOCK)
+    return (Vnni if cpu.int8_dot == "vnni" else MultiplyAddQuads)(lanes, X86_BLOCK)
 
 
 def activation_product_of(x: Act, cpu: Cpu) -> Product:

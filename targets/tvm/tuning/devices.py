@@ -65,9 +65,9 @@ def _runner(device: Device, target: Target) -> Runner:
 
 
 def one_level(target: Target) -> Target:
-    """The target with the kernels of one CPU: the best that this machine runs, or the best."""
+    """The target with the kernels of one CPU: the best that this machine runs, or the least."""
     cpus = (target.cpu, *target.levels)
-    able = [cpu for cpu in cpus if not lacks(cpu)] or [cpus[-1]]
+    able = [cpu for cpu in cpus if not lacks(cpu)] or [cpus[0]]
     return dataclasses.replace(target, cpu=able[-1], levels=())
 
 
