@@ -190,7 +190,7 @@ class Comparison:
                 result
                 for count in threads
                 for result in self.compare(
-                    bundle.path, graph, image, exact, count, rounds, repeats, folder
+                    bundle.path, graph, plain, image, exact, count, rounds, repeats, folder
                 )
             ]
 
@@ -205,6 +205,7 @@ class Comparison:
         self,
         bundle: Path,
         graph: onnx.ModelProto,
+        plain: onnx.ModelProto,
         image: Array,
         exact: Array,
         threads: int,
@@ -223,7 +224,7 @@ class Comparison:
                 other = self.compile("x86-64-v4", folder / "vnni")
                 vnni = stack.enter_context(load(other.path, threads=threads))
                 contenders.append(Contender(name=OURS_VNNI, run=vnni.run))
-            for peer in peers(self.model, self.precision, graph, threads, folder):
+            for peer in peers(self.model, self.precision, graph, plain, threads, folder):
                 if isinstance(peer, Absent):
                     self.absent[f"{peer.name}: {peer.reason}"] = None
                 else:

@@ -42,7 +42,7 @@ class Runtime(ABC):
 
     @abstractmethod
     def convert(self, model: str, precision: Precision, folder: Path) -> None:
-        """Writes to `folder` what `open` reads. `folder` has the model as `graph.onnx`."""
+        """Writes to `folder` what `open` reads. `folder` has the float32 model as `graph.onnx`."""
 
     @abstractmethod
     def open(self, precision: Precision, folder: Path, threads: int) -> Run:
@@ -91,11 +91,7 @@ class Mnn(Runtime):
     """
 
     package = "MNN"
-    label: ClassVar[Mapping[Precision, str]] = {
-        "float32": "MNN",
-        "bfloat16": "MNN, low precision",
-        "int8": "MNN, dynamic int8",
-    }
+    label: ClassVar[Mapping[Precision, str]] = {"float32": "MNN", "int8": "MNN, dynamic int8"}
 
     def convert(self, model: str, precision: Precision, folder: Path) -> None:  # noqa: ARG002
         import MNN  # noqa: F401 - brings _tools

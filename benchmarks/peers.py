@@ -45,12 +45,18 @@ class Absent:
 
 
 def peers(
-    model: str, precision: Precision, graph: onnx.ModelProto, threads: int, folder: Path
+    model: str,
+    precision: Precision,
+    graph: onnx.ModelProto,
+    plain: onnx.ModelProto,
+    threads: int,
+    folder: Path,
 ) -> Iterator[Contender | Absent]:
     """Every peer that is installed and takes the model, at its best setting.
 
     Args:
         graph: what our kernels were compiled from; its integers and scales are the peers', too.
+        plain: the same in float32, for peers that quantize by themselves.
         folder: for their files.
     """
     yield onnx_runtime(SAME_GRAPH, graph, threads)
@@ -60,7 +66,7 @@ def peers(
     yield from openvino(precision, graph, threads)
     if precision == "float32":
         yield torch_compile(model, threads)
-    yield from mobile(model, precision, graph, threads, folder)
+    yield from mobile(model, precision, plain, threads, folder)
 
 
 def onnx_runtime(name: str, graph: onnx.ModelProto, threads: int) -> Contender:
@@ -179,7 +185,7 @@ def torch_compile(model: str, threads: int) -> Contender | Absent:
 
 
 def mobile(
-    model: str, precision: Precision, graph: onnx.ModelProto, threads: int, folder: Path
+    model: str, precision: Precision, plain: onnx.ModelProto, threads: int, folder: Path
 ) -> Iterator[Contender | Absent]:
     """ExecuTorch, MNN and ncnn, and beside float32 also bfloat16 of those that have it."""
     wanted: tuple[MobilePrecision, ...] = ("float32", "bfloat16")
@@ -194,7 +200,7 @@ def mobile(
             # Another number of threads is another session, not another file.
             if not place.exists():
                 place.mkdir(parents=True)
-                onnx.save(inliner.inline_local_functions(graph), place / "graph.onnx")
+                onnx.save(inliner.inline_local_functions(plain), place / "graph.onnx")
                 reason = converted(runtime, model, kind, place)
                 (place / "failed").write_text(reason, encoding="utf-8")
             if reason := (place / "failed").read_text(encoding="utf-8"):
