@@ -45,7 +45,7 @@ class _Place:
 
     folder: Path
     how: str
-    images: int  # how many inferences it is worth waiting for
+    images: int  # how many it is worth waiting for
     prefix: Sequence[str] = ()
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -63,7 +63,7 @@ def verify(
 
     Args:
         model: the graph that was emitted.
-        images: golden inputs (1, 3, H, W); emulated targets take the first one or two.
+        images: golden inputs (batch, 3, H, W); emulated targets take the first one or two.
         pruning: of a model that prunes.
 
     Raises:
@@ -71,7 +71,8 @@ def verify(
     """
     try:
         with _place(artifact, target, folder) as place:
-            entry = _verify_at(place, model, program, list(images[: place.images]), pruning)
+            batches = -(-place.images // len(images[0]))
+            entry = _verify_at(place, model, program, list(images[:batches]), pruning)
     except DeviceError as error:
         return None, [f"the artifact was not verified on this machine: {error}"]
     return entry, notes_on_patches(entry)
