@@ -7,8 +7,9 @@ any machine, but it is no time: which instructions they are, and what memory cos
 One inference is what a process with two retires, less one with one. Ours run by gfbench; the peers
 run by their own arm64 wheels in an arm64 CPython, kept in the user's cache: LiteRT on our .tflite,
 ONNX Runtime on the graph that our kernels were compiled from, its int8 activations signed and
-unsigned. Where that Python cannot be made, they are left out, and a line says why. Exits with 1 if
-a bound is missed.
+unsigned. Where that Python cannot be made, they are left out, and a line says why. Of our hot loops
+llvm-mca says how many cycles they take on its model of the core, beside those that their
+multiplications alone take (see hot_loops.py). Exits with 1 if a bound is missed.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import numpy as np
 import onnx_ir
 from cpu import EXACT, Check, describe_machine
 from environments import LITERT_WHEELS, CannotBeMadeError, Environments
+from hot_loops import HotLoop, NoModelError, hot_loops
 from peers import SAME_GRAPH, UNSIGNED, Array, Precision, onnx_runtime, unsigned
 
 from gfcompile.compile.bundle import Bundle
@@ -58,6 +60,8 @@ BOUNDS: Mapping[tuple[str, Precision], float] = {
 # MNN is not run here: what it retired when it was, and 5% on top.
 MAX_FLOAT_GIGA = 0.836 * 1.05
 NOT_CONVERTED = ("ncnn", "MNN")
+# Of the modelled bound, by the slowest of our hot loops.
+LEAST_OF_BOUND = 0.90
 
 ONNX_RUNTIME_WHEELS = ("onnxruntime==1.31.1", "packaging")
 ENVIRONMENTS = Environments("gfcompile-benchmarks")
@@ -102,6 +106,15 @@ class Result:
     cosine: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Modelled:
+    """One of our hot loops, on one CPU."""
+
+    cpu: str
+    precision: Precision
+    loop: HotLoop
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     cpus = list(TARGETS)[-1:] if options.quick else list(TARGETS)
@@ -113,14 +126,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         except GfcompileError as error:
             print(f"arm.py: {error}", file=sys.stderr)
             return error.exit_code
-    checks = judge(results)
+        loops = model_loops(cpus, Path(folder), absent)
+    checks = [*judge(results), *judge_loops(loops)]
     print_table(results)
+    print()
+    print_loops(loops)
     print()
     for name, reason in absent.items():
         print(f"left out: {name}: {reason}")
     for check in checks:
         verdict = "pass" if check.passed else "MISSED"
-        print(f"{verdict}: {check.what}: {check.value:.3f}, at most {check.bound:.3g}")
+        print(f"{verdict}: {check.what}: {check.value:.3f}, at most {check.bound:.3f}")
     if options.json:
         report = {
             "benchmark": "arm",
@@ -129,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "model": MODEL,
             "absent": absent,
             "results": [asdict(result) for result in results],
+            "hot_loops": [asdict(modelled) for modelled in loops],
             "checks": [{**asdict(check), "passed": check.passed} for check in checks],
         }
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -224,8 +241,12 @@ def compiled(target: str, precision: Precision, output: Path) -> Bundle:
     )
 
 
+def bundle_folder(folder: Path, cpu: str, precision: Precision) -> Path:
+    return folder / f"{cpu}-{precision}"
+
+
 def our_job(cpu: str, precision: Precision, files: Files) -> Job:
-    bundle = compiled(TARGETS[cpu], precision, files.folder / f"{cpu}-{precision}").path
+    bundle = compiled(TARGETS[cpu], precision, bundle_folder(files.folder, cpu, precision)).path
     once, twice = (
         (str(bundle / BENCH_NAME), str(bundle), "--input", str(image), "--output", "logits.f32")
         for image in (files.image, files.two_images)
@@ -291,6 +312,37 @@ def measure(job: Job) -> tuple[int, Array]:
     return twice - once, logits
 
 
+def model_loops(cpus: Sequence[str], folder: Path, absent: dict[str, str]) -> list[Modelled]:
+    """What llvm-mca says of our hot loops; nothing, and a line that says why, without it."""
+    try:
+        return [
+            Modelled(cpu=cpu, precision=precision, loop=loop)
+            for cpu in cpus
+            for precision in PRECISIONS
+            for library in bundle_folder(folder, cpu, precision).glob("*.so")
+            for loop in hot_loops(library, cpu)
+        ]
+    except NoModelError as error:
+        absent["cycles of hot loops"] = str(error)
+        return []
+
+
+def judge_loops(loops: Sequence[Modelled]) -> list[Check]:
+    """For each CPU and precision, the hot loop that is the furthest from its bound."""
+    worst: dict[tuple[str, Precision], HotLoop] = {}
+    for modelled in loops:
+        key = (modelled.cpu, modelled.precision)
+        worst[key] = min(worst.get(key, modelled.loop), modelled.loop, key=lambda loop: loop.share)
+    return [
+        Check(
+            what=f"{cpu} {precision}: modelled cycles of a hot loop over its bound",
+            value=1 / loop.share,
+            bound=1 / LEAST_OF_BOUND,
+        )
+        for (cpu, precision), loop in worst.items()
+    ]
+
+
 def judge(results: Sequence[Result]) -> list[Check]:
     """The bounds that these results allow to be checked."""
     checks: list[Check] = []
@@ -326,6 +378,27 @@ def judge(results: Sequence[Result]) -> list[Check]:
     return checks
 
 
+def print_loops(loops: Sequence[Modelled]) -> None:
+    if not loops:
+        return
+    print("our hot loops on llvm-mca's models, by round: products, instructions, cycles, bound")
+    header = ("CPU", "precision", "", "products", "instr.", "cycles", "bound", "of bound")
+    rows = [
+        (
+            modelled.cpu,
+            modelled.precision,
+            "",
+            str(modelled.loop.products),
+            str(modelled.loop.instructions),
+            f"{modelled.loop.cycles:.1f}",
+            f"{modelled.loop.bound:.1f}",
+            f"{modelled.loop.share:.1%}",
+        )
+        for modelled in loops
+    ]
+    print_rows((header, *rows))
+
+
 def print_table(results: Sequence[Result]) -> None:
     print(f"{MODEL}, 1 thread, batch 1: retired instructions per inference, in G")
     header = ("CPU", "precision", "", "G", "our ratio", "cos")
@@ -340,8 +413,13 @@ def print_table(results: Sequence[Result]) -> None:
         )
         for r in results
     ]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
+    print_rows((header, *rows))
+
+
+def print_rows(rows: Sequence[Sequence[str]]) -> None:
+    """A table; its first three columns are words."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
         cells = [
             cell.ljust(width) if i < 3 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))

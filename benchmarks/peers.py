@@ -2,8 +2,9 @@
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime as ort
+from mobile_peers import RUNTIMES, converted
+from mobile_peers import Precision as MobilePrecision
 from onnx import inliner, numpy_helper
 
 import gfcompile
@@ -57,11 +60,7 @@ def peers(
     yield from openvino(precision, graph, threads)
     if precision == "float32":
         yield torch_compile(model, threads)
-    for name in ("ncnn", "MNN", "executorch"):
-        if importlib.util.find_spec(name) is None:
-            yield Absent(name=name, reason="not installed")
-        else:
-            yield Absent(name=name, reason="installed, but this script does not convert for it")
+    yield from mobile(model, precision, graph, threads, folder)
 
 
 def onnx_runtime(name: str, graph: onnx.ModelProto, threads: int) -> Contender:
@@ -105,20 +104,26 @@ def litert(model: str, precision: Precision, threads: int, folder: Path) -> Cont
     """LiteRT with XNNPACK, on our .tflite: the same scales, filters as products."""
     name = "LiteRT, our scales" if precision == "int8" else "LiteRT"
     try:
-        bundle = gfcompile.compile_model(
-            gfcompile.CompileConfig(
-                model=model, target="tflite-xnnpack", precision=precision, output=folder
-            )
-        )
+        interpreter = TfliteInterpreter(_tflite(model, precision, folder), threads=threads)
     except GfcompileError as error:
         return Absent(name=name, reason=str(error))
-    interpreter = TfliteInterpreter(bundle.path / bundle.manifest.library, threads=threads)
 
     def run(image: Array) -> Array:
         (logits,) = interpreter.run(np.ascontiguousarray(image.transpose(0, 2, 3, 1))).values()
         return logits
 
     return Contender(name=name, run=run)
+
+
+@cache
+def _tflite(model: str, precision: Precision, folder: Path) -> Path:
+    """Our .tflite, which serves every number of threads."""
+    bundle = gfcompile.compile_model(
+        gfcompile.CompileConfig(
+            model=model, target="tflite-xnnpack", precision=precision, output=folder
+        )
+    )
+    return bundle.path / bundle.manifest.library
 
 
 def openvino(
@@ -173,9 +178,29 @@ def torch_compile(model: str, threads: int) -> Contender | Absent:
     return Contender(name="torch.compile", run=run)
 
 
-def absent_names(made: Sequence[Contender | Absent]) -> list[str]:
-    """One line for each peer that could not take part."""
-    return [f"{peer.name}: {peer.reason}" for peer in made if isinstance(peer, Absent)]
+def mobile(
+    model: str, precision: Precision, graph: onnx.ModelProto, threads: int, folder: Path
+) -> Iterator[Contender | Absent]:
+    """ExecuTorch, MNN and ncnn, and beside float32 also bfloat16 of those that have it."""
+    wanted: tuple[MobilePrecision, ...] = ("float32", "bfloat16")
+    for runtime in RUNTIMES:
+        for kind in wanted if precision == "float32" else (precision,):
+            if kind not in runtime.label:
+                if kind == "int8":
+                    yield Absent(name=runtime.package, reason="its package cannot quantize")
+                continue
+            name = runtime.label[kind]
+            place = folder / f"{runtime.package}-{kind}"
+            # Another number of threads is another session, not another file.
+            if not place.exists():
+                place.mkdir(parents=True)
+                onnx.save(inliner.inline_local_functions(graph), place / "graph.onnx")
+                reason = converted(runtime, model, kind, place)
+                (place / "failed").write_text(reason, encoding="utf-8")
+            if reason := (place / "failed").read_text(encoding="utf-8"):
+                yield Absent(name=name, reason=reason)
+            else:
+                yield Contender(name=name, run=runtime.open(kind, place, threads))
 
 
 def quiet() -> None:

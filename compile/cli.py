@@ -334,9 +334,8 @@ def _tune(options: argparse.Namespace) -> None:
         try:
             tuned = tune_model(config, progress, trials)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"{config.path} has what was found; the same command goes on"
-            ) from None
+            found = f"{config.path} has what" if config.path.exists() else "nothing better"
+            raise KeyboardInterrupt(f"{found} was found; the same command goes on") from None
     if options.quiet:
         print(tuned.path)
         return

@@ -53,8 +53,10 @@ def _device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="local", metavar="D", help=f"{ADDRESSES} (default: local)"
     )
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="0: one for each CPU")
-    parser.add_argument("--pin", metavar="big|LIST", help="the fastest CPUs, or such as 0,2-3")
+    parser.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="0: one for each big CPU"
+    )
+    parser.add_argument("--pin", metavar="big|LIST", help="the big CPUs, or such as 0,2-3")
     parser.add_argument(
         "--runs",
         type=int,

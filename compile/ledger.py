@@ -1,7 +1,7 @@
 """How far each stage's numbers are from the stage before, and whether that is close enough."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,9 +19,9 @@ MIN_EQUAL_ACTIVATIONS = 0.99
 MAX_ACTIVATION_STEPS = 1
 MAX_LOGIT_STEPS = 2.0
 MEAN_LOGIT_STEPS = 0.5
-# A deep graph carries a tie that fell to the other side further than that. How far is told by two
-# evaluations in ONNX Runtime, as it is written and optimized: the artifact is a third one, and two
-# of three may lie on opposite sides of the other.
+# A deep graph carries a tie that fell to the other side further than that. How far is told by other
+# evaluations in ONNX Runtime, see `spread`: the artifact is one more, and two of them may lie on
+# opposite sides of the graph as it is written.
 SPREAD = 2.0
 
 
@@ -40,8 +40,8 @@ class Int8Agreement:
         max_steps: the largest difference of two activations, in steps of their scale.
         logits_max_steps, logits_mean_steps: difference of logits, end to end, in steps of
             `logits_step`, the scale of the activation that the last product reads.
-        own_max_steps, own_mean_steps: the same between ONNX Runtime with and without its
-            optimizations; 0 where it was not needed.
+        own_max_steps, own_mean_steps: the same between evaluations of the graph itself, the
+            furthest of them; 0 where it was not needed.
         logits_limit: what logits may differ by, in steps, where that does not tell it.
     """
 
@@ -69,10 +69,17 @@ class Int8Agreement:
         """How many steps a logit may have moved."""
         return max(self.logits_limit, SPREAD * self.own_max_steps)
 
-    def with_own_spread(self, one: Sequence[Array], other: Sequence[Array]) -> "Int8Agreement":
-        """This, knowing the logits of two evaluations of the graph itself."""
-        steps = np.abs(np.concatenate(one) - np.concatenate(other)) / self.logits_step
-        return replace(self, own_max_steps=float(steps.max()), own_mean_steps=float(steps.mean()))
+    def with_own_spread(
+        self, reference: Sequence[Array], others: Iterable[Sequence[Array]]
+    ) -> "Int8Agreement":
+        """This, knowing the logits of other evaluations of the graph itself."""
+        logits = np.concatenate(reference)
+        steps = [np.abs(np.concatenate(other) - logits) / self.logits_step for other in others]
+        return replace(
+            self,
+            own_max_steps=max(float(values.max()) for values in steps),
+            own_mean_steps=max(float(values.mean()) for values in steps),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

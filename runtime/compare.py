@@ -24,7 +24,7 @@ from gfcompile.runtime.report.html import (
 )
 from gfcompile.runtime.report.kernels import kernels_of
 from gfcompile.runtime.report.page import page
-from gfcompile.runtime.report.sections import scrolling, section, table
+from gfcompile.runtime.report.sections.blocks import scrolling, section, table
 from gfcompile.runtime.results import ValidationResult, manifest_sha256, newest, read_result
 
 HEADER = (

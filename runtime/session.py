@@ -35,7 +35,7 @@ class Session:
         manifest: what the bundle says about itself.
         inputs, outputs: name, dtype, shape and scale of each.
         device_name: "cpu", or "cuda: " and the GPU's name, once it is known.
-        threads: that the kernels run on; 0 is one for each CPU.
+        threads: that the kernels run on; 0 is one for each big CPU.
     """
 
     def __init__(self, bundle: Path, manifest: Manifest, engine: "Engine", threads: int) -> None:
@@ -190,7 +190,7 @@ def load(
     Args:
         device: "local" is this process, "process" a gfbench of its own on this machine, "qemu"
             the same for an arm64 bundle under QEMU.
-        threads: that the kernels run on; 0 is one for each CPU.
+        threads: that the kernels run on; 0 is one for each big CPU.
         env: environment variables for gfbench; not for "local".
         compute_units: what Core ML may use; for its bundles, on a Mac.
 

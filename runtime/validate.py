@@ -59,7 +59,7 @@ class ValidateConfig:
         against: see `verdict.compared_with`.
         runs: to time; None is MLPerf's single-stream rule.
         warmup: runs before; None goes on until times are stable.
-        threads: 0 is one for each CPU.
+        threads: 0 is one for each big CPU.
         pin: "big" for the fastest CPUs, or a list such as "0,2-3".
         kernels_only: whether copies of input and output are left out of the time.
         timeout_s: for what should take seconds; timed runs get what they need on top.

@@ -28,7 +28,8 @@ def build_android_host(folder: Path) -> Path:
     program = folder / "gfbench"
     zig_cc(
         cpu,
-        *(*map(str, sorted(RUNTIME.glob("gfbench*.c"))), "-Wl,--no-as-needed"),
+        *(*map(str, sorted(RUNTIME.glob("gfbench*.c"))), str(RUNTIME / "gfrt_cores.c")),
+        "-Wl,--no-as-needed",
         *(str(folder / name) for name in SYMBOLS),
         *("-lpthread", "-lm", "-ldl", f"-Wl,-rpath,{folder}", "-o", str(program)),
     )

@@ -4,6 +4,7 @@ import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from gfcompile.compile.ledger import (
     demand,
 )
 from gfcompile.compile.prune import selections
+from gfcompile.compile.spread import other_evaluations
 from gfcompile.compile.trace import rounding_tolerance
 from gfcompile.compile.verify import notes_on_patches, patches_in_common, recompute
 from gfcompile.runtime.bundle import TensorSpec
@@ -275,7 +277,10 @@ def _verify(
             logits_limit=_HALF_MAX_LOGIT_STEPS if half else MAX_LOGIT_STEPS,
         )
         if not int8.logits_agree:
-            int8 = int8.with_own_spread(expected, run(graph, reference.images, optimize=True))
+            others = other_evaluations(
+                graph, partial(run, images=reference.images), flipped=1 - int8.equal
+            )
+            int8 = int8.with_own_spread(expected, others)
     if reference.pruning is not None:
         places = [[trace[name] for name in chosen] for trace in traces]
         tokens = patches_in_common(graph, chosen, places, reference.images, reference.pruning)

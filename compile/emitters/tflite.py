@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from gfcompile.compile.emission import Emission, EmissionRequest
 from gfcompile.compile.emitters.tflite_graph import fitted_graph
 from gfcompile.compile.ledger import LedgerEntry, compare, compare_int8, demand
 from gfcompile.compile.prune import selections
+from gfcompile.compile.spread import other_evaluations
 from gfcompile.compile.trace import OUTPUT, rounding_tolerance
 from gfcompile.compile.verify import notes_on_patches, patches_in_common, recompute, run_given
 from gfcompile.runtime.bundle import TensorSpec
@@ -140,8 +142,10 @@ def _verified(
             logits_limit=_max_logit_steps(len(activations), integer_only=integer_only),
         )
         if not agreement.logits_agree:
-            optimized = run_given(model, places, inputs, optimize=True)
-            agreement = agreement.with_own_spread(expected, optimized)
+            others = other_evaluations(
+                model, partial(run_given, given=places, images=inputs), flipped=1 - agreement.equal
+            )
+            agreement = agreement.with_own_spread(expected, others)
     entry = compare(
         "artifact",
         against,

@@ -26,8 +26,8 @@ static const char USAGE[] =
     "  --warmup N        after N runs (default: until times are stable, 10 seconds at most)\n"
     "  --level N         of a library for several kinds of CPU: at most the kernels of number N\n"
     "  --kernels-only    leave the copies of input and output out of the time\n"
-    "  --threads N       default 1; 0 is one for each CPU\n"
-    "  --pin big|LIST    run on the fastest CPUs, or on those listed, such as 0,2-3\n"
+    "  --threads N       default 1; 0 is one for each big CPU\n"
+    "  --pin big|LIST    run on the big CPUs, or on those listed, such as 0,2-3\n"
     "  --profile         then time each step, too\n"
     "  --verify          check the SHA-256 of the weights\n"
     "  --json            print JSON, with every sample\n";

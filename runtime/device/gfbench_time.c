@@ -6,6 +6,7 @@
 #include <time.h>
 
 #include "gfbench.h"
+#include "gfrt_cores.h"
 
 /* Warm is when the medians of three windows in a row are this close to each other, and a governor
  * has had the time to raise the clock. */
@@ -24,37 +25,6 @@ double now_us(void) {
 }
 
 /* ---- pinning ---- */
-
-/* How much a CPU can do, in whatever unit this kernel has; 0 if it does not say. */
-static long capacity(int cpu) {
-    static const char *const files[] = {"cpu_capacity", "cpufreq/cpuinfo_max_freq"};
-    for (size_t i = 0; i < sizeof files / sizeof files[0]; i++) {
-        char path[128];
-        long value = 0;
-        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/%s", cpu, files[i]);
-        FILE *file = fopen(path, "r");
-        if (!file)
-            continue;
-        int read = fscanf(file, "%ld", &value);
-        fclose(file);
-        if (read == 1)
-            return value;
-    }
-    return 0;
-}
-
-/* Leaves those CPUs of `set` that can do most. */
-static void keep_big(cpu_set_t *set) {
-    long most = 0;
-    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
-        if (CPU_ISSET(cpu, set) && capacity(cpu) > most)
-            most = capacity(cpu);
-    }
-    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
-        if (CPU_ISSET(cpu, set) && capacity(cpu) < most)
-            CPU_CLR(cpu, set);
-    }
-}
 
 /* Reads "0,2-3" into `set`. */
 static void read_list(const char *text, cpu_set_t *set) {
@@ -83,7 +53,7 @@ size_t pin(const char *wanted, int cpus[MAX_PINNED]) {
     if (strcmp(wanted, "big") != 0)
         read_list(wanted, &set);
     else if (sched_getaffinity(0, sizeof set, &set) == 0)
-        keep_big(&set);
+        gfi_keep_big(GFI_CPUS, &set);
     else
         die(1, "--pin big: the system does not say on which CPUs this may run");
     if (sched_setaffinity(0, sizeof set, &set) != 0)

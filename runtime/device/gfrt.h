@@ -105,8 +105,11 @@ GFRT_API gfrt_status gfrt_normalize_u8(const gfrt_model *model, size_t index,
                                        const uint8_t *pixels, size_t pixels_size, float *input,
                                        size_t input_size);
 
-/* `threads` kernels run on: 1 is the calling thread alone, 0 one for each CPU. The results are
- * the same for every number. A GPU needs one. */
+/* `threads` kernels run on: 1 is the calling thread alone, 0 one for each big CPU. The results
+ * are the same for every number. A GPU needs one.
+ *
+ * Where there are LITTLE CPUs as well, which would hold the others up, threads of 0 stay on the big
+ * ones; the calling thread does so during gfrt_run. */
 GFRT_API gfrt_status gfrt_context_create(gfrt_model *model, uint32_t threads,
                                          gfrt_context **context);
 GFRT_API void gfrt_context_destroy(gfrt_context *context);

@@ -261,7 +261,7 @@ class Model:
         return _tensor_info(info)
 
     def context(self, threads: int = 1) -> "Context":
-        """What one thread needs to run the model; 0 threads are one for each CPU."""
+        """What one thread needs to run the model; 0 threads are one for each big CPU."""
         return Context(self, threads)
 
     def normalize_u8(self, pixels: Any, index: int = 0) -> Any:
@@ -306,7 +306,7 @@ class Context:
         if not model._handle:
             raise GfrtError("the model is closed")
         if not 0 <= threads <= 65535:
-            raise GfrtError(f"{threads} threads: give a number from 0 (one for each CPU) on")
+            raise GfrtError(f"{threads} threads: give a number from 0 (one for each big CPU) on")
         self.inputs, self.outputs = model.inputs, model.outputs
         self._steps = self._library.step_count(model._handle)
         self._library.check(

@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "gfrt_cores.h"
 #include "gfrt_internal.h"
 
 #define MAX_THREADS 256
@@ -42,6 +43,8 @@ typedef struct {
     gfi_pool *pool;
     cpu_tensor *tensors;
     gfi_any *args; /* as the plan's */
+    bool stays;    /* off the CPUs that are not `big` */
+    cpu_set_t big;
 } cpu_context;
 
 static const struct {
@@ -118,9 +121,14 @@ static gfrt_status cpu_load(gfrt_model *model) {
 
 /* ---- contexts ---- */
 
-static uint32_t cpu_count(void) {
-    cpu_set_t set;
-    int count = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+/* How many CPUs threads of 0 stand for, and which: `big` are those that count. */
+static uint32_t count_big(cpu_context *state) {
+    if (sched_getaffinity(0, sizeof state->big, &state->big) != 0)
+        return 1;
+    int all = CPU_COUNT(&state->big);
+    gfi_keep_big(GFI_CPUS, &state->big);
+    int count = CPU_COUNT(&state->big);
+    state->stays = count < all;
     return count < 1 ? 1 : count > MAX_THREADS ? MAX_THREADS : (uint32_t)count;
 }
 
@@ -177,8 +185,9 @@ static gfrt_status cpu_create(gfrt_context *context, uint32_t threads) {
     if (!state->tensors || !state->args || !state->arena)
         status = gfi_fail(GFRT_NO_MEMORY, "no memory for the %zu bytes of activations", arena);
     if (status == GFRT_OK)
-        status = gfi_pool_create(threads ? threads : cpu_count(), (size_t)header->workspace_bytes,
-                                 cpu->table, &state->pool);
+        status = gfi_pool_create(threads ? threads : count_big(state),
+                                 (size_t)header->workspace_bytes, cpu->table,
+                                 state->stays ? &state->big : NULL, &state->pool);
     if (status != GFRT_OK) {
         cpu_destroy(context);
         return status;
@@ -199,6 +208,7 @@ static const void *arena_data(gfrt_context *context, const gfi_tensor *tensor) {
 
 static gfrt_status cpu_write(gfrt_context *context, const gfi_tensor *tensor, const void *data) {
     const cpu_context *state = context->state;
+    gfi_pool_rouse(state->pool); /* it takes about as long as the copy */
     memcpy(state->arena + tensor->offset, data, gfi_tensor_bytes(tensor));
     return GFRT_OK;
 }
@@ -217,7 +227,7 @@ static gfrt_status step_failed(const gfrt_context *context, const gfi_step *step
                     gfi_string(plan, step->label), code, *message ? ": " : "", message);
 }
 
-static gfrt_status cpu_run(gfrt_context *context) {
+static gfrt_status run_steps(gfrt_context *context) {
     const gfi_plan *plan = &context->model->plan;
     const cpu_model *cpu = context->model->loaded;
     const cpu_context *state = context->state;
@@ -236,6 +246,17 @@ static gfrt_status cpu_run(gfrt_context *context) {
             gfi_notify(context, i, arena_data);
     }
     return GFRT_OK;
+}
+
+static gfrt_status cpu_run(gfrt_context *context) {
+    const cpu_context *state = context->state;
+    cpu_set_t before;
+    bool moved = state->stays && sched_getaffinity(0, sizeof before, &before) == 0 &&
+                 sched_setaffinity(0, sizeof state->big, &state->big) == 0;
+    gfrt_status status = run_steps(context);
+    if (moved)
+        sched_setaffinity(0, sizeof before, &before);
+    return status;
 }
 
 static gfrt_status cpu_observe(gfrt_context *context) {

@@ -3,6 +3,7 @@
 #define GFRT_INTERNAL_H
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 
@@ -221,11 +222,14 @@ extern GFRT_API const gfi_table gfrt_kernel_table;
 
 typedef struct gfi_pool gfi_pool;
 
-/* `threads` of them, the calling one included. Each has `workspace` bytes of scratch. */
+/* `threads` of them, the calling one included. Each has `workspace` bytes of scratch. Those that it
+ * starts stay on `cpus`, unless that is null. */
 gfrt_status gfi_pool_create(uint32_t threads, size_t workspace, const gfi_table *table,
-                            gfi_pool **pool);
+                            const cpu_set_t *cpus, gfi_pool **pool);
 void gfi_pool_destroy(gfi_pool *pool);
 gfi_caller *gfi_pool_caller(gfi_pool *pool);
+/* Wakes the threads, so that they are awake when the first loop comes. */
+void gfi_pool_rouse(gfi_pool *pool);
 /* Before a run: forgets what kernels complained about, and the scratch they did not release. */
 void gfi_pool_reset(gfi_pool *pool);
 /* What a kernel complained about since then; "" if it did not. */

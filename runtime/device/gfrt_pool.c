@@ -1,5 +1,7 @@
-/* Worker threads that stay. A kernel's parallel loop is cut into one task for each thread; which
- * thread runs which task is open, so a thread that the system has put aside holds nobody up. */
+/* Worker threads that stay. A kernel's parallel loop is cut into one task for each thread, and each
+ * thread takes the task of its own number: it finds in its caches what it wrote there in the kernel
+ * before. A thread that is done takes tasks that nobody has begun, so a thread that the system has
+ * put aside holds nobody up. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,9 +11,10 @@
 
 #define CACHE_LINE 64
 
-/* How often a thread looks before it sleeps: about 20 us, more than lies between two kernels and
- * less than the wake-up that it saves. */
-#define SPINS 2000
+/* How long a thread looks for work before it sleeps: more than lies between two kernels, or than
+ * the input takes to be copied; about what a wake-up takes. */
+#define SPIN_SECONDS 50e-6
+#define LOOKS 64 /* between two looks at the clock */
 
 typedef struct {
     gfi_caller caller; /* first: the kernel hands back a pointer to it */
@@ -20,6 +23,8 @@ typedef struct {
     char *workspace;
     size_t used;
     char message[256];
+    /* The last loop whose task of this worker's number has been taken, by whomever. */
+    _Alignas(CACHE_LINE) atomic_uint_least32_t taken;
 } worker;
 
 struct gfi_pool {
@@ -29,6 +34,8 @@ struct gfi_pool {
     char *workspaces;
     const gfi_table *table;
     worker *workers; /* number 0 is the calling thread */
+    bool stays;      /* on `cpus` */
+    cpu_set_t cpus;
     bool in_task;
 
     /* The loop at hand; it does not change while a task of it is open or running. */
@@ -36,9 +43,9 @@ struct gfi_pool {
     void *closure;
     gfi_parallel group;
 
-    /* Number of the loop in the upper half, open tasks in the lower one. A thread takes a task by
-     * counting it down; a thread that comes late finds another number, and takes nothing. */
-    _Alignas(CACHE_LINE) atomic_uint_least64_t open;
+    /* Number of the loop in the upper half, its tasks in the lower one: a thread that comes late
+     * finds every task of its loop taken. */
+    _Alignas(CACHE_LINE) atomic_uint_least64_t loop;
     _Alignas(CACHE_LINE) atomic_int finished;
     atomic_int code; /* of a task that failed */
     atomic_bool stop;
@@ -54,43 +61,66 @@ static void pause_briefly(void) {
 #endif
 }
 
-static uint32_t open_tasks(gfi_pool *pool) {
-    return (uint32_t)atomic_load_explicit(&pool->open, memory_order_acquire);
+/* Whether task `index` of loop `number` is the calling thread's now. */
+static bool take(gfi_pool *pool, int index, uint32_t number) {
+    atomic_uint_least32_t *taken = &pool->workers[index].taken;
+    uint_least32_t last = atomic_load(taken);
+    return (int32_t)(number - last) > 0 && atomic_compare_exchange_strong(taken, &last, number);
 }
 
-/* Runs open tasks until none is left. */
-static void run_tasks(gfi_pool *pool, worker *w) {
-    uint_least64_t open = atomic_load(&pool->open);
-    while ((uint32_t)open > 0) {
-        if (!atomic_compare_exchange_weak(&pool->open, &open, open - 1))
-            continue;
-        int tasks = pool->group.tasks;
-        int code = pool->table->call_task(&w->caller, pool->task, (int)(uint32_t)open - 1,
-                                          &pool->group, pool->closure);
-        if (code != 0)
-            atomic_store(&pool->code, code);
-        if (atomic_fetch_add(&pool->finished, 1) + 1 == tasks) {
-            pthread_mutex_lock(&pool->mutex);
-            pthread_cond_signal(&pool->done);
-            pthread_mutex_unlock(&pool->mutex);
-        }
-        open = atomic_load(&pool->open);
+static void run_task(gfi_pool *pool, worker *w, int index, int tasks) {
+    int code = pool->table->call_task(&w->caller, pool->task, index, &pool->group, pool->closure);
+    if (code != 0)
+        atomic_store(&pool->code, code);
+    if (atomic_fetch_add(&pool->finished, 1) + 1 == tasks) {
+        pthread_mutex_lock(&pool->mutex);
+        pthread_cond_signal(&pool->done);
+        pthread_mutex_unlock(&pool->mutex);
     }
+}
+
+/* Runs the task of this thread, then those that nobody has begun. */
+static void run_tasks(gfi_pool *pool, worker *w, uint_least64_t loop) {
+    uint32_t number = (uint32_t)(loop >> 32);
+    int tasks = (int)(uint32_t)loop, own = (int)(w - pool->workers);
+    for (int i = 0; i < tasks; i++) {
+        int index = own < tasks ? (own + i) % tasks : i;
+        if (take(pool, index, number))
+            run_task(pool, w, index, tasks);
+    }
+}
+
+/* The loop after `seen`, or `seen` if none comes for a while. */
+static uint_least64_t look_for_loop(gfi_pool *pool, uint_least64_t seen) {
+    double end = gfi_now() + SPIN_SECONDS;
+    do {
+        for (int i = 0; i < LOOKS; i++) {
+            uint_least64_t loop = atomic_load_explicit(&pool->loop, memory_order_acquire);
+            if (loop != seen)
+                return loop;
+            pause_briefly();
+        }
+    } while (gfi_now() < end);
+    return seen;
 }
 
 static void *work(void *argument) {
     worker *w = argument;
     gfi_pool *pool = w->pool;
+    if (pool->stays)
+        sched_setaffinity(0, sizeof pool->cpus, &pool->cpus); /* as good without, if refused */
+    uint_least64_t seen = 0;
     while (!atomic_load(&pool->stop)) {
-        for (int i = 0; i < SPINS && open_tasks(pool) == 0; i++)
-            pause_briefly();
-        if (open_tasks(pool) == 0) {
+        uint_least64_t loop = look_for_loop(pool, seen);
+        if (loop == seen) {
             pthread_mutex_lock(&pool->mutex);
-            while (open_tasks(pool) == 0 && !atomic_load(&pool->stop))
+            while (atomic_load(&pool->loop) == seen && !atomic_load(&pool->stop))
                 pthread_cond_wait(&pool->wake, &pool->mutex);
             pthread_mutex_unlock(&pool->mutex);
+            loop = atomic_load(&pool->loop);
         }
-        run_tasks(pool, w);
+        run_tasks(pool, w, loop);
+        seen = loop;
     }
     return NULL;
 }
@@ -101,11 +131,22 @@ static void wake_all(gfi_pool *pool) {
     pthread_mutex_unlock(&pool->mutex);
 }
 
+/* Tells the other threads of a loop; of one without tasks, they just wake up. */
+static void announce(gfi_pool *pool, int tasks) {
+    uint_least64_t number = (atomic_load(&pool->loop) >> 32) + 1;
+    atomic_store(&pool->loop, number << 32 | (uint32_t)tasks);
+    wake_all(pool);
+}
+
 static void wait_for(gfi_pool *pool, int tasks) {
-    for (int i = 0; i < SPINS && atomic_load(&pool->finished) < tasks; i++)
-        pause_briefly();
-    if (atomic_load(&pool->finished) == tasks)
-        return;
+    double end = gfi_now() + SPIN_SECONDS;
+    do {
+        for (int i = 0; i < LOOKS; i++) {
+            if (atomic_load_explicit(&pool->finished, memory_order_acquire) == tasks)
+                return;
+            pause_briefly();
+        }
+    } while (gfi_now() < end);
     pthread_mutex_lock(&pool->mutex);
     while (atomic_load(&pool->finished) < tasks)
         pthread_cond_wait(&pool->done, &pool->mutex);
@@ -128,10 +169,8 @@ static int launch(gfi_caller *caller, gfi_task task, void *closure, int tasks) {
     pool->in_task = true;
     atomic_store(&pool->finished, 0);
     atomic_store(&pool->code, 0);
-    uint_least64_t number = (atomic_load(&pool->open) >> 32) + 1;
-    atomic_store(&pool->open, number << 32 | (uint32_t)tasks);
-    wake_all(pool);
-    run_tasks(pool, w);
+    announce(pool, tasks);
+    run_tasks(pool, w, atomic_load(&pool->loop));
     wait_for(pool, tasks);
     pool->in_task = false;
     return atomic_load(&pool->code);
@@ -173,6 +212,11 @@ static void complain(gfi_caller *caller, const char *const *parts, int32_t count
 
 gfi_caller *gfi_pool_caller(gfi_pool *pool) { return &pool->workers[0].caller; }
 
+void gfi_pool_rouse(gfi_pool *pool) {
+    if (pool->threads > 1)
+        announce(pool, 0);
+}
+
 void gfi_pool_reset(gfi_pool *pool) {
     for (uint32_t i = 0; i < pool->threads; i++) {
         pool->workers[i].used = 0;
@@ -188,12 +232,18 @@ const char *gfi_pool_message(const gfi_pool *pool) {
     return "";
 }
 
+/* Zeroed, from the start of a cache line on; null where there is no memory. */
+static void *allocate_lines(size_t size) {
+    void *memory;
+    if (posix_memalign(&memory, CACHE_LINE, size) != 0)
+        return NULL;
+    return memset(memory, 0, size);
+}
+
 gfrt_status gfi_pool_create(uint32_t threads, size_t workspace, const gfi_table *table,
-                            gfi_pool **result) {
-    gfi_pool *pool = NULL;
-    if (posix_memalign((void **)&pool, CACHE_LINE, sizeof *pool) != 0)
-        pool = NULL;
-    worker *workers = calloc(threads, sizeof *workers);
+                            const cpu_set_t *cpus, gfi_pool **result) {
+    gfi_pool *pool = allocate_lines(sizeof *pool);
+    worker *workers = allocate_lines(threads * sizeof *workers);
     size_t each = (workspace + 4095) / 4096 * 4096;
     char *workspaces = NULL;
     if (pool && workers && each > 0) {
@@ -206,13 +256,15 @@ gfrt_status gfi_pool_create(uint32_t threads, size_t workspace, const gfi_table 
         return gfi_fail(GFRT_NO_MEMORY, "no memory for %u threads with %zu bytes of scratch each",
                         threads, each);
     }
-    memset(pool, 0, sizeof *pool);
     pool->threads = threads;
     pool->workspace = each;
     pool->workspaces = workspaces;
     pool->table = table;
     pool->workers = workers;
-    atomic_init(&pool->open, 0);
+    pool->stays = cpus != NULL;
+    if (cpus)
+        pool->cpus = *cpus;
+    atomic_init(&pool->loop, 0);
     atomic_init(&pool->finished, 0);
     atomic_init(&pool->code, 0);
     atomic_init(&pool->stop, false);
@@ -223,6 +275,7 @@ gfrt_status gfi_pool_create(uint32_t threads, size_t workspace, const gfi_table 
         workers[i].caller = (gfi_caller){launch, allocate, release, complain};
         workers[i].pool = pool;
         workers[i].workspace = workspaces ? workspaces + i * each : NULL;
+        atomic_init(&workers[i].taken, 0);
     }
     for (pool->started = 1; pool->started < threads; pool->started++) {
         worker *w = &workers[pool->started];

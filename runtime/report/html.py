@@ -149,6 +149,23 @@ def size(number: float | None) -> str:
     return f"{number:.0f}{NBSP}B"
 
 
+def milliseconds(value: float | None) -> str:
+    """A time that is given in milliseconds, in the unit that suits it."""
+    return duration(None if value is None else 1e3 * value)
+
+
+def megabytes(value: float | None) -> str:
+    """A size that is given in megabytes, in the unit that suits it."""
+    return size(None if value is None else 1e6 * value)
+
+
+def number(value: float | None) -> str:
+    """A number: whole ones in full, others to three digits."""
+    if value is None:
+        return NONE
+    return f"{value:,.0f}" if value == int(value) and abs(value) < 1e9 else significant(value)
+
+
 def percent(share: float | None, places: int = 0) -> str:
     """A share; one that is not whole is never shown as 100%."""
     if share is None or not math.isfinite(share):

@@ -46,8 +46,8 @@ class Space:
 
 
 _ON_CPU: dict[type, Space] = {
-    Dense: Space(schedule="cpu_dense/1", choices=cpu_dense.dense_choices),
-    DftFilter: Space(schedule="cpu_dft_filter/1", choices=cpu_filter.dft_filter_choices),
+    Dense: Space(schedule="cpu_dense/2", choices=cpu_dense.dense_choices),
+    DftFilter: Space(schedule="cpu_dft_filter/2", choices=cpu_filter.dft_filter_choices),
     Attention: Space(schedule="cpu_attention/1", choices=cpu_attention.attention_choices),
     Generic: Space(schedule="cpu_generic/1", choices=None),
 }

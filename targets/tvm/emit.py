@@ -406,7 +406,7 @@ def _compile_cpu(functions: Mapping[Kernel, Sequence[_Function]], cpu: Cpu, outp
         with context:
             compiled = tvm.compile(module, llvm_target(cpu))
         compiled.mod.write_to_file(str(output))
-    except (tvm.error.TVMError, RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         raise CompileError(f"TVM cannot compile the kernels for {cpu.mcpu}: {error}") from error
     return output
 

@@ -291,10 +291,15 @@ Kernel = (
 
 @dataclass(frozen=True, kw_only=True)
 class ActStorage:
-    """How a target stores int8 activations: stored = logical + offset."""
+    """How a target stores int8 activations: stored = logical + offset.
+
+    Attributes:
+        saturates: whether its vectors are converted and narrowed with saturation, as NEON's are.
+    """
 
     dtype: Literal["int8", "uint8"] = "int8"
     offset: int = 0
+    saturates: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from gfcompile.targets.tvm.zig import zig
 _RUNTIME = Path(gfcompile.runtime.device.__file__).parent
 _RUNTIME_SOURCES = (
     "gfrt.c",
+    "gfrt_cores.c",
     "gfrt_cpu.c",
     "gfrt_features.c",
     "gfrt_kernels.c",
@@ -31,6 +32,7 @@ _RUNTIME_SOURCES = (
 )
 _CUDA_SOURCES = ("gfrt_cuda.c",)
 _BENCH_SOURCES = ("gfbench.c", "gfbench_print.c", "gfbench_time.c")
+_BENCH_SHARES = ("gfrt_cores.c",)  # with the runtime
 
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 # No contraction: a * b + c rounds twice everywhere, so that every architecture agrees.
@@ -167,7 +169,7 @@ def link_library(
 
 def link_bench(cpu: Cpu, output: Path) -> None:
     """Writes the executable gfbench, which loads the library of the bundle it is given."""
-    sources = (str(_RUNTIME / name) for name in _BENCH_SOURCES)
+    sources = (str(_RUNTIME / name) for name in _BENCH_SOURCES + _BENCH_SHARES)
     _link(cpu, output, "-fPIE", "-pie", *sources, "-lm", "-ldl")
 
 

@@ -80,5 +80,5 @@ def test_logits_may_spread_as_two_evaluations_of_the_graph_do() -> None:
         [{"q": np.zeros(1, np.int8)}], [{"q": np.zeros(1, np.int8)}], LOGITS, far, logits_step=STEP
     )
     assert not strict.logits_agree
-    assert not strict.with_own_spread(LOGITS, moved(0, 0, STEP)).logits_agree
-    assert strict.with_own_spread(LOGITS, moved(STEP, STEP, 2 * STEP)).logits_agree
+    assert not strict.with_own_spread(LOGITS, [moved(0, 0, STEP)]).logits_agree
+    assert strict.with_own_spread(LOGITS, [LOGITS, moved(STEP, STEP, 2 * STEP)]).logits_agree

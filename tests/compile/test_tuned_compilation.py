@@ -7,7 +7,7 @@ import pytest
 from small_models import SPEC, build
 
 import gfcompile.runtime
-from gfcompile.compile import cli
+from gfcompile.compile import cli, tuning
 from gfcompile.compile.bundle import Bundle
 from gfcompile.compile.pipeline import CompileConfig, compile_model
 from gfcompile.runtime.errors import UserError
@@ -37,7 +37,7 @@ def tuned_database(path: Path, kernel: Dense, place: int) -> object:
     entry = Entry(
         kernel=kernel_key(kernel),
         target=device_key(target.cpu),
-        schedule="cpu_dense/1",
+        schedule="cpu_dense/2",
         choice=to_json(choice),
         how="static",
         unit="cycles",
@@ -139,6 +139,29 @@ def test_tune_answers_mistakes_in_one_line(
     assert cli.main(["tune", "--model", "gfnet_xs", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("database", "message"),
+    [(None, "nothing better was found"), ("t.json", "t.json has what was found")],
+)
+def test_an_interrupted_tune_says_what_is_left(
+    database: str | None,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_arguments: object) -> None:
+        if database:
+            Database().save(Path(database))
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tuning, "tune_model", interrupted)
+    arguments = ["tune", "--model", "gfnet_xs", "--target", "host", "--tuning-db", "t.json"]
+    assert cli.main(arguments) == 130
+    assert f"interrupted; {message}; the same command goes on" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ def test_every_way_to_run_it_is_clean_under_sanitizers(toy: Toy, tmp_path: Path)
     program = tmp_path / "gfbench"
     options = ["-std=c11", "-D_GNU_SOURCE", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]
     options += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    sources = sorted(RUNTIME.glob("gfbench*.c"))
+    sources = [*sorted(RUNTIME.glob("gfbench*.c")), RUNTIME / "gfrt_cores.c"]
     command = [need("gcc"), *options, *sources, "-lm", "-ldl", "-o", program]
     subprocess.run(list(map(str, command)), check=True)
     (tmp_path / "in").write_bytes(toy_images(3).tobytes())

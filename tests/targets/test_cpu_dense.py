@@ -11,11 +11,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from run_kernel import CPUS, compile_object, host_cpu, poison, run_kernel, tvm_target
+from tvm import tirx
+from tvm.sym import Analyzer
 
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.kernel import Array, Dense, Scheduled, quant_args
 from gfcompile.targets.tvm.schedule import schedule
-from gfcompile.targets.tvm.schedules.cpu_dense import act_storage, choose_tile
+from gfcompile.targets.tvm.schedules.cpu_dense import (
+    DenseChoice,
+    act_storage,
+    choose_tile,
+    cut,
+    epilogue_vectors,
+)
 from gfcompile.targets.tvm.schedules.cpu_dot import Tile, product_of
 from gfcompile.targets.tvm.schedules.math import GELU_TO_QUANTIZE_ERROR
 
@@ -208,6 +216,28 @@ def test_tiles_fit_the_registers_and_cover_what_they_must(cpu: str, x: str) -> N
             assert rows <= 1.1 * m, f"{tile} computes {rows} rows for {m}"
 
 
+@pytest.mark.parametrize(
+    "kernel", [Dense(m=196, n=384, k=1536, x="int8"), Dense(m=49, n=512, k=2048)]
+)
+@pytest.mark.parametrize("steps", [1, 2, 7, 28, 33])
+@pytest.mark.parametrize("columns", [1, 2, 5, 12])
+def test_tasks_cover_every_tile_once_and_no_two_differ_much(
+    kernel: Dense, steps: int, columns: int
+) -> None:
+    tasks = cut(kernel, product_of(kernel, CPUS["avx512_vnni"]), steps, columns)
+    assert tasks.by_rows == (kernel.x == "int8")
+    covered = []
+    counts = []
+    for task in range(tasks.count):
+        column, first, count = (
+            int(Analyzer().simplify(value)) for value in tasks.at(tirx.IntImm("int32", task))
+        )
+        covered += [(column, step) for step in range(first, first + count)]
+        counts.append(count)
+    assert sorted(covered) == [(c, s) for c in range(columns) for s in range(steps)]
+    assert max(counts) - min(counts) <= 1
+
+
 def test_tiles_are_those_that_were_measured_best() -> None:
     mlp = Dense(m=196, n=384, k=1536)
     chosen = {
@@ -215,11 +245,38 @@ def test_tiles_are_those_that_were_measured_best() -> None:
         for name in ("avx512", "avx2", "sse", "a72")
     }
     assert chosen == {
-        "avx512": Tile(rows=4, vectors=6),
+        "avx512": Tile(rows=7, vectors=3),
         "avx2": Tile(rows=4, vectors=3),
         "sse": Tile(rows=4, vectors=3),
         "a72": Tile(rows=7, vectors=3),
     }
+
+
+@pytest.mark.parametrize("out", ["float32", "int8"])
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_vectors_of_an_epilogue_cover_every_column(lanes: int, out: str) -> None:
+    for columns in range(1, 100):
+        vectors = list(epilogue_vectors(columns, lanes, out))
+        assert {at + i for at, width in vectors for i in range(width)} == set(range(columns))
+        assert all(width & (width - 1) == 0 for _, width in vectors)
+
+
+def test_arm_lays_rows_out_for_its_tiles_where_many_columns_read_them() -> None:
+    cpu = CPUS["a76"]
+    for x, chunk in (("float32", 4), ("int8", 16)):
+        kernel = Dense(m=10, n=384, k=33, x=x)  # type: ignore[arg-type]
+        choice = DenseChoice(rows=7, vectors=3)
+        scheduled = schedule(kernel, cpu, act_storage(cpu), choice)
+        chunks = -(-33 // chunk)
+        assert scheduled.temps["x_panels"][1] == (2, chunks, 7, chunk)
+        x_rows = np.arange(10 * 33).reshape(10, 33).astype(np.int8 if x == "int8" else np.float32)
+        after = run_kernel(scheduled, problem(kernel, cpu).args | {"x": x_rows}, cpu)
+        padded = np.pad(x_rows, ((0, 0), (0, chunks * chunk - 33)))
+        for panel, first in ((0, 0), (1, 3)):  # the last one overlaps
+            rows = after["x_panels"][panel].transpose(1, 0, 2).reshape(7, -1)
+            np.testing.assert_array_equal(rows, padded[first : first + 7])
+    assert "x_panels" not in scheduled_for(Dense(m=196, n=24, k=64), cpu).temps
+    assert "x_panels" not in scheduled_for(Dense(m=1, n=384, k=64), cpu).temps
 
 
 # Arithmetic on one float32, which an epilogue must not contain: x86, then ARM.

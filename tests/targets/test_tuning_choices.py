@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from run_kernel import CPUS, host_cpu, poison, run_kernel
+from tvm import te
 
 from gfcompile.targets.target import Cpu, Gpu, Target, find_target
 from gfcompile.targets.tvm.choices import choices, device_key, kernel_key, parse_choice, to_json
@@ -124,6 +125,13 @@ def test_choices_survive_json_and_nothing_else_is_accepted(name: str) -> None:
 def test_a_generated_schedule_only_transforms_loops(trace: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         GeneratedSchedule.parse({"trace": trace})
+
+
+def test_a_trace_of_another_function_is_refused_in_one_line() -> None:
+    trace = '[[["GetSBlock", [], ["nowhere", "main"], ["b0"]]], []]'
+    func = te.create_prim_func([te.placeholder((4,), name="x")])
+    with pytest.raises(ValueError, match="does not fit the function"):
+        GeneratedSchedule.parse({"trace": trace}).apply(func)
 
 
 def test_keys_say_what_is_computed_and_for_which_instructions() -> None:

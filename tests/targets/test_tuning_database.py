@@ -25,7 +25,7 @@ def entry(**changes: object) -> Entry:
     found = Entry(
         kernel=kernel_key(KERNEL),
         target=device_key(pi4()),
-        schedule="cpu_dense/1",
+        schedule="cpu_dense/2",
         choice=to_json(choices(KERNEL, pi4())[3]),
         how="static",
         unit="instructions",

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tvm
 from boards import adb_board, ssh_board
 from tuning_cases import DENSE, RefusingTask, TrickyTask, dense_task, program
 from tvm import te
 
 from gfcompile.runtime.devices import open_device
-from gfcompile.runtime.errors import DeviceError, UserError
+from gfcompile.runtime.errors import CompileError, DeviceError, UserError
 from gfcompile.targets.target import Target, find_target
 from gfcompile.targets.tvm.choices import Choice, choices, parse_choice, to_json
 from gfcompile.targets.tvm.kernel import Dense, Generic
@@ -180,6 +181,17 @@ def test_a_candidate_that_crashes_or_hangs_the_compiler_is_just_a_failure(
     assert isinstance(good, Built)
     assert isinstance(other, Built)
     assert (good.folder / "plan.bin").is_file()
+
+
+def test_what_tvm_says_of_a_candidate_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(tvm, "compile", refuse)
+    with pytest.raises(CompileError, match="cortex-a72: no such instruction"):
+        dense_task(target("raspberry-pi-4")).build(None, tmp_path)
 
 
 def test_a_task_is_never_taken_for_one_that_is_gone(tmp_path: Path, builders: Builders) -> None:

@@ -1,10 +1,15 @@
 """Dense int8 kernels on x86 CPUs with AMX: products of whole tiles, 16 rows by 64 bytes each.
 
-    for each pair of blocks of columns                  (parallel, with blocks of rows)
-      for each block of rows                            (two tiles of them)
-        four accumulator tiles = 0
-        for k: accumulators += x * w                    (tdpbusd)
-        y = epilogue(accumulators + bias)               (AVX-512, from memory: tiles have no lanes)
+    for each part of the rows                           (parallel, with pairs of blocks)
+      for each pair of blocks of columns
+        for each block of rows of the part              (two tiles of them)
+          four accumulator tiles = 0
+          for k: accumulators += x * w                  (tdpbusd)
+          y = epilogue(accumulators + bias)             (AVX-512, from memory: tiles have no lanes)
+
+A model's weights do not fit the caches that are near: with 68 rows, reading them takes as long as
+multiplying them. So the next columns' weights are asked for meanwhile, line by line, in whichever
+of the two loops takes longer; asked for in bursts, they would keep the loads of x and w waiting.
 
 Weights lie as for VNNI, whose groups of four k are the rows of a tile of w. A tile's rows and
 columns are set in steps of one row and four bytes, so nothing has to be padded: blocks of rows and
@@ -24,12 +29,13 @@ from gfcompile.targets.tvm.kernel import ActStorage, Array, Dense, Scheduled, St
 from gfcompile.targets.tvm.schedules.cpu_dense import (
     Columns,
     clamped,
+    cut,
     declare,
     finish,
     operand_names,
     packing,
+    prefetch_line,
     registers,
-    row_blocks,
 )
 from gfcompile.targets.tvm.schedules.cpu_dot import Tile, product_of
 from gfcompile.targets.tvm.schedules.math import Expr
@@ -38,6 +44,8 @@ from gfcompile.targets.tvm.schedules.math import Expr
 # product takes a cycle a row, so nothing is lost.
 _TILE_ROWS = 15
 _TILE_BYTES = 64  # of a row
+# Tasks to split a kernel into. Setting the tiles up takes as long as a dozen products of them.
+_SLICES = 16
 # With fewer rows, a tile does so little for its loads that VNNI is as fast.
 _LEAST_ROWS = 8
 # Accumulators are tiles 0 to 3, (row tile, vector); then those of x, then those of w.
@@ -66,55 +74,74 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
     tile = Tile(rows=block_rows, vectors=paired)
     columns = Columns(kernel=kernel, product=product, tile=tile)
     lanes = product.lanes
-    blocks = row_blocks(row_steps, columns.tiles)
+    tasks = cut(kernel, product, row_steps, columns.tiles)
+    slices = min(_SLICES, tasks.count)
+    chunks = k // depth
+    in_epilogue = chunks < tile_rows
+    turns = row_tiles * tile_rows if in_epilogue else chunks
+    lines = ceil(k * columns.block / (_TILE_BYTES * tasks.passes * turns))
 
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
         I.func_attr({"tirx.noalias": True})
-        operands = declare(columns, k, storage)
+        operands = declare(columns, (kernel.m, k), storage)
         x, w, bias, y = operands.x, operands.w, operands.bias, operands.y
         config = I.arg("config", I.buffer((_TILE_BYTES,), "uint8"))
 
         def load_x(t: int, row: Expr, at: Expr) -> None:
             _load(_X_TILE + t, x, [row + t * offset, at], k)
 
-        with I.parallel(columns.tiles * blocks) as task:
-            group = task // blocks // columns.group_tiles
-            first = I.bind(columns.first(task // blocks))
-            column = [I.bind(columns.column(group, first + v)) for v in range(paired)]
-            panel = group * columns.group_blocks + first
+        def prefetch(panel: Expr, turn: Expr) -> None:
+            for v in range(paired):
+                for line in range(lines):
+                    prefetch_line(w, [panel + paired + v, turn * lines + line, 0])
+
+        with I.parallel(slices) as part:
             # A tile is stored where the epilogue reads it.
             sums = [
                 [registers(tile_rows * lanes, "int32") for _ in range(paired)]
                 for _ in range(row_tiles)
             ]
             _tile("ldtilecfg", T.address_of(config[0]))
-            with I.serial(row_steps // blocks) as i:
-                step = (task % blocks * (row_steps // blocks) + i) * block_rows
-                row = I.bind(clamped(step, m - block_rows, m % block_rows != 0))
-                for t in range(row_tiles):
-                    for v in range(paired):
-                        _tile("tilezero", T.int8(_accumulator(t, v)))
-                with I.serial(k // depth) as chunk:
+            with I.serial(part * tasks.count // slices, (part + 1) * tasks.count // slices) as task:
+                column_tile, start, steps = tasks.at(task)
+                group = column_tile // columns.group_tiles
+                first = I.bind(columns.first(column_tile))
+                column = [I.bind(columns.column(group, first + v)) for v in range(paired)]
+                panel = I.bind(group * columns.group_blocks + first)
+                with I.serial(steps) as i:
+                    step = (start + i) * block_rows
+                    row = I.bind(clamped(step, m - block_rows, m % block_rows != 0))
+                    done = I.bind(tasks.pass_of(start, i) * turns)
                     for t in range(row_tiles):
-                        load_x(t, row, chunk * depth)
-                    for v in range(paired):
-                        _load(_W_TILE + v, w, [panel + v, chunk * (depth // 4), 0], _TILE_BYTES)
-                        for t in range(row_tiles):
-                            operand_tiles = T.int8(_X_TILE + t), T.int8(_W_TILE + v)
-                            _tile("tdpbusd", T.int8(_accumulator(t, v)), *operand_tiles)
-                for t in range(row_tiles):
-                    for v in range(paired):
-                        at = T.address_of(sums[t][v][0])
-                        _tile("tilestored64", T.int8(_accumulator(t, v)), at, T.int64(4 * lanes))
-                for t in range(row_tiles):
-                    with I.serial(tile_rows) as r:
                         for v in range(paired):
-                            with I.vectorized(lanes) as lane:
-                                place = (row + t * offset + r, column[v] + lane)
-                                acc = sums[t][v][r * lanes + lane] + bias[place[1]]
-                                value = finish(kernel, operands, acc, *place, group)
-                                I.buffer_store(y, value, list(place))
+                            _tile("tilezero", T.int8(_accumulator(t, v)))
+                    with I.serial(chunks) as chunk:
+                        if not in_epilogue:
+                            prefetch(panel, done + chunk)
+                        for t in range(row_tiles):
+                            load_x(t, row, chunk * depth)
+                        for v in range(paired):
+                            _load(_W_TILE + v, w, [panel + v, chunk * (depth // 4), 0], _TILE_BYTES)
+                            for t in range(row_tiles):
+                                operand_tiles = T.int8(_X_TILE + t), T.int8(_W_TILE + v)
+                                _tile("tdpbusd", T.int8(_accumulator(t, v)), *operand_tiles)
+                    for t in range(row_tiles):
+                        for v in range(paired):
+                            at = T.address_of(sums[t][v][0])
+                            _tile(
+                                "tilestored64", T.int8(_accumulator(t, v)), at, T.int64(4 * lanes)
+                            )
+                    for t in range(row_tiles):
+                        with I.serial(tile_rows) as r:
+                            if in_epilogue:
+                                prefetch(panel, done + t * tile_rows + r)
+                            for v in range(paired):
+                                with I.vectorized(lanes) as lane:
+                                    place = (row + t * offset + r, column[v] + lane)
+                                    acc = sums[t][v][r * lanes + lane] + bias[place[1]]
+                                    value = finish(kernel, operands, acc, *place, group)
+                                    I.buffer_store(y, value, list(place))
             _tile("tilerelease")
     args = ("x", *operand_names(kernel), "config")
     return Scheduled(

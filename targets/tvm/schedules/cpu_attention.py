@@ -43,6 +43,7 @@ from gfcompile.targets.tvm.schedules.cpu_dot import (
     activation_product_of,
 )
 from gfcompile.targets.tvm.schedules.cpu_tiling import (
+    apart,
     fitting_lanes,
     fold_lanes,
     row_loop,
@@ -103,20 +104,24 @@ def schedule_attention(
     assert kernel.x == "float32" or kernel.dim <= 256
     plan = _plan(kernel, cpu, storage, choice)
     heads = kernel.batch * kernel.heads
+
+    def scratch_of_workers(dtype: str, columns: int) -> tuple[str, tuple[int, ...]]:
+        return dtype, (plan.workers, apart(plan.rows, columns, dtype), columns)
+
     temps: dict[str, tuple[str, tuple[int, ...]]] = {
         "k": (plan.product.w_dtype, (heads, plan.score_groups, plan.score_row)),
         "v": (plan.product.w_dtype, (heads, plan.value_groups, plan.value_row)),
-        "s": ("float32", (plan.workers, plan.rows, plan.score_columns)),
+        "s": scratch_of_workers("float32", plan.score_columns),
     }
     if plan.sums_keys:
         temps["k_bias"] = ("int32", (heads, plan.score_columns))
     if plan.p_offset:
         temps["v_bias"] = ("int32", (heads, plan.value_columns))
     if kernel.x == "int8":
-        temps["p"] = (plan.product.x_dtype, (plan.workers, plan.rows, plan.p_columns))
+        temps["p"] = scratch_of_workers(plan.product.x_dtype, plan.p_columns)
     if plan.widens:
         columns = plan.score_groups * plan.product.group
-        temps["q"] = (plan.product.x_dtype, (plan.workers, plan.rows, columns))
+        temps["q"] = scratch_of_workers(plan.product.x_dtype, columns)
     biases = tuple(name for name in ("k_bias", "v_bias") if name in temps)
     scratch = tuple(name for name in ("s", "p", "q") if name in temps)
     quant = ("quant",) if kernel.out == "int8" else ()

@@ -1,10 +1,14 @@
 """Dense kernels on CPUs: one recipe for every instruction set, float32 and int8.
 
-    for each panel of columns, packed as it is read     (parallel, with blocks of rows)
-      for each tile of rows
-        accumulators = bias
-        for k: accumulators += x * w                    (registers only, see cpu_dot)
-        y = epilogue(accumulators)                      (vectors only)
+    for each part of the rows                           (parallel, with panels)
+      for each panel of columns, packed as it is read
+        for each tile of rows of the part
+          accumulators = bias
+          for k: accumulators += x * w                  (registers only, see cpu_dot)
+          y = epilogue(accumulators)                    (vectors only)
+
+The parts are for threads: each reads most of what it wrote itself in the kernel before. To get a
+line from another core's cache may take a hundred cycles, which is a whole tile's product by AMX.
 
 Nothing is padded but weights: where rows or columns do not divide by the tile, the last tile
 overlaps the one before it and computes the same numbers again. Two tasks may so write the same
@@ -12,9 +16,14 @@ bytes to the same place; results do not depend on how tasks are split.
 
 Weights lie in blocks of columns. On ARM a block is a tile; on x86 it is 16 columns for every
 instruction set, from SSE to AMX, so that a library for all of them has its weights once.
+
+A model's float32 weights come from the third-level cache or from memory, at a third of the speed at
+which the first tile of rows could take them. So with AVX-512, whose tiles take that much, each
+tile of rows asks for its share of the weights that come next.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, Literal, get_args
@@ -28,9 +37,11 @@ from tvm.script.ir_builder import tirx as I
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.kernel import ActStorage, Array, Dense, Scheduled, Step
 from gfcompile.targets.tvm.schedules.cpu_dot import (
+    X86_BLOCK,
     Buffer,
     Product,
     Tile,
+    View,
     act_storage,
     product_of,
 )
@@ -50,10 +61,12 @@ __all__ = [
     "act_storage",
     "choose_tile",
     "clamped",
+    "cut",
     "dense_choices",
     "epilogue_width",
     "fits_registers",
     "packing",
+    "prefetch_line",
     "registers",
     "schedule_dense",
     "tile_cycles",
@@ -63,18 +76,32 @@ __all__ = [
 # Tasks to split a kernel into: enough for the 8 to 12 cores of the largest boards.
 _TASKS = 16
 # The model of a core that chooses tiles: cycles of a vector instruction, and of a load besides
-# (fitted to some 20 tiles on AVX2 and AVX-512); the least between two additions to one
-# accumulator; what it takes to fill and drain the pipeline around a tile.
+# (fitted to some 20 tiles on AVX2 and AVX-512), and what a load takes more of a whole line of
+# weights, which come from the second-level cache (of 68 to 197 rows); the least between two
+# additions to one accumulator; what it takes to fill and drain the pipeline around a tile.
 _INSTRUCTION = 0.5
 _LOAD = 0.2
+_FAR_LINE = {"int8": 0.2, "float32": 0.35}
+_LINE_BYTES = 64
 _LATENCY = 4
 _TILE_START = 30
 # Vectors of accumulators in a tile: more hide no further latency, and every one is code.
 _ACCUMULATORS = 24
+# Steps of the inner loop between two requests for weights that come next. More often, the requests
+# cost registers; more rarely, they come in bursts and keep other loads waiting.
+_TURN_STEPS = 4
+# From so many tiles of columns on, laying x out for them pays.
+_WORTH_PANELS = 8
 # TVM keeps smaller arrays on the stack.
 _LOCAL_BYTES = 1024
+# Weights that take as long to read as an activation that another core wrote: measured. And the
+# bytes of them that stay in a second-level cache of x86, so that one thread may read them twice.
+_WEIGHTS_PER_ACTIVATION = 3
+_WEIGHT_BYTES = 1 << 20
 # Tiles that the model calls slower than this, compared with its best, are not worth measuring.
 _WORTH_MEASURING = 1.5
+
+_UNROLLS = (1, 2, 3, 4)
 
 Order = Literal["columns", "rows"]
 
@@ -111,7 +138,7 @@ def dense_choices(kernel: Dense, cpu: Cpu) -> Sequence[DenseChoice]:
         DenseChoice(rows=tile.rows, vectors=tile.vectors, unroll=unroll, order=order)
         for tile in sorted(near, key=lambda tile: cycles[tile])
         for order in get_args(Order)
-        for unroll in (1, 2)
+        for unroll in sorted(_UNROLLS, key=lambda unroll: unroll != _default(product, tile).unroll)
     ]
 
 
@@ -122,22 +149,41 @@ def schedule_dense(
     product = product_of(kernel, cpu)
     if choice is None:
         tile = choose_tile(kernel, product, cpu.vector_registers)
-        choice = DenseChoice(rows=tile.rows, vectors=tile.vectors)
+        choice = _default(product, tile)
     tile = choice.tile
+    columns = Columns(kernel=kernel, product=product, tile=tile)
     k = ceil(kernel.k / product.group) * product.group
-    steps, temps = [], {}
+    steps = []
+    temps: dict[str, tuple[str, tuple[int, ...]]] = {}
     x = "x"
     x_dtype = storage.dtype if kernel.x == "int8" else "float32"
-    if k != kernel.k or x_dtype != product.x_dtype:
+    panels = None
+    if product.by_lane and tile.rows > 1 and columns.tiles >= _WORTH_PANELS:
+        panels = Panels(m=kernel.m, k=kernel.k, rows=tile.rows, chunk=product.chunk)
+        x = "x_panels"
+        temps[x] = (product.x_dtype, panels.shape)
+        steps.append(Step(func=_panel_rows(panels, product.x_dtype), args=("x", x)))
+    elif k != kernel.k or x_dtype != product.x_dtype:
         x = "x_groups"
         temps[x] = (product.x_dtype, (kernel.m, k))
         group_rows = _group_rows(kernel.m, kernel.k, k, x_dtype, product.x_dtype)
         steps.append(Step(func=group_rows, args=("x", x)))
-    columns = Columns(kernel=kernel, product=product, tile=tile)
-    func = _dense(kernel, k, columns, choice, storage)
+    func = _dense(kernel, k, columns, choice, storage, panels)
     steps.append(Step(func=func, args=(x, *operand_names(kernel))))
     pack = packing(kernel, product, tile, storage, block=columns.block)
     return Scheduled(steps=tuple(steps), pack=pack, temps=temps)
+
+
+def _default(product: Product, tile: Tile) -> DenseChoice:
+    """The rule's own choice with a tile: integers on AVX-512 gain by a longer loop."""
+    longer = _loads_lines(product) and product.group > 1
+    unroll = 2 if longer else product.unroll
+    return DenseChoice(rows=tile.rows, vectors=tile.vectors, unroll=unroll)
+
+
+def _loads_lines(product: Product) -> bool:
+    """Whether a vector of weights is a whole cache line, as with AVX-512."""
+    return product.lanes * 4 == _LINE_BYTES
 
 
 def choose_tile(kernel: Dense, product: Product, registers: int) -> Tile:
@@ -181,7 +227,8 @@ def tile_cycles(product: Product, tile: Tile, k: int) -> float:
     """Cycles of `tile_sums`, by the model above."""
     per_multiply, per_vector = product.operations
     operations = tile.rows * tile.vectors * per_multiply + tile.vectors * per_vector
-    step = max(_INSTRUCTION * operations + _LOAD * product.loads(tile), _LATENCY)
+    far = _FAR_LINE[product.w_dtype] * tile.vectors if _loads_lines(product) else 0
+    step = max(_INSTRUCTION * operations + _LOAD * product.loads(tile) + far, _LATENCY)
     return ceil(k / product.group) * step + _TILE_START
 
 
@@ -295,40 +342,123 @@ class Runs:
         return self.buffer.vload([column + (at[0] - start)], dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Panels:
+    """x laid out for tiles of `rows` rows: (tiles, chunks of k, rows, chunk).
+
+    A tile then reads x from one end to the other, so that one instruction loads two registers.
+    """
+
+    m: int
+    k: int
+    rows: int
+    chunk: int
+
+    @property
+    def chunks(self) -> int:
+        return ceil(self.k / self.chunk)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (ceil(self.m / self.rows), self.chunks, self.rows, self.chunk)
+
+    def first_row(self, panel: Expr) -> Expr:
+        return clamped(panel * self.rows, self.m - self.rows, self.m % self.rows != 0)
+
+    def view(self, buffer: Buffer, panel: Expr) -> View:
+        """A panel as rows of k."""
+        return View(buffer, lambda r, k: [panel, k // self.chunk, r, k % self.chunk])
+
+
+def _panel_rows(panels: Panels, dtype: str) -> Any:
+    """x (m, k) as panels, what is added to its rows as zeros."""
+    m, k, rows, chunk = panels.m, panels.k, panels.rows, panels.chunk
+    with IRBuilder() as builder, I.prim_func(s_tir=True):
+        I.func_name("panel_rows")
+        I.func_attr({"tirx.noalias": True})
+        x = I.arg("x", I.buffer((m, k), dtype))
+        y = I.arg("y", I.buffer(panels.shape, dtype))
+        with I.parallel(panels.shape[0]) as panel:
+            row = I.bind(panels.first_row(panel))
+            if k >= chunk:
+                with I.serial(k // chunk) as i:
+                    for r in range(rows):
+                        with I.vectorized(chunk) as lane:
+                            I.buffer_store(y, x[row + r, i * chunk + lane], [panel, i, r, lane])
+            for at in range(k // chunk * chunk, panels.chunks * chunk):
+                with I.serial(rows) as r:
+                    value = x[row + r, at] if at < k else tirx.const(0, dtype)
+                    I.buffer_store(y, value, [panel, at // chunk, r, at % chunk])
+    return builder.get()
+
+
 def _dense(
-    kernel: Dense, k: int, columns: Columns, choice: DenseChoice, storage: ActStorage
+    kernel: Dense,
+    k: int,
+    columns: Columns,
+    choice: DenseChoice,
+    storage: ActStorage,
+    panels: Panels | None,
 ) -> Any:
     """The kernel as a PrimFunc; k is rounded up to whole groups."""
     m, product, tile = kernel.m, columns.product, columns.tile
     by_rows = choice.order == "rows"
-    outer, inner = ceil(m / tile.rows), columns.tiles
-    if not by_rows:
-        outer, inner = inner, outer
-    blocks = row_blocks(inner, outer)
+    row_tiles = ceil(m / tile.rows)
+    blocks = row_blocks(columns.tiles, row_tiles)
+    by_columns = cut(kernel, product, row_tiles, columns.tiles)
+    passes = by_columns.passes
+    reads_ahead = _loads_lines(product) and product.group == 1 and not by_rows and passes > 1
+
+    def tiles_of(task: Expr) -> tuple[Expr, Expr, Expr]:
+        """Opens the loop over the tiles of a task: the row and the column of one, and its pass."""
+        if by_rows:
+            each = columns.tiles // blocks
+            i = frame.enter_context(I.serial(each))
+            return task // blocks, task % blocks * each + i, i
+        column_tile, first, count = by_columns.at(task)
+        i = frame.enter_context(I.serial(count))
+        return first + i, column_tile, by_columns.pass_of(first, i)
 
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
         I.func_attr({"tirx.noalias": True})
-        operands = declare(columns, k, storage)
-        with I.parallel(outer * blocks) as task, I.serial(inner // blocks) as i:
-            row_tile, column_tile = task // blocks, task % blocks * (inner // blocks) + i
-            if not by_rows:
-                row_tile, column_tile = column_tile, row_tile
+        operands = declare(columns, (m, k) if panels is None else panels.shape, storage)
+        tasks = row_tiles * blocks if by_rows else by_columns.count
+        with I.parallel(tasks) as task, ExitStack() as frame:
+            row_tile, column_tile, nth_pass = tiles_of(task)
             group = column_tile // columns.group_tiles
             first = I.bind(columns.first(column_tile))
             runs = columns.runs(group, first)
             w = Blocks(operands.w, columns, group * columns.group_blocks)
             bias = Runs(operands.bias, runs)
             row = I.bind(clamped(row_tile * tile.rows, m - tile.rows, m % tile.rows != 0))
+            x, x_row = operands.x, row
+            if panels is not None:
+                x, x_row = panels.view(x, row_tile), 0
+
+            def read_ahead(turn: Expr, turns: int) -> None:
+                block = group * columns.group_blocks + first + tile.vectors
+                lines = ceil(tile.vectors * k / (passes * turns))
+                with I.serial(lines) as line:
+                    at = (nth_pass * turns + turn) * lines + line
+                    prefetch_line(operands.w, [block, at, 0])
+
             sums = tile_sums(
-                operands.x, w, bias, row, first, 0, k, product, tile, unroll=choice.unroll
+                x,
+                w,
+                bias,
+                x_row,
+                first,
+                0,
+                k,
+                product,
+                tile,
+                unroll=choice.unroll,
+                each_turn=read_ahead if reads_ahead else None,
             )
             for r in range(tile.rows):
                 for place, width, column in runs:
-                    vector = epilogue_width(width, product.lanes, kernel.out)
-                    for start in range(0, width, vector):
-                        # Where a vector does not fit any more, it overlaps the one before it.
-                        at = min(start, width - vector)
+                    for at, vector in epilogue_vectors(width, product.lanes, kernel.out):
                         with I.vectorized(vector) as lane:
                             acc = sums[r][place + at + lane]
                             to = (row + r, column + at + lane)
@@ -361,12 +491,12 @@ def operand_names(kernel: Dense) -> tuple[str, ...]:
     return (*names, "y")
 
 
-def declare(columns: Columns, k: int, storage: ActStorage) -> Operands:
-    """Declares the parameters of the PrimFunc under construction; k is in whole groups."""
+def declare(columns: Columns, x_shape: Sequence[int], storage: ActStorage) -> Operands:
+    """Declares the parameters of the PrimFunc under construction."""
     kernel, product = columns.kernel, columns.product
     n, rows, groups = kernel.n, kernel.residual_rows, kernel.out_groups
     w_shape = (
-        *(groups * columns.group_blocks, k // product.group),
+        *(groups * columns.group_blocks, ceil(kernel.k / product.group)),
         columns.per_block * product.w_elements,
     )
     padded = n + max(0, columns.block - columns.in_group)
@@ -374,7 +504,7 @@ def declare(columns: Columns, k: int, storage: ActStorage) -> Operands:
     y_dtype = storage.dtype if kernel.out == "int8" else "float32"
     quant_shape = (groups, 4) if groups > 1 else (4,)
     return Operands(
-        x=I.arg("x", I.buffer((kernel.m, k), product.x_dtype)),
+        x=I.arg("x", I.buffer(x_shape, product.x_dtype)),
         w=I.arg("w", I.buffer(w_shape, product.w_dtype)),
         scale=I.arg("scale", I.buffer((n,))) if kernel.x == "int8" else None,
         bias=I.arg("bias", I.buffer((padded,), product.acc_dtype)),
@@ -420,11 +550,14 @@ def tile_sums(
     tile: Tile,
     *,
     unroll: int = 1,
+    each_turn: Callable[[Expr, int], None] | None = None,
 ) -> list[Buffer]:
     """Builds bias + x @ w for one tile: a buffer of columns for each row, all in registers.
 
     Args:
         unroll: chunks of k in the inner loop.
+        each_turn: builds what else is to be done now and then; it gets which time it is, of how
+            many.
     """
     rows, vectors, lanes = tile.rows, tile.vectors, product.lanes
     dtype = f"{product.acc_dtype}x{lanes}"
@@ -460,9 +593,19 @@ def tile_sums(
     chunks, left = divmod(k // product.group, per_chunk)
     together = min(unroll, max(chunks, 1))
     if chunks:
-        with I.serial(chunks // together) as step:
-            for i in range(together):
-                multiply((step * together + i) * per_chunk, per_chunk)
+        steps = chunks // together
+        if each_turn is None:
+            with I.serial(steps) as step:
+                for i in range(together):
+                    multiply((step * together + i) * per_chunk, per_chunk)
+        else:
+            turn_steps = max(n for n in range(1, _TURN_STEPS + 1) if steps % n == 0)
+            with I.serial(steps // turn_steps) as turn:
+                each_turn(turn, steps // turn_steps)
+                with I.serial(turn_steps) as step:
+                    for i in range(together):
+                        chunk = (turn * turn_steps + step) * together + i
+                        multiply(chunk * per_chunk, per_chunk)
     for chunk in range(chunks // together * together, chunks):
         multiply(chunk * per_chunk, per_chunk)
     for g in range(left):
@@ -476,6 +619,16 @@ def tile_sums(
             addend = bias.vload([column + v * product.columns], dtype)
             store(sums, total + addend, r, v // partial)
     return sums
+
+
+def prefetch_line(buffer: Buffer, at: list[Expr]) -> None:
+    """Asks for a line that is soon read, into the second-level cache.
+
+    It may lie behind the buffer: asking for what is not there does nothing.
+    """
+    read, second_level, data = T.int32(0), T.int32(2), T.int32(1)
+    address = T.address_of(buffer[tuple(at)])
+    I.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, second_level, data))
 
 
 def registers(size: int, dtype: str) -> Buffer:
@@ -548,6 +701,68 @@ def packing(
     return pack
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tasks:
+    """How the tiles of a kernel are cut into tasks: a column of tiles each, of a part of the rows.
+
+    Attributes:
+        steps: tiles of a column.
+        columns: columns of tiles.
+        parts: of the rows. Two parts may differ by a step, others are equal.
+        by_rows: whether a thread gets neighbouring rows rather than neighbouring columns.
+    """
+
+    steps: int
+    columns: int
+    parts: int
+    by_rows: bool
+
+    @property
+    def count(self) -> int:
+        return self.parts * self.columns
+
+    def at(self, task: Expr) -> tuple[Expr, Expr, Expr]:
+        """A task's column, its first step, and how many steps it has."""
+        if self.by_rows:
+            part, column = task // self.columns, task % self.columns
+        else:
+            part, column = task % self.parts, task // self.parts
+        steps, left = divmod(self.steps, self.parts)
+        if not left:
+            return column, part * steps, steps
+        # The step in the middle is the first part's in every other column, else the second's.
+        middle = steps + column % 2
+        return column, part * middle, tirx.Select(part == 0, middle, self.steps - middle)
+
+    @property
+    def passes(self) -> int:
+        """How often a thread at least passes over a column's weights before the next column's."""
+        return self.steps // self.parts if self.by_rows else self.steps
+
+    def pass_of(self, first: Expr, i: Expr) -> Expr:
+        """Which pass the step `i` of a task that begins at step `first` is."""
+        return i if self.by_rows else first + i
+
+
+def cut(kernel: Dense, product: Product, steps: int, columns: int) -> Tasks:
+    """The tasks of a kernel with so many columns of so many tiles.
+
+    Where a thread gets rows, it reads all weights, and activations that it wrote itself; where it
+    gets columns, its share of the weights, and activations of all threads. ARM's cores share a
+    cache.
+    """
+    weights, activations = kernel.n * kernel.k, kernel.m * (kernel.n + kernel.k)
+    by_rows = (
+        product.block == X86_BLOCK
+        and weights <= _WEIGHTS_PER_ACTIVATION * activations
+        and weights * np.dtype(product.w_dtype).itemsize <= _WEIGHT_BYTES
+    )
+    parts = row_blocks(steps, columns)
+    if by_rows:
+        parts = max(parts, min(2, steps))
+    return Tasks(steps=steps, columns=columns, parts=parts, by_rows=by_rows)
+
+
 def row_blocks(inner: int, outer: int) -> int:
     """Into how many equal blocks to split an inner loop, so that there are tasks enough."""
     divisors = [d for d in range(1, inner + 1) if inner % d == 0]
@@ -565,6 +780,17 @@ def epilogue_width(columns: int, lanes: int, out: str) -> int:
         wide = next((w for w in (16, 8) if columns % w == 0), 0)
         return max(wide, min(lanes, _power_of_two(columns)))
     return min(lanes, _power_of_two(columns))
+
+
+def epilogue_vectors(columns: int, lanes: int, out: str) -> Iterator[tuple[int, int]]:
+    """Where the vectors of an epilogue start, and how wide they are; the last ones may overlap."""
+    at = 0
+    while at < columns:
+        width = min(columns - at, 16) if out == "int8" else lanes
+        width = min(max(_power_of_two(width), lanes), _power_of_two(columns))
+        at = min(at, columns - width)
+        yield at, width
+        at += width
 
 
 def _power_of_two(limit: int) -> int:

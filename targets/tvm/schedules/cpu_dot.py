@@ -62,6 +62,7 @@ class Product(ABC):
         by_lane: whether a chunk of each row stays in a register, to be multiplied lane by lane;
             otherwise every group is loaded, broadcast, on its own.
         temporaries: registers needed besides accumulators, weights and rows.
+        unroll: chunks of k in the inner loop, unless a search found better.
         vector_step: the number of vectors in a tile is a multiple of it.
         block: columns of a block of packed weights; 0 where a block is a tile.
     """
@@ -76,6 +77,7 @@ class Product(ABC):
     operations: ClassVar[tuple[int, int]] = (1, 0)
     by_lane: ClassVar[bool] = False
     temporaries: ClassVar[int] = 1
+    unroll: ClassVar[int] = 1
     vector_step: ClassVar[int] = 1
     block: ClassVar[int] = 0
 
@@ -151,6 +153,7 @@ class FloatNeon(Product):
     group, chunk = 1, 4
     by_lane = True
     temporaries = 0
+    unroll = 2
 
     def load_x(self, x: Buffer, row: Expr, k: Expr, groups: int) -> Sequence[Expr]:
         if groups == 1:
@@ -257,6 +260,7 @@ class Sdot(Product):
     group, chunk = 4, 16
     by_lane = True
     temporaries = 0
+    unroll = 3
 
     def load_x(self, x: Buffer, row: Expr, k: Expr, groups: int) -> Sequence[Expr]:
         if groups == 1:
@@ -281,6 +285,7 @@ class WideningNeon(Product):
     operations = (3, 0)
     by_lane = True  # in that a row's sixteen k are one register, not in the multiplication
     temporaries = 2
+    unroll = 2
     vector_step = 4
 
     @property
@@ -318,7 +323,7 @@ def act_storage(cpu: Cpu) -> ActStorage:
     """How int8 activations lie in memory on `cpu`: VNNI multiplies uint8 with int8."""
     if cpu.int8_dot == "vnni":
         return ActStorage(dtype="uint8", offset=128)
-    return ActStorage()
+    return ActStorage(saturates=cpu.arch == "aarch64")
 
 
 def product_of(kernel: Dense, cpu: Cpu) -> Product:

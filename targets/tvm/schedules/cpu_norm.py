@@ -28,6 +28,10 @@ def schedule_layer_norm(kernel: LayerNorm, cpu: Cpu, storage: ActStorage) -> Sch
     """Mean, then the variance about it (E[x^2] - E[x]^2 would cancel), then the row."""
     n, eps = kernel.n, kernel.eps
     lanes = fitting_lanes(n, cpu.float_lanes)
+    # Of the last pass, as many vectors as fill one when they are narrowed to bytes.
+    width = next(
+        lanes * vectors for vectors in (4, 2, 1) if n % (lanes * vectors) == 0 or vectors == 1
+    )
     out_dtype = storage.dtype if kernel.out == "int8" else "float32"
 
     def finished(value: Expr, quant: Any) -> Expr:
@@ -52,9 +56,9 @@ def schedule_layer_norm(kernel: LayerNorm, cpu: Cpu, storage: ActStorage) -> Sch
             mean: T.let = _row_sum(n, lanes, element(x, row)) * T.float32(1 / n)
             variance: T.let = _row_sum(n, lanes, squared_distance(x, row, mean)) * T.float32(1 / n)
             scale: T.let = T.float32(1) / T.sqrt(variance + T.float32(eps))
-            for v in T.serial(ceil_div(n, lanes)):
-                j: T.let = T.min(v * lanes, n - lanes)
-                for lane in T.vectorized(lanes):
+            for v in T.serial(ceil_div(n, width)):
+                j: T.let = T.min(v * width, n - width)
+                for lane in T.vectorized(width):
                     y[row, j + lane] = finished(
                         (x[row, j + lane] - mean) * scale * gamma[j + lane] + beta[j + lane], quant
                     )

@@ -4,12 +4,15 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from tvm.script import tirx as T
 
 Expr = Any  # tvm.tirx.Expr, or a number where TVM accepts one
 
 # Waking a pool of workers takes some microseconds; a core moves this many floats meanwhile.
 _PARALLEL_ELEMENTS = 16384
+
+_PAGE_BYTES = 4096
 
 
 def span(start: Expr, lanes: int) -> Expr:
@@ -36,6 +39,15 @@ def fitting_lanes(extent: int, lanes: int) -> int:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def apart(rows: int, elements_per_row: int, dtype: str = "float32") -> int:
+    """Rows of one worker's scratch: `rows`, and a page of nothing.
+
+    A core fetches lines ahead of those that it works on, within a page of memory. Where they are
+    another core's scratch, both wait for them all the time.
+    """
+    return rows + ceil_div(_PAGE_BYTES, elements_per_row * np.dtype(dtype).itemsize)
 
 
 def tile_rows(count: int, most: int) -> int:

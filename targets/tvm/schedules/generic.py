@@ -68,7 +68,7 @@ class GeneratedSchedule:
         schedule = s_tir.Schedule(func)
         try:
             tvm.s_tir.schedule.Trace.apply_json_to_schedule(json.loads(self.trace), schedule)
-        except (tvm.error.TVMError, RuntimeError, TypeError, IndexError) as error:
+        except (RuntimeError, TypeError, IndexError) as error:
             reason = str(error).strip().splitlines()[-1:]
             raise ValueError(f"the trace does not fit the function: {reason}") from error
         return schedule.mod["main"]
