@@ -32,9 +32,9 @@ class Bundle:
         return listed + (self.path / MANIFEST_NAME).stat().st_size
 
 
-def default_output(model: str, target: str, precision: str) -> Path:
+def default_output(model: str, target: str, precision: str, batch: int = 1) -> Path:
     """The folder for a bundle where none was named."""
-    return Path(f"{model}-{target}-{precision}")
+    return Path(f"{model}-{target}-{precision}" + (f"-batch{batch}" if batch > 1 else ""))
 
 
 def check_output(output: Path) -> None:

@@ -25,7 +25,7 @@ def validate_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-agreement",
         type=float,
         metavar="F",
-        help="the share of golden inferences that must have the same top class, such as 0.99",
+        help="the share of golden images that must have the same top class, such as 0.99",
     )
     demands.add_argument(
         "--against",
@@ -138,7 +138,9 @@ def profile_command(options: argparse.Namespace) -> int:
     header = ("layer", "kernel", "us", "share", "GFLOP/s", "GB/s", "roofline")
     print_table(header, rows, right={2, 3, 4, 5, 6})
     print(
-        f"\n{total_us / 1e3:.3f} ms in {len(kernels)} kernels on {result.device.name} "
+        f"\n{total_us / 1e3:.3f} ms in {len(kernels)} kernels"
+        f"{_per_image(result, f'{total_us / result.bundle.batch / 1e3:.3f} ms')} "
+        f"on {result.device.name} "
         f"({result.device.processor}); the roofline is that of {result.bundle.target}"
     )
     _print_cautions(result)
@@ -214,12 +216,19 @@ def _print_latency(result: ValidationResult) -> None:
     if times is None or protocol is None:
         print(f"  {'latency':<12} none: {result.no_latency}")
         if result.instructions is not None:
-            print(f"  {'instructions':<12} {result.instructions / 1e9:.4f} G retired per inference")
+            each = _per_image(result, f"{result.instructions / result.bundle.batch / 1e9:.4f} G")
+            print(
+                f"  {'instructions':<12} {result.instructions / 1e9:.4f} G retired per inference"
+                f"{each}"
+            )
         return
     shown = [("min", times.min_us), ("median", times.median_us), ("p90", times.p90_us)]
     shown += [("p99", times.p99_us)]
     numbers = ", ".join(f"{name} {us / 1e3:.3f} ms" for name, us in shown)
     print(f"  {'latency':<12} {numbers}, CV {times.cv:.1%}")
+    if result.bundle.batch > 1:
+        each = ", ".join(f"{name} {us / result.bundle.batch / 1e3:.3f} ms" for name, us in shown)
+        print(f"  {'per image':<12} {each}; {result.bundle.batch} images per inference")
     threads = "all CPUs" if protocol.threads == 0 else f"threads {protocol.threads}"
     pinned = f" on CPUs {', '.join(map(str, protocol.pinned_cpus))}" if protocol.pinned_cpus else ""
     print(
@@ -230,6 +239,12 @@ def _print_latency(result: ValidationResult) -> None:
     parts = [f"{name} {ms:.1f} ms" for name, ms in others if ms is not None]
     parts += [] if result.peak_memory_mb is None else [f"{result.peak_memory_mb:.1f} MB at most"]
     print(f"  {'beside':<12} {', '.join(parts)}")
+
+
+def _per_image(result: ValidationResult, amount: str) -> str:
+    """What one of several images takes, to follow what they take together."""
+    batch = result.bundle.batch
+    return "" if batch == 1 else f" of {batch} images, {amount} per image"
 
 
 def _print_numbers(result: ValidationResult) -> None:

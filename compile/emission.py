@@ -23,8 +23,8 @@ RequestedPrecision = Literal["float32", "float16", "int8"]
 class Golden:
     """The inputs that the ledger is taken over."""
 
-    pixels: Sequence[npt.NDArray[np.uint8]]  # (H, W, 3) each
-    inputs: Sequence[npt.NDArray[np.float32]]  # (1, 3, H, W) each
+    pixels: Sequence[npt.NDArray[np.uint8]]  # (batch, H, W, 3) each
+    inputs: Sequence[npt.NDArray[np.float32]]  # (batch, 3, H, W) each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class EmissionRequest:
         graph: float, or QDQ where precision is int8.
         transform: how an image becomes the graph's input.
         golden: the inputs to verify the artifact on.
-        calibration: the graph's inputs for whatever else must be calibrated, (1, 3, H, W) each;
+        calibration: the graph's inputs for whatever else must be calibrated, (batch, 3, H, W) each;
             read from the disk when it is called.
         labels: class names; empty where none were given.
         pruning: of a model that prunes.

@@ -93,7 +93,7 @@ def build_graph(
 
     Args:
         module: float, in eval mode.
-        images: golden inputs (1, 3, H, W), for the ledger; the first one is the traced example.
+        images: golden inputs (batch, 3, H, W), for the ledger; the first one is the traced example.
         quantize: the QDQ form of the float module, which comes frozen; None for a float graph.
         fft, choose_form: see `passes.lower`.
         on_stage: given a name and the graph after each stage.

@@ -38,6 +38,7 @@ from gfcompile.runtime.images import (
     Transform,
     crop,
     imagenet_transform,
+    in_batches,
     normalize,
     open_image,
     stand_in_photos,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 GOLDEN_IMAGES = 4
 MAX_CALIBRATION_IMAGES = 512
+MAX_BATCH = 64  # what the artifact is checked with are all activations of a batch, in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,8 @@ class CompileConfig:
         image_size, num_classes: None for those of the checkpoint, or as published.
         keep_ratio: share of the patches that a pruning model keeps, see `ModelSpec.pruned`; None
             as published.
+        batch: images that the model takes at once, (batch, 3, H, W). For each it computes what it
+            does for one alone, with the same scales.
         fft: the form of the global filters; "auto" chooses by cost on the target.
         calibration_data: a folder of images for int8; None for the photos that gfcompile ships.
         weight_bits, group_size, keep_float, int8_filters: see `QuantizeConfig`; a quantized
@@ -94,6 +98,7 @@ class CompileConfig:
     image_size: int | None = None
     num_classes: int | None = None
     keep_ratio: KeepRatio | None = None
+    batch: int = 1
     fft: Literal["auto", "native", "dft", "circular"] = "auto"
     calibration_data: Path | None = None
     weight_bits: int = 8
@@ -122,8 +127,8 @@ def compile_model(
     Args:
         config: what to compile.
         progress: told of stages and of whatever is not as the user might think.
-        module: a torch module of your own, (1, 3, image_size, image_size) -> (1, classes), in
-            place of a model of the zoo; `config.image_size` is then needed.
+        module: a torch module of your own, (batch, 3, image_size, image_size) -> (batch, classes),
+            in place of a model of the zoo; `config.image_size` is then needed.
         pruning: how that module drops patches, if it does. Which ones it keeps is then compared;
             otherwise another choice between two of nearly the same score is an error.
 
@@ -134,7 +139,7 @@ def compile_model(
     progress = progress or SilentProgress()
     target = find_target(config.target)
     job = _Job(config=config, target=target, progress=progress, module=module, pruning=pruning)
-    output = config.output or default_output(config.model, target.name, job.precision)
+    output = config.output or default_output(config.model, target.name, job.precision, config.batch)
     check_output(output)
     job.check()
     with open_cache(enabled=config.cache, note=progress.note) as cache:
@@ -148,6 +153,16 @@ def compile_model(
     for note in bundle.manifest.notes:
         progress.note(note)
     return bundle
+
+
+def check_batch(batch: int) -> None:
+    """Says early that no model takes so many images at once.
+
+    Raises:
+        UserError: it is below 1 or above MAX_BATCH.
+    """
+    if not 1 <= batch <= MAX_BATCH:
+        raise UserError(f"--batch {batch}: a model takes 1 to {MAX_BATCH} images at once")
 
 
 def lowered_graph(config: CompileConfig, cache: Cache, progress: Progress) -> "Graph":
@@ -191,6 +206,7 @@ class _Job:
             raise UserError("a module of your own needs CompileConfig.image_size")
         elif config.keep_ratio is not None:
             raise UserError("a keep ratio is for models of the zoo, not for a module of your own")
+        check_batch(config.batch)
         if config.fft == "native":
             raise UserError(
                 f"--fft native: {self.target.name} has no FFT of its own; "
@@ -261,6 +277,12 @@ class _Job:
             isinstance(target, Target) or target.emitter != "coreml"
         ):
             raise UserError(f"--ios, --layout and --license are for coreml, not for {target.name}")
+        is_coreml = isinstance(target, ModelFormat) and target.emitter == "coreml"
+        if is_coreml and config.batch > 1 and config.coreml.input == "image":
+            raise UserError(
+                f"--batch {config.batch}: Core ML takes an image one at a time; "
+                "with --input tensor it takes normalized values"
+            )
 
     def key(self) -> Mapping[str, object]:
         """All that the bundle depends on."""
@@ -292,6 +314,7 @@ class _Job:
             "image_size": config.image_size,
             "num_classes": config.num_classes,
             "keep_ratio": config.keep_ratio,
+            "batch": config.batch,
             "seed": config.seed,
             "calibration": self.calibration_files() if self.is_calibrated else None,
             "weight_bits": config.weight_bits,
@@ -321,7 +344,7 @@ class _Job:
         return files[::stride]
 
     def calibration(self, loaded: "_Loaded") -> list[npt.NDArray[np.float32]]:
-        """Inputs of the graph, (1, 3, H, W) each, to calibrate with."""
+        """Images as the graph takes them, (1, 3, H, W) each, to calibrate with."""
         return [
             normalize(crop(open_image(path), loaded.transform), loaded.transform)
             for path in self.calibration_files()
@@ -339,7 +362,7 @@ class _Job:
         """The graph, and what it came from."""
         with self.progress.stage("load the model"):
             loaded = self.load()
-            golden = _golden(loaded.transform)
+            golden = _golden(loaded.transform, self.config.batch)
         if self.config.dump is not None or self.module is not None:
             return self.graph(loaded, golden), loaded, golden
         from gfcompile.compile.graph import Graph
@@ -400,6 +423,7 @@ class _Job:
                 keep_float=(*loaded.float_layers, *config.keep_float),
                 int8_filters=config.int8_filters,
                 pays=self.takes_circular_form,
+                batch=config.batch,
             )
 
         dump = _Dump(self.config.dump)
@@ -435,7 +459,7 @@ class _Job:
                 graph=graph,
                 transform=loaded.transform,
                 golden=golden,
-                calibration=lambda: self.calibration(loaded),
+                calibration=lambda: in_batches(self.calibration(loaded), config.batch),
                 labels=labels,
                 folder=folder,
                 progress=self.progress,
@@ -532,12 +556,13 @@ class _Job:
 
         place = folder / GOLDEN_FOLDER
         place.mkdir()
-        image = golden.pixels[0]
+        image = golden.pixels[0][0]
         (place / "image.u8").write_bytes(image.tobytes())
         inputs = [normalize(view, transform) for view in views(image)]
-        logits = [row.astype("<f4") for row in run(graph.model, inputs)]
+        batches = in_batches(inputs, self.config.batch)
+        logits = np.concatenate(run(graph.model, batches))[: len(inputs)].astype("<f4")
         (place / "logits.f32").write_bytes(logits[0].tobytes())
-        (place / "views.f32").write_bytes(b"".join(row.tobytes() for row in logits))
+        (place / "views.f32").write_bytes(logits.tobytes())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -569,10 +594,14 @@ class _Dump:
         self.count += 1
 
 
-def _golden(transform: Transform) -> Golden:
+def _golden(transform: Transform, batch: int) -> Golden:
+    """The photos, and turned and mirrored ones where batches have room for more."""
     photos = [open_image(path) for path in stand_in_photos()[:GOLDEN_IMAGES]]
-    pixels = [crop(photo, transform) for photo in photos]
-    return Golden(pixels=pixels, inputs=[normalize(image, transform) for image in pixels])
+    seen = zip(*(views(crop(photo, transform)) for photo in photos), strict=True)
+    looks = [view for of_each in seen for view in of_each]
+    count = -(-GOLDEN_IMAGES // batch) * batch
+    pixels = in_batches([np.stack([looks[i % len(looks)] for i in range(count)])], batch)
+    return Golden(pixels=pixels, inputs=[normalize(images, transform) for images in pixels])
 
 
 def _read_labels(path: Path, classes: int) -> list[str]:

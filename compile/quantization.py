@@ -79,6 +79,7 @@ def calibrate_model(
     keep_float: tuple[str, ...],
     int8_filters: tuple[str, ...],
     pays: Callable[[int, int, int], bool],
+    batch: int = 1,
 ) -> "Calibrated":
     """The module with the ranges that the images bring about; names as in `QuantizeConfig`.
 
@@ -86,6 +87,7 @@ def calibrate_model(
         images: inputs (1, 3, H, W).
         pays: whether a filter of (rows, columns, channels) takes the circular form; "auto" is for
             these alone.
+        batch: images that the quantized module takes at once.
     """
     import torch
 
@@ -97,7 +99,7 @@ def calibrate_model(
         weight_bits, group_size=group_size, keep_float=keep_float, int8_filters=int8_filters
     )
     scheme, results = choose(scheme, module, batches[:ANALYSED_IMAGES], pays=pays)
-    calibrated = calibrate(module, batches, scheme)
+    calibrated = calibrate(module, batches, scheme, batch_size=batch)
     return replace(calibrated, kept_float=explain(calibrated.kept_float, results))
 
 

@@ -63,6 +63,7 @@ def tune_model(
         image_size=config.image_size,
         num_classes=config.num_classes,
         keep_ratio=config.keep_ratio,
+        batch=config.batch,
         seed=config.seed,
     )
     # Heavy, and a mistake in the arguments should be answered before.

@@ -13,8 +13,8 @@ class TuneConfig:
     """What to tune, and where.
 
     Attributes:
-        model, target, int8, image_size, num_classes, keep_ratio: as for `CompileConfig`; weights
-            are random, for speed does not depend on them.
+        model, target, int8, image_size, num_classes, keep_ratio, batch: as for `CompileConfig`;
+            weights are random, for speed does not depend on them.
         device: "local", "qemu:CPU" (instructions counted, an estimate), ssh://..., rpc://...; None
             for local where this machine runs the target's code, and an estimate elsewhere.
         trials, minutes: when to stop; without either, after DEFAULT_TRIALS.
@@ -27,6 +27,7 @@ class TuneConfig:
     image_size: int | None = None
     num_classes: int | None = None
     keep_ratio: KeepRatio | None = None
+    batch: int = 1
     device: str | None = None
     trials: int | None = None
     minutes: float | None = None

@@ -15,6 +15,9 @@ def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=int, metavar="N", help="default: the model's own")
     parser.add_argument("--num-classes", type=int, metavar="N", help="default: the model's own")
     parser.add_argument(
+        "--batch", type=int, default=1, metavar="N", help="images per inference (default: 1)"
+    )
+    parser.add_argument(
         "--device",
         metavar="WHERE",
         help="local, ssh://USER@HOST, rpc://TRACKER:PORT/KEY, or qemu:CPU, which counts "
@@ -47,6 +50,7 @@ def tune_config(options: argparse.Namespace) -> TuneConfig:
         int8=options.int8,
         image_size=options.image_size,
         num_classes=options.num_classes,
+        batch=options.batch,
         device=options.device,
         trials=options.trials,
         minutes=options.minutes,

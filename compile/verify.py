@@ -48,7 +48,7 @@ class _Place:
 
     folder: Path
     how: str
-    images: int  # how many inferences it is worth waiting for
+    images: int  # how many it is worth waiting for
     prefix: Sequence[str] = ()
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -66,7 +66,7 @@ def verify(
 
     Args:
         model: the graph that was emitted.
-        images: golden inputs (1, 3, H, W); emulated targets take the first one or two.
+        images: golden inputs (batch, 3, H, W); emulated targets take the first one or two.
         pruning: of a model that prunes.
 
     Raises:
@@ -74,13 +74,18 @@ def verify(
     """
     try:
         with _place(artifact, target, folder) as place:
-            entry = _verify_at(place, model, program, list(images[: place.images]), pruning)
+            entry = _verify_at(place, model, program, _inferences(images, place), pruning)
         for place in _places_of_levels(artifact, target, folder):
-            _verify_at(place, model, program, list(images[: place.images]), pruning)
+            _verify_at(place, model, program, _inferences(images, place), pruning)
             entry = dataclasses.replace(entry, how=f"{entry.how}, {place.how}")
     except DeviceError as error:
         return None, [f"the artifact was not verified on this machine: {error}"]
     return entry, notes_on_patches(entry)
+
+
+def _inferences(images: Sequence[Array], place: _Place) -> list[Array]:
+    """As many batches as have the images that it is worth waiting for in that place."""
+    return list(images[: -(-place.images // len(images[0]))])
 
 
 def notes_on_patches(entry: LedgerEntry) -> list[str]:

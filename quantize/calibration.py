@@ -46,8 +46,9 @@ def calibrate(
 ) -> Calibrated:
     """The module quantized for the value ranges that the calibration images bring about.
 
-    The same inputs give bit-equal scales, whatever number of threads torch has and, image by
-    image, in whatever order they come. The given module is left as it was.
+    The same inputs give bit-equal scales, whatever number of threads torch has, in whatever order
+    they come, and whatever the batch size: ranges are taken image by image. The given module is
+    left as it was.
 
     Args:
         module: in eval mode, with one image tensor as its input.
@@ -63,15 +64,19 @@ def calibrate(
     """
     images = check_images(module, batches)
     with torch.no_grad(), one_thread(), quiet():
-        rounds = _in_batches(images, batch_size)
-        prepared = prepare(module, rounds[0], scheme or QuantScheme())
-        for batch in rounds:
-            prepared.graph(batch)
+        prepared = prepare(module, images[0][None], scheme or QuantScheme())
+        for image in images:
+            prepared.graph(image[None])
         prepared.settle()
         records = prepared.records()
-        converted = prepared.convert()
+        converted = prepared
+        if batch_size > 1:
+            example = images[0].expand(batch_size, *images[0].shape)
+            converted = prepare(module, example, prepared.scheme)
+            converted.settle_like(prepared)
+        quantized = converted.convert()
     return Calibrated(
-        module=converted,
+        module=quantized,
         scheme=prepared.scheme,
         layers=records,
         kept_float=prepared.kept_float,
@@ -94,9 +99,3 @@ def check_images(module: nn.Module, batches: Sequence[torch.Tensor]) -> list[tor
     if module.training:
         raise UserError("calibration needs the module in eval mode: call module.eval() first")
     return images
-
-
-def _in_batches(images: Sequence[torch.Tensor], size: int) -> list[torch.Tensor]:
-    """The images in batches of `size`, the last one filled up from the first images."""
-    padded = [images[i % len(images)] for i in range(-(-len(images) // size) * size)]
-    return [torch.stack(padded[i : i + size]) for i in range(0, len(padded), size)]

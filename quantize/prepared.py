@@ -95,6 +95,15 @@ class Prepared:
                 bias, limit = self.constant(layer, 2), self.scheme.bias_limit
                 self.weight(layer).make_room_for_bias(bias, scale, limit)
 
+    def settle_like(self, other: "Prepared") -> None:
+        """Takes the scales of the same module, prepared for another batch size."""
+        for layer, same in zip(self.layers, other.layers, strict=True):
+            self.activation(layer).settle_as(other.activation(same).settle(same.name))
+        for layer, same in zip(self.weighted, other.weighted, strict=True):
+            settled = other.weight(same)
+            assert settled.scales is not None, "settle() comes first"
+            self.weight(layer).settle_as(settled.scales, settled.chosen_factors)
+
     def records(self) -> tuple[LayerQuant, ...]:
         """What was settled, layer by layer."""
         # Layers that share a weight settle its scales together, so this comes after all have.

@@ -1,6 +1,6 @@
 """What a bundle says about itself: manifest.json, read and checked before anything is run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -90,6 +90,11 @@ class Manifest:
     extra: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
+    @property
+    def batch(self) -> int:
+        """How many images one inference takes: the first size of its input."""
+        return self.inputs[0].shape[0] if self.inputs and self.inputs[0].shape else 1
+
     def to_dict(self) -> dict[str, Any]:
         """What json.dump takes; the format version comes first, for people."""
         values = asdict(self)
@@ -109,7 +114,7 @@ class Manifest:
             core["precision"] = Precision(**core["precision"])
             for key in ("inputs", "outputs"):
                 core[key] = tuple(
-                    TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in core[key]
+                    TensorSpec(**{**spec, "shape": _shape(spec["shape"])}) for spec in core[key]
                 )
             core["files"] = {n: FileEntry(**entry) for n, entry in core.get("files", {}).items()}
             for key in ("cpu_features", "notes", "ledger", "filters", "kernels"):
@@ -123,6 +128,12 @@ class Manifest:
             raise BundleError(
                 f"{MANIFEST_NAME} is damaged or was not written by gfcompile: {error!r}"
             ) from error
+
+
+def _shape(sizes: Sequence[Any]) -> tuple[int, ...]:
+    if not all(type(size) is int and size >= 1 for size in sizes):
+        raise ValueError(f"{sizes} is no shape")
+    return tuple(sizes)
 
 
 def read_manifest(bundle: Path) -> Manifest:

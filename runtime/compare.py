@@ -28,8 +28,8 @@ from gfcompile.runtime.report.sections.blocks import scrolling, section, table
 from gfcompile.runtime.results import ValidationResult, manifest_sha256, newest, read_result
 
 HEADER = (
-    "bundle", "model", "precision", "target", "device", "median", "p90", "estimate", "times",
-    "same top-1", "SQNR", "size", "memory",
+    "bundle", "model", "precision", "target", "device", "batch", "median", "p90", "estimate",
+    "times", "same top-1", "SQNR", "size", "memory",
 )  # fmt: skip
 NUMBERS = range(5, len(HEADER))
 
@@ -41,6 +41,7 @@ class Contender:
     Attributes:
         name: of its folder.
         device: where it was measured; "" if it was not.
+        batch: images per inference, which is what all times are of.
         median_us, p90_us: measured.
         estimate_us: of its kernels, on the target that it was compiled for.
         top1_agreement: with the golden outputs on the device, or with its graph when compiled.
@@ -53,6 +54,7 @@ class Contender:
     precision: str
     target: str
     device: str = ""
+    batch: int = 1
     median_us: float | None = None
     p90_us: float | None = None
     estimate_us: float | None = None
@@ -65,6 +67,11 @@ class Contender:
     def time_us(self) -> float | None:
         """The measured time, or else the estimate."""
         return self.estimate_us if self.median_us is None else self.median_us
+
+    @property
+    def image_us(self) -> float | None:
+        """The same for one of the batch's images."""
+        return None if self.time_us is None else self.time_us / self.batch
 
 
 def contender(path: Path) -> Contender:
@@ -100,6 +107,7 @@ def _of_bundle(name: str, manifest: Manifest, result: ValidationResult | None) -
         model=str(manifest.model),
         precision=str(manifest.precision.requested),
         target=str(manifest.target),
+        batch=manifest.batch,
         estimate_us=kernels_of(manifest, None).estimate_us,
         top1_agreement=agreement,
         sqnr_db=figure(ledger.get("quantized", {}).get("sqnr_db")),
@@ -114,6 +122,7 @@ def _of_result(result: ValidationResult) -> Contender:
         model=result.bundle.model,
         precision=result.bundle.requested,
         target=result.bundle.target,
+        batch=max(result.bundle.batch, 1),
         top1_agreement=None if result.numbers is None else result.numbers.top1_agreement,
         size_bytes=result.bundle.size_bytes,
         **_measured(result),
@@ -133,7 +142,7 @@ def _measured(result: ValidationResult | None) -> dict[str, Any]:
 
 
 def rows(contenders: Sequence[Contender]) -> list[tuple[str, ...]]:
-    """A row of text for each, under HEADER; "times" is against the first one.
+    """A row of text for each, under HEADER; "times" is against the first one, image by image.
 
     Times are compared only where both were measured, or both are estimates.
     """
@@ -144,6 +153,7 @@ def rows(contenders: Sequence[Contender]) -> list[tuple[str, ...]]:
             c.precision,
             c.target,
             c.device or "not measured",
+            f"{c.batch}",
             duration(c.median_us),
             duration(c.p90_us),
             duration(c.estimate_us),
@@ -159,9 +169,9 @@ def rows(contenders: Sequence[Contender]) -> list[tuple[str, ...]]:
 
 def _times(one: Contender, first: Contender) -> str:
     alike = (one.median_us is None) == (first.median_us is None)
-    if not alike or not one.time_us or not first.time_us:
+    if not alike or not one.image_us or not first.image_us:
         return NONE
-    return f"{one.time_us / first.time_us:.2f}×"
+    return f"{one.image_us / first.image_us:.2f}×"
 
 
 def markdown(contenders: Sequence[Contender]) -> str:
@@ -204,7 +214,8 @@ def render_comparison(contenders: Sequence[Contender]) -> str:
             _sizes_section(contenders),
             section(
                 "All figures",
-                "“times” is against the first row, where both were measured or both estimated.",
+                "“times” is against the first row, for one image, where both were measured or both "
+                "estimated.",
                 scrolling(
                     table(HEADER, every, numbers=NUMBERS, cards=True), "All figures of each bundle"
                 ),
@@ -267,4 +278,5 @@ def _sizes_section(contenders: Sequence[Contender]) -> Html:
 
 def _label(c: Contender) -> Content:
     where = c.device or c.target
-    return [c.model, " ", el("span", f"{c.precision}, {where}", class_="soft small")]
+    images = "" if c.batch == 1 else f", {c.batch} images"
+    return [c.model, " ", el("span", f"{c.precision}, {where}{images}", class_="soft small")]

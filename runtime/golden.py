@@ -4,8 +4,9 @@ Eight views of one image test as much as eight images do and take the room of on
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,14 @@ class Golden:
     logits: npt.NDArray[np.float32]
     tolerance: float | None
 
+    def in_whole_batches(self, batch: int, most: int | None = None) -> Self:
+        """All of these, or `most`, and as many of them again as the last batch has room for."""
+        count = len(self.images) if most is None else min(most, len(self.images))
+        places = [i % len(self.images) for i in range(-(-count // batch) * batch)]
+        return replace(
+            self, images=tuple(self.images[i] for i in places), logits=self.logits[places]
+        )
+
 
 def views(image: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
     """The 8 ways to look at a square image (N, N, 3): turned, and mirrored; itself is the first."""
@@ -49,7 +58,7 @@ def read_golden(bundle: Path, manifest: Manifest) -> Golden | None:
     if not (folder / "image.u8").is_file():
         return None
     size = int((manifest.transform or {}).get("image_size", 0))
-    classes = math.prod(manifest.outputs[0].shape)
+    classes = max(math.prod(manifest.outputs[0].shape) // manifest.batch, 1)
     several = folder / "views.f32"
     try:
         pixels = np.fromfile(folder / "image.u8", np.uint8).reshape(size, size, 3)

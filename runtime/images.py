@@ -9,6 +9,7 @@ in float32. It gives the same bytes as torchvision's Resize and CenterCrop on a 
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
@@ -223,6 +224,17 @@ def dequantize(values: npt.NDArray[Any], spec: TensorSpec) -> npt.NDArray[np.flo
         return np.asarray(values, np.float32)
     shifted: npt.NDArray[np.float32] = values.astype(np.float32) - np.float32(spec.zero_point)
     return shifted * np.float32(spec.scale)
+
+
+def in_batches(arrays: Sequence[npt.NDArray[Any]], size: int) -> list[npt.NDArray[Any]]:
+    """What is in the arrays (n, ...) one after the other, as batches (size, ...) of it.
+
+    The first ones fill up the last batch.
+    """
+    images = [image for array in arrays for image in array]
+    count = -(-len(images) // size) * size
+    filled = [images[i % len(images)] for i in range(count)]
+    return [np.stack(filled[i : i + size]) for i in range(0, count, size)]
 
 
 def stand_in_photos() -> list[Path]:

@@ -128,7 +128,12 @@ def validate_on_android(config: ValidateConfig, manifest: Manifest, say: Say) ->
     budget = config.budget
     if config.against is not None:
         budget = compared_with(
-            budget, config.against, config.bundle, device=device.url, threads=config.threads
+            budget,
+            config.against,
+            config.bundle,
+            device=device.url,
+            threads=config.threads,
+            batch=manifest.batch,
         )
     return ValidationResult(
         date=date,

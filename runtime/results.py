@@ -34,6 +34,7 @@ class BundleIdentity:
         name: of its folder.
         kind: "gfrt", "tflite" or "coreml".
         requested, storage, compute: see `bundle.Precision`.
+        batch: how many images one inference takes.
         manifest_sha256: of manifest.json, which holds the hashes of all other files.
     """
 
@@ -48,6 +49,7 @@ class BundleIdentity:
     arch: str
     size_bytes: int
     manifest_sha256: str
+    batch: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +149,7 @@ class Protocol:
 
 @dataclass(frozen=True, kw_only=True)
 class Latencies:
-    """Time of one inference, in microseconds, over all runs.
+    """Time of one inference, in microseconds, over all runs; of all images of its batch together.
 
     Attributes:
         samples_us: in order of time; every `sample_every`-th run's.
@@ -229,7 +231,8 @@ class Numbers:
 
     Attributes:
         reference: what the golden outputs are.
-        top1_agreement: over the golden inferences; None for outputs that are no logits.
+        inferences: of one image each.
+        top1_agreement: over them; None for outputs that are no logits.
         max_abs_error: None if an output holds NaN or infinity.
         tolerance: that max_abs_error may have; None where it cannot be told, as with models that
             prune, where a score on the edge may keep another patch.

@@ -1,7 +1,7 @@
 """A bundle, loaded and ready to run: `gfcompile.runtime.load`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -21,6 +21,8 @@ from gfcompile.runtime.trace import logical_values
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    Photo = str | Path | Image.Image | npt.NDArray[np.uint8]
 
 Device = Literal["local", "process", "qemu"]
 Array = npt.NDArray[Any]
@@ -49,12 +51,21 @@ class Session:
         return self._engine.device_name
 
     @property
+    def batch(self) -> int:
+        """How many images one inference takes."""
+        return self.manifest.batch
+
+    @property
     def stand_in(self) -> str:
         """What stands in for the device's own runtime, in words; empty where nothing does."""
         return self._engine.stand_in
 
     def run(self, array: Array) -> Array:
-        """The first output; `array` may hold several batches, one after the other."""
+        """The first output; `array` may hold several batches, one after the other.
+
+        Raises:
+            UserError: the array is not what the model takes.
+        """
         return self.run_all(array)[0]
 
     def run_all(self, array: Array) -> list[Array]:
@@ -67,27 +78,47 @@ class Session:
         results = self._engine.run(batches)
         return [np.concatenate(parts) for parts in zip(*results, strict=True)]
 
-    def classify(
-        self, image: "str | Path | Image.Image | npt.NDArray[np.uint8]", top: int = 5
-    ) -> list[tuple[int, str, float]]:
+    def classify(self, image: "Photo", top: int = 5) -> list[tuple[int, str, float]]:
         """Index, label and probability of the `top` likeliest classes of an image.
 
         The image is a file, a PIL image, or uint8 pixels (H, W, 3) that were already cropped.
         """
-        logits = images.dequantize(self.run(self.encode(image)), self.outputs[0])
+        return self.classify_all([image], top)[0]
+
+    def classify_all(
+        self, photos: "Sequence[Photo]", top: int = 5
+    ) -> list[list[tuple[int, str, float]]]:
+        """What `classify` gives for each of these images, as many of them at once as a batch has.
+
+        What the last batch lacks is filled up, and left out of the results.
+        """
+        values = images.dequantize(self.run(self.encode(*photos)), self.outputs[0])
+        count = -(-len(photos) // self.batch) * self.batch
+        if values.size % count:
+            raise BundleError(f"outputs of the shape {values.shape} are not of {count} images")
         labels = gfrt.read_labels(str(self._bundle))
         return [
-            (index, labels[index] if index < len(labels) else f"class {index}", probability)
-            for index, probability in gfrt.top_classes(logits, top)
+            [
+                (index, labels[index] if index < len(labels) else f"class {index}", probability)
+                for index, probability in gfrt.top_classes(logits, top)
+            ]
+            for logits in values.reshape(count, -1)[: len(photos)]
         ]
 
-    def encode(self, image: "str | Path | Image.Image | npt.NDArray[np.uint8]") -> Array:
-        """What the model takes for an image (see `classify`): its input's shape and dtype."""
+    def encode(self, *photos: "Photo") -> Array:
+        """What the model takes for images (see `classify`), in its input's dtype.
+
+        These are whole batches: the first images fill up the last one.
+        """
         if self.manifest.transform is None:
             raise BundleError("the bundle does not say how an image becomes its input")
         transform = images.Transform.from_dict(dict(self.manifest.transform))
-        pixels = image if isinstance(image, np.ndarray) else images.cropped(image, transform)
-        return images.encode(pixels, transform, self.inputs[0])
+        pixels = [
+            photo if isinstance(photo, np.ndarray) else images.cropped(photo, transform)
+            for photo in photos
+        ]
+        encoded = [images.encode(each, transform, self.inputs[0]) for each in pixels]
+        return np.concatenate(images.in_batches(encoded, self.batch))
 
     def trace(self, array: Array) -> dict[str, Array]:
         """Every tensor that a step writes, by name; int8 as the graph has it.
@@ -132,15 +163,17 @@ class Session:
         return generator.integers(0, 100, spec.shape).astype(spec.dtype)
 
     def _batches(self, array: Array) -> list[Array]:
-        spec = self.inputs[0]
-        batch = spec.shape[0] if spec.shape else 1
+        spec, batch = self.inputs[0], self.batch
         if len(self.inputs) != 1:
             raise UserError("models of several inputs run through gfrt.Model and gfrt.h")
         if array.dtype != spec.dtype:
             raise UserError(f"input {spec.name} is {spec.dtype}, got {array.dtype}")
         fits = array.ndim == len(spec.shape) and array.shape[1:] == spec.shape[1:]
         if not fits or array.shape[0] == 0 or array.shape[0] % batch:
-            raise UserError(f"input {spec.name} has the shape {spec.shape}, got {array.shape}")
+            several = "" if batch == 1 else f", or several of {batch} images one after the other"
+            raise UserError(
+                f"input {spec.name} has the shape {spec.shape}{several}, got {array.shape}"
+            )
         return np.split(np.ascontiguousarray(array), array.shape[0] // batch)
 
 

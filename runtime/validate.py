@@ -140,6 +140,7 @@ def identify(bundle: Path, manifest: Manifest) -> BundleIdentity:
         compute=manifest.precision.compute,
         weights=manifest.weights,
         arch=manifest.arch,
+        batch=manifest.batch,
         size_bytes=sum(entry.size_bytes for entry in manifest.files.values()) + len(text),
         manifest_sha256=hashlib.sha256(text).hexdigest(),
     )
@@ -161,8 +162,8 @@ def versions(manifest: Manifest) -> dict[str, str]:
 
 
 def hold_against(golden: Golden, logits: npt.NDArray[np.float32]) -> Numbers:
-    """Logits of the first golden images against what they should be."""
-    wanted = golden.logits[: len(logits)]
+    """Logits of the golden images against what they should be."""
+    wanted = golden.logits
     error = max_abs_error(wanted, logits)
     finite = bool(np.isfinite(error))
     return Numbers(
@@ -183,6 +184,13 @@ class _ResultOf:
         self.config, self.manifest, self.say = config, manifest, say
         self.golden = read_golden(config.bundle, manifest)
 
+    def golden_for(self, device: Device) -> Golden | None:
+        """The golden data that it is worth running there."""
+        if self.golden is None:
+            return None
+        most = None if device.measures else _QEMU_IMAGES
+        return self.golden.in_whole_batches(self.manifest.batch, most)
+
     def on_device(self) -> ValidationResult:
         config = self.config
         date = now()
@@ -198,6 +206,7 @@ class _ResultOf:
                     config.bundle,
                     device=device.url,
                     threads=config.threads,
+                    batch=self.manifest.batch,
                 )
             before = self.look(device)
             self.check_target(device, before)
@@ -259,10 +268,10 @@ class _ResultOf:
         if BENCH_NAME not in files:
             raise BundleError(f"{bundle} has no {BENCH_NAME}; compile it again")
         with tempfile.TemporaryDirectory(prefix="gfcompile-") as folder:
-            if self.golden is not None:
+            golden = self.golden_for(device)
+            if golden is not None:
                 files[_IMAGES] = Path(folder) / _IMAGES
-                images = self.golden.images[: None if device.measures else _QEMU_IMAGES]
-                files[_IMAGES].write_bytes(b"".join(image.tobytes() for image in images))
+                files[_IMAGES].write_bytes(b"".join(image.tobytes() for image in golden.images))
             yield files
 
     def bench(self, device: Device, *options: str, timeout_s: float) -> BenchReport:
@@ -290,18 +299,19 @@ class _ResultOf:
     def numbers(self, device: Device) -> tuple[BenchReport, Numbers | None]:
         """gfbench's report of the golden inferences, and how far their outputs are off."""
         options = ["--runs", "0", "--verify"]
-        if self.golden is None:
+        golden = self.golden_for(device)
+        if golden is None:
             return self.bench(device, *options, timeout_s=self.config.timeout_s), None
         options += ["--image-u8", _IMAGES, "--output", _OUTPUTS]
         report = self.bench(device, *options, timeout_s=self.config.timeout_s)
-        classes = self.golden.logits.shape[1]
-        count = len(self.golden.images) if device.measures else _QEMU_IMAGES
+        inferences = len(golden.images) // self.manifest.batch
         data = device.fetch(_OUTPUTS)
         # The logits are the first output of each inference; others may follow.
-        if not data or len(data) % (4 * count):
+        if len(data) < golden.logits.nbytes or len(data) % (4 * inferences):
             raise NoVerdictError(f"{device.url} returned {len(data)} bytes of outputs")
-        rows = np.frombuffer(data, "<f4").reshape(min(count, len(self.golden.images)), -1)
-        return report, hold_against(self.golden, rows[:, :classes])
+        rows = np.frombuffer(data, "<f4").reshape(inferences, -1)
+        logits = rows[:, : golden.logits.size // inferences]
+        return report, hold_against(golden, logits.reshape(golden.logits.shape))
 
     def with_latency(
         self,

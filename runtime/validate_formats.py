@@ -88,7 +88,12 @@ def validate_format(config: ValidateConfig, manifest: Manifest, say: Say) -> Val
     budget = config.budget
     if config.against is not None and latencies is not None:
         budget = compared_with(
-            budget, config.against, config.bundle, device="local", threads=config.threads
+            budget,
+            config.against,
+            config.bundle,
+            device="local",
+            threads=config.threads,
+            batch=manifest.batch,
         )
     return dataclasses.replace(
         result,
@@ -122,12 +127,9 @@ def _numbers(
     numbers = None
     if golden is not None:
         say("hold its numbers against the golden data")
-        rows = [
-            dequantize(session.run(session.encode(image)), session.outputs[0])
-            for image in golden.images
-        ]
-        logits = np.concatenate([np.asarray(row, np.float32).reshape(1, -1) for row in rows])
-        numbers = hold_against(golden, logits)
+        golden = golden.in_whole_batches(session.batch)
+        logits = dequantize(session.run(session.encode(*golden.images)), session.outputs[0])
+        numbers = hold_against(golden, logits.reshape(golden.logits.shape))
     return ValidationResult(
         date=date,
         bundle=identify(config.bundle, manifest),
@@ -201,7 +203,7 @@ def _with_latency(
 def _sample(session: Session, config: ValidateConfig) -> npt.NDArray[Any]:
     golden = read_golden(config.bundle, session.manifest)
     if golden is not None:
-        return session.encode(golden.images[0])
+        return session.encode(*golden.images[: session.batch])
     spec = session.inputs[0]
     return np.zeros(spec.shape, spec.dtype)
 

@@ -38,7 +38,7 @@ def _judge_numbers(budget: Budget, numbers: Numbers | None) -> list[tuple[bool, 
         checks.append(
             (
                 agreement >= budget.min_agreement,
-                f"same class for {agreement:.1%} of {numbers.inferences} inferences, "
+                f"same class for {agreement:.1%} of {numbers.inferences} images, "
                 f"{budget.min_agreement:.1%} is wanted",
             )
         )
@@ -71,24 +71,30 @@ def _judge_latency(budget: Budget, latencies: Latencies | None) -> list[tuple[bo
 
 
 def compared_with(
-    budget: Budget, against: str, bundle: Path, *, device: str, threads: int
+    budget: Budget, against: str, bundle: Path, *, device: str, threads: int, batch: int
 ) -> Budget:
     """The budget, with the latency of an earlier result to compare with.
 
     Args:
         against: a result file, or "last" for the newest of this bundle on this device with as many
-            threads; the budget is unchanged if there is none yet.
+            threads and images; the budget is unchanged if there is none yet.
 
     Raises:
         UserError: the file is no result, or has no latency.
     """
     if against != "last":
         path = Path(against)
-        return _with_reference(budget, read_result(path), path)
+        earlier = read_result(path)
+        if earlier.bundle.batch != batch:
+            raise UserError(
+                f"{path} has times of {earlier.bundle.batch} images at once, this bundle takes "
+                f"{batch}"
+            )
+        return _with_reference(budget, earlier, path)
     for path in reversed(history(bundle)):
         earlier = read_result(path)
         same = earlier.protocol is not None and earlier.protocol.threads == threads
-        if same and earlier.device.url == device:
+        if same and earlier.device.url == device and earlier.bundle.batch == batch:
             return _with_reference(budget, earlier, path)
     return budget
 

@@ -163,7 +163,7 @@ class _Reference:
 
     Attributes:
         stage: its name in the ledger.
-        pixels, images, logits: one each per image.
+        pixels, images, logits: one each per batch.
         pruning: of a model that prunes.
     """
 
@@ -183,12 +183,18 @@ def _reference(
     logits = run(model, golden.inputs)
     stage = "quantized" if request.precision == "int8" else "lowered"
     entries, notes = [], []
+    batch = len(golden.inputs[0])
+    if batch > 1:
+        notes.append(
+            "Core ML takes an image, and names classes, one at a time: at batch "
+            f"{batch} the package takes normalized values and gives logits"
+        )
     if request.precision == "int8" and options.ios < 17:
         model, stage = weights_only(model), "weights only"
         reduced = run(model, golden.inputs)
         entries = [compare(stage, "quantized", logits, reduced, how="ONNX Runtime")]
         logits = reduced
-        notes = [
+        notes += [
             f"iOS {options.ios} has no int8 activations: weights alone are quantized; --ios 17 "
             "has both"
         ]
@@ -246,7 +252,7 @@ def _verify(
     """
     graph, expected = reference.graph, reference.logits
     feeds = [
-        pixels[np.newaxis].transpose(0, 3, 1, 2) if emitted.takes_pixels else values
+        pixels.transpose(0, 3, 1, 2) if emitted.takes_pixels else values
         for pixels, values in zip(reference.pixels, reference.images, strict=True)
     ]
     evaluator = Evaluator(program)

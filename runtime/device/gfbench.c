@@ -17,7 +17,7 @@
 static const char USAGE[] =
     "usage: gfbench BUNDLE [options]\n"
     "  --input FILE      raw inputs, one inference after the other (default: a fixed noise)\n"
-    "  --image-u8 FILE   the same as 8-bit RGB pixels, height x width x 3\n"
+    "  --image-u8 FILE   the same as 8-bit RGB pixels, height x width x 3, image after image\n"
     "  --output FILE     write the raw outputs of each inference\n"
     "  --trace FILE      write each tensor that a step writes (see runtime/trace.py)\n"
     "  --runs N          time N runs (default 10; 0 with --output or --trace)\n"
@@ -203,6 +203,15 @@ static buffers make_buffers(const gfrt_model *model, size_t count, describe info
     return b;
 }
 
+/* The images that one inference takes: the first size of its first input. */
+static size_t batch_of(const gfrt_model *model) {
+    gfrt_tensor_info info;
+    if (rt.input_count(model) == 0)
+        return 1;
+    check(rt.input_info(model, 0, &info));
+    return info.ndim > 0 && info.shape[0] > 0 ? (size_t)info.shape[0] : 1;
+}
+
 static void free_buffers(buffers *b) {
     for (size_t i = 0; i < b->count; i++)
         free(b->data[i]);
@@ -330,6 +339,7 @@ int main(int argc, char **argv) {
     s.load_ms = (now_us() - start) / 1e3;
     s.inputs = make_buffers(s.model, rt.input_count(s.model), rt.input_info);
     s.outputs = make_buffers(s.model, rt.output_count(s.model), rt.output_info);
+    s.batch = batch_of(s.model);
     run_inputs(&o, &s);
     timing t = take_times(&o, &s);
     if (o.json)

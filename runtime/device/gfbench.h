@@ -48,6 +48,7 @@ typedef struct {
     double load_ms;  /* opened, weights mapped, context created */
     double first_ms; /* the first inference */
     uint32_t inferences;
+    size_t batch; /* images per inference */
 } subject;
 
 typedef struct {

@@ -59,8 +59,9 @@ void print_json(const options *o, const subject *s, const timing *t, const int *
     printf("{\"device\": ");
     print_string(rt.device(s->model));
     printf(", \"level\": %u", (unsigned)rt.level(s->model));
-    printf(", \"runtime\": \"%s\", \"inferences\": %u, \"threads\": %ld, \"pinned\": [",
-           rt.version(), s->inferences, o->threads);
+    printf(", \"runtime\": \"%s\", \"inferences\": %u, \"batch\": %zu, \"threads\": %ld, "
+           "\"pinned\": [",
+           rt.version(), s->inferences, s->batch, o->threads);
     for (size_t i = 0; i < pinned; i++)
         printf("%s%d", i ? ", " : "", cpus[i]);
     printf("], \"load_ms\": %.6f, \"first_ms\": %.6f, \"runs\": %zu, \"rule\": \"%s\", "
@@ -88,6 +89,11 @@ void print_text(const options *o, const subject *s, const timing *t) {
                t->runs, t->warmup_runs,
                o->warmup == UNTIL_STABLE && !t->stable ? ", which did not get stable" : "",
                o->kernels_only ? "; kernels alone, without copies" : "");
+        if (s->batch > 1)
+            printf("per image: median %.3f ms, min %.3f ms, p90 %.3f ms (%zu images per "
+                   "inference)\n",
+                   all.median / 1e3 / (double)s->batch, all.min / 1e3 / (double)s->batch,
+                   all.p90 / 1e3 / (double)s->batch, s->batch);
         if (o->single_stream)
             printf("MLPerf single-stream: %.3f ms\n", all.p90 / 1e3);
     }

@@ -99,7 +99,8 @@ GFRT_API gfrt_status gfrt_output_info(const gfrt_model *model, size_t index,
                                       gfrt_tensor_info *info);
 
 /* Pixels to the input that the model was trained on: `pixels` is 8-bit RGB, row by row, as wide
- * and high as input `index`; `input` gets its float32 NCHW, (x / 255 - mean) / std. */
+ * and high as input `index`, image after image where it takes several; `input` gets its float32
+ * NCHW, (x / 255 - mean) / std. */
 GFRT_API gfrt_status gfrt_normalize_u8(const gfrt_model *model, size_t index,
                                        const uint8_t *pixels, size_t pixels_size, float *input,
                                        size_t input_size);
@@ -113,7 +114,8 @@ GFRT_API gfrt_status gfrt_context_create(gfrt_model *model, uint32_t threads,
                                          gfrt_context **context);
 GFRT_API void gfrt_context_destroy(gfrt_context *context);
 
-/* Runs the model once: one pointer and one size in bytes for each input and each output. */
+/* Runs the model once: one pointer and one size in bytes for each input and each output. A model
+ * compiled for a batch takes and gives all of its images, one after the other. */
 GFRT_API gfrt_status gfrt_run(gfrt_context *context, const void *const inputs[],
                               const size_t input_sizes[], void *const outputs[],
                               const size_t output_sizes[]);

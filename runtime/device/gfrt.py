@@ -265,7 +265,10 @@ class Model:
         return Context(self, threads)
 
     def normalize_u8(self, pixels: Any, index: int = 0) -> Any:
-        """8-bit RGB pixels, height x width x 3, as the input that the model was trained on."""
+        """8-bit RGB pixels, height x width x 3, as the input that the model was trained on.
+
+        Where that takes several images, their pixels come one after the other.
+        """
         info = self.inputs[index]
         source, source_size, _keep = _address(pixels)
         values = bytearray(info.size_bytes)
@@ -387,6 +390,13 @@ class Context:
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
             self.close()
+
+
+def per_image(logits: Any) -> List[Any]:
+    """The logits of each image that the model took at once."""
+    values = _flat(logits)
+    size = len(values) // logits.shape[0]
+    return [values[start : start + size] for start in range(0, len(values), size)]
 
 
 def top_classes(logits: Any, count: int = 5) -> List[Tuple[int, float]]:

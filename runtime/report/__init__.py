@@ -46,6 +46,8 @@ def render_report(
     where = manifest.target if result is None else result.device.name or result.device.url
     title = f"{manifest.model}, {precision}, on {where}"
     about = [manifest.created_by, f"target {manifest.target}"]
+    if manifest.batch > 1:
+        about.append(f"{manifest.batch} images per inference")
     if result is not None:
         about = [f"validated {moment(result.date)}", *about]
     return page(

@@ -108,6 +108,12 @@ def test_estimates_are_not_divided_by_measurements() -> None:
     assert rows([one(estimate_us=10.0), one(estimate_us=5.0)])[1][HEADER.index("times")] == "0.50×"
 
 
+def test_batches_are_compared_image_by_image() -> None:
+    table = rows([one(median_us=100.0), one(median_us=300.0, batch=4)])
+    assert [row[HEADER.index("batch")] for row in table] == ["1", "4"]
+    assert table[1][HEADER.index("times")] == "0.75×"
+
+
 def test_markdown_leaves_out_empty_columns_and_escapes() -> None:
     text = markdown([one(name="a|b_c", size_bytes=17.7e6)])
     header, rule, row = text.splitlines()

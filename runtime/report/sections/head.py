@@ -52,11 +52,12 @@ def tiles(manifest: Manifest, result: ValidationResult | None, kernels: Kernels)
     found: list[tuple[str, str, str]] = []
     latencies = None if result is None else result.latencies
     if result is not None and latencies is not None:
-        found += _latency_tiles(result, latencies)
+        found += _latency_tiles(result, latencies, manifest.batch)
     elif kernels.estimate_us is not None:
-        found.append(
-            ("Estimate, not measured", duration(kernels.estimate_us), "the sum of its kernels'")
-        )
+        under = "the sum of its kernels'"
+        if manifest.batch > 1:
+            under = f"{duration(kernels.estimate_us / manifest.batch)} for each image"
+        found.append(("Estimate, not measured", duration(kernels.estimate_us), under))
     if result is not None and result.instructions is not None:
         found.append(("Instructions", f"{result.instructions / 1e6:,.0f}{NBSP}M", "retired"))
     if result is not None and result.numbers is not None:
@@ -92,17 +93,22 @@ def tiles(manifest: Manifest, result: ValidationResult | None, kernels: Kernels)
     )
 
 
-def _latency_tiles(result: ValidationResult, latencies: Latencies) -> list[tuple[str, str, str]]:
+def _latency_tiles(
+    result: ValidationResult, latencies: Latencies, batch: int
+) -> list[tuple[str, str, str]]:
     at = result.budget.percentile
     runs = result.protocol.runs if result.protocol is not None else len(latencies.samples_us)
     median = latencies.median_us
+    under = f"fastest {duration(latencies.min_us)}"
+    if batch > 1:
+        under = f"{duration(median / batch)} for each image"
     return [
         (f"Latency, p{at:g}", duration(latencies.at(at)), f"of {plural(runs, 'run')}"),
-        ("Median", duration(median), f"fastest {duration(latencies.min_us)}"),
+        ("Median", duration(median), under),
         (
             "Throughput",
-            f"{significant(1e6 / median)}/s" if median > 0 else NONE,
-            "one image at a time",
+            f"{significant(batch * 1e6 / median)}/s" if median > 0 else NONE,
+            "one image at a time" if batch == 1 else f"{batch} images at a time",
         ),
     ]
 

@@ -112,9 +112,12 @@ def _median(values: Sequence[float]) -> float:
 
 
 def _latency_table(result: ValidationResult, latencies: Latencies) -> Html:
+    batch = max(result.bundle.batch, 1)
+    per_image = [("median, for each image", duration(latencies.median_us / batch))]
     statistics = [
         ("minimum", duration(latencies.min_us)),
         ("median", duration(latencies.median_us)),
+        *(per_image if batch > 1 else ()),
         ("mean", duration(latencies.mean_us)),
         ("p90", duration(latencies.p90_us)),
         ("p99", duration(latencies.p99_us)),
@@ -129,7 +132,11 @@ def _latency_table(result: ValidationResult, latencies: Latencies) -> Html:
     ]
     return el(
         "div",
-        table(("one inference", "time"), statistics, numbers=(1,)),
+        table(
+            ("one inference" if batch == 1 else f"one inference of {batch} images", "time"),
+            statistics,
+            numbers=(1,),
+        ),
         table(("beside it", "amount"), [row for row in beside if row[1] != NONE], numbers=(1,))
         if any(value != NONE for _, value in beside)
         else None,
