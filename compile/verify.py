@@ -80,7 +80,7 @@ def verify(
             entry = dataclasses.replace(entry, how=f"{entry.how}, {place.how}")
     except DeviceError as error:
         return None, [f"the artifact was not verified on this machine: {error}"]
-    return entry, notes_on_patches(entry)
+    return entry, notes_on(entry)
 
 
 def _inferences(images: Sequence[Array], place: _Place) -> list[Array]:
@@ -88,12 +88,19 @@ def _inferences(images: Sequence[Array], place: _Place) -> list[Array]:
     return list(images[: -(-place.images // len(images[0]))])
 
 
-def notes_on_patches(entry: LedgerEntry) -> list[str]:
-    """What is to be told if an artifact keeps other patches than its graph."""
-    if all(share == 1.0 for share in entry.tokens_kept):
-        return []
-    shares = ", ".join(f"{share:.1%}" for share in entry.tokens_kept)
-    return [f"of the patches that its graph keeps, the artifact keeps {shares} per stage"]
+def notes_on(entry: LedgerEntry) -> list[str]:
+    """What is to be told of an artifact: that it keeps other patches, that its graph is fragile."""
+    notes = []
+    if any(share < 1.0 for share in entry.tokens_kept):
+        shares = ", ".join(f"{share:.1%}" for share in entry.tokens_kept)
+        notes.append(f"of the patches that its graph keeps, the artifact keeps {shares} per stage")
+    if entry.int8 is not None and entry.int8.own_max_steps > entry.int8.logits_limit:
+        notes.append(
+            "rounding ties alone move the logits of this int8 graph by up to "
+            f"{entry.int8.own_max_steps:.1f} steps; training for int8 (--train-data) or "
+            "--keep-float auto:K would make it steadier"
+        )
+    return notes
 
 
 def _verify_at(

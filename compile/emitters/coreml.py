@@ -26,7 +26,7 @@ from gfcompile.compile.ledger import (
 from gfcompile.compile.prune import selections
 from gfcompile.compile.spread import other_evaluations
 from gfcompile.compile.trace import rounding_tolerance
-from gfcompile.compile.verify import notes_on_patches, patches_in_common, recompute
+from gfcompile.compile.verify import notes_on, patches_in_common, recompute
 from gfcompile.runtime.bundle import TensorSpec
 from gfcompile.targets.coreml.emit import LOGITS, Emitted, Place, emit
 from gfcompile.targets.coreml.evaluate import Evaluator
@@ -80,7 +80,7 @@ def emit_coreml(request: EmissionRequest, options: CoremlOptions) -> Emission:
         outputs=(TensorSpec(name=LOGITS, dtype="float32", shape=emitted.logits_shape),),
         library=name,
         ledger=tuple(stages),
-        notes=(*notes, *notes_on_patches(stages[-1])),
+        notes=(*notes, *notes_on(stages[-1])),
         extra={
             "coreml": {
                 **dataclasses.asdict(options),

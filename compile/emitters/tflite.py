@@ -17,7 +17,7 @@ from gfcompile.compile.ledger import LedgerEntry, compare, compare_int8, demand
 from gfcompile.compile.prune import selections
 from gfcompile.compile.spread import other_evaluations
 from gfcompile.compile.trace import OUTPUT, rounding_tolerance
-from gfcompile.compile.verify import notes_on_patches, patches_in_common, recompute, run_given
+from gfcompile.compile.verify import notes_on, patches_in_common, recompute, run_given
 from gfcompile.runtime.bundle import TensorSpec
 from gfcompile.runtime.images import dequantize, encode
 from gfcompile.runtime.tflite import TfliteInterpreter
@@ -82,7 +82,7 @@ def emit_tflite(request: EmissionRequest, target: ModelFormat, options: TfliteOp
         outputs=(output_spec,),
         library=library,
         ledger=(*ledger, entry),
-        notes=(*_notes(request), *notes_on_patches(entry)),
+        notes=(*_notes(request), *notes_on(entry)),
         extra={
             "operators": dict(sorted(delegation.operators.items())),
             "not_delegated": dict(sorted(delegation.left.items())),

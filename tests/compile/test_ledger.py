@@ -1,6 +1,7 @@
 """The ledger accepts rounding and nothing more."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from gfcompile.compile.ledger import LedgerEntry, compare, compare_int8, demand
+from gfcompile.compile.verify import notes_on
 from gfcompile.runtime.errors import CompileError
 
 Array = npt.NDArray[Any]
@@ -82,3 +84,12 @@ def test_logits_may_spread_as_two_evaluations_of_the_graph_do() -> None:
     assert not strict.logits_agree
     assert not strict.with_own_spread(LOGITS, [moved(0, 0, STEP)]).logits_agree
     assert strict.with_own_spread(LOGITS, [LOGITS, moved(STEP, STEP, 2 * STEP)]).logits_agree
+
+
+def test_a_graph_whose_ties_move_logits_far_is_said_to_be_fragile() -> None:
+    steady = int8_entry([0], [0], LOGITS)
+    assert notes_on(steady) == []
+    assert steady.int8 is not None
+    fragile = steady.int8.with_own_spread(LOGITS, [moved(0, 0, 7 * STEP)])
+    (note,) = notes_on(replace(steady, int8=fragile))
+    assert "up to 7.0 steps" in note
