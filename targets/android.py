@@ -18,8 +18,7 @@ _LEAST, *_BETTER = (
 ANDROID_ARM64 = register_target(
     Target(
         name="android-arm64",
-        description="any 64-bit phone, Android 5 or later, by the best that it has of NEON, sdot "
-        "and smmla; figures of a Snapdragon 625",
+        description="any 64-bit phone, by its best of NEON, sdot, smmla (a Snapdragon 625)",
         cpu=_LEAST,
         levels=tuple(_BETTER),
         bandwidth_gb_s=7.5,  # 32 bit at 1866 MT/s

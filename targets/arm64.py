@@ -65,8 +65,7 @@ _LEAST, *_BETTER = in_one_library(ARMV8, ARMV8_DOTPROD, ARMV8_I8MM)
 ARM64 = register_target(
     Target(
         name="arm64",
-        description="any 64-bit ARM Linux, by the best that it has of NEON, sdot and smmla "
-        "(8 Cortex-A53, LPDDR3)",
+        description="any 64-bit ARM Linux, by its best of NEON, sdot, smmla (8 Cortex-A53, LPDDR3)",
         cpu=_LEAST,
         levels=tuple(_BETTER),
         bandwidth_gb_s=7.5,  # 32 bit at 1866 MT/s

@@ -104,6 +104,7 @@ class _Counter:
         self.blocks = 1
         self.parameters = set(func.params)
         self.bounds = tvm.sym.Analyzer()
+        self.loops: list[tuple[Any, int]] = []  # those around, with their lengths
 
     def statement(self, node: Any, times: float, lanes: int) -> None:
         match node:
@@ -116,7 +117,10 @@ class _Counter:
                 if node.kind == tirx.ForKind.VECTORIZED or self.vectorizes(node):
                     self.statement(node.body, times, lanes * extent)
                 else:
-                    self.statement(node.body, times * extent, lanes)
+                    rounds = self.rounds(node.extent)
+                    self.loops.append((node.loop_var, extent))
+                    self.statement(node.body, times * rounds, lanes)
+                    self.loops.pop()
             case tirx.AttrStmt():
                 if node.attr_key == "thread_extent":
                     extent = self.number(node.value)
@@ -212,6 +216,18 @@ class _Counter:
         if buffer not in self.parameters and self.in_registers(buffer):
             return
         self.add(kind, ty, times, lanes)
+
+    def rounds(self, extent: Any) -> float:
+        """How long a loop is: where the loop around it decides that, on average."""
+        for var, length in () if isinstance(extent, tirx.IntImm) else reversed(self.loops):
+            found = []
+            for i in range(length):
+                known = tvm.sym.Analyzer()
+                known.bind(var, tirx.IntImm("int32", i))
+                found.append(known.simplify(extent))
+            if all(isinstance(value, tirx.IntImm) for value in found):
+                return float(sum(map(int, found)) / length)
+        return self.number(extent)
 
     def number(self, value: Any) -> int:
         """A constant; of a length that the last piece of a loop has less of, the full one."""

@@ -385,6 +385,7 @@ class FakeSession:
         transform=imagenet_transform(64).to_dict(),
     )
     stand_in = ""
+    batch = 1
 
     def __enter__(self) -> Self:
         return self
@@ -392,9 +393,9 @@ class FakeSession:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def classify(self, image: Path, top: int) -> list[tuple[int, str, float]]:
-        assert image.name.endswith(".jpg")
-        return [(7, "cat", 0.75), (8, "dog", 0.25)][:top]
+    def classify_all(self, images: list[Path], top: int) -> list[list[tuple[int, str, float]]]:
+        assert all(image.name.endswith(".jpg") for image in images)
+        return [[(7, "cat", 0.75), (8, "dog", 0.25)][:top] for _ in images]
 
     def encode(self, image: Path) -> np.ndarray:
         return preprocess(image, imagenet_transform(64))

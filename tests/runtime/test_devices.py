@@ -245,9 +245,9 @@ def test_qemu_shows_what_an_arm_library_computes_and_counts_instructions(
     assert result.instructions is not None
     # 3072 multiply-adds in the largest kernel, some instructions for each.
     assert 1_000 < result.instructions < 1_000_000
-    # What gfbench itself takes depends on the digits that it prints.
+    # What gfbench itself takes depends on the digits that it prints: some hundreds for a number.
     again = validate(config(toy, "qemu:cortex-a72")).instructions
-    assert again == pytest.approx(result.instructions, rel=0.2)
+    assert again == pytest.approx(result.instructions, abs=10_000)
     with pytest.raises(UserError, match="not how fast"):
         validate(config(toy, "qemu:cortex-a72", budget=Budget(max_latency_ms=1)))
 

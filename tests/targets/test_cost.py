@@ -20,6 +20,7 @@ from gfcompile.targets.tvm.kernel import (
     Softmax,
 )
 from gfcompile.targets.tvm.schedule import act_storage, schedule
+from gfcompile.targets.x86 import X86_64_V4
 
 
 def costs_of(kernel: Kernel, target: Target = RASPBERRY_PI_4):
@@ -28,7 +29,7 @@ def costs_of(kernel: Kernel, target: Target = RASPBERRY_PI_4):
 
 
 def test_a_product_is_two_operations_per_weight_and_row_and_moves_its_operands_once() -> None:
-    (cost,) = costs_of(Dense(m=196, n=64, k=32))
+    (cost,) = costs_of(Dense(m=196, n=64, k=32), X86_64_V4)
     assert cost.flops == 2 * 196 * 64 * 32
     # x, w, bias, y
     assert cost.bytes == 4 * (196 * 32 + 32 * 64 + 64 + 196 * 64)

@@ -81,7 +81,7 @@ _TASKS = 16
 # additions to one accumulator; what it takes to fill and drain the pipeline around a tile.
 _INSTRUCTION = 0.5
 _LOAD = 0.2
-_FAR_LINE = {"int8": 0.2, "float32": 0.35}
+_FAR_LINE = {"int32": 0.2, "float32": 0.35}
 _LINE_BYTES = 64
 _LATENCY = 4
 _TILE_START = 30
@@ -231,7 +231,7 @@ def tile_cycles(product: Product, tile: Tile, k: int) -> float:
     """Cycles of `tile_sums`, by the model above."""
     per_multiply, per_vector = product.operations
     operations = product.operands(tile) * tile.vectors * per_multiply + tile.vectors * per_vector
-    far = _FAR_LINE[product.w_dtype] * tile.vectors if _loads_lines(product) else 0
+    far = _FAR_LINE[product.acc_dtype] * tile.vectors if _loads_lines(product) else 0
     step = max(_INSTRUCTION * operations + _LOAD * product.loads(tile) + far, _LATENCY)
     return ceil(k / product.group) * step + _TILE_START
 

@@ -21,7 +21,12 @@ from tvm.script import tirx as T
 
 from gfcompile.targets.target import Gpu
 from gfcompile.targets.tvm.kernel import ActStorage, Array, Dense, Scheduled, Step
-from gfcompile.targets.tvm.schedules.math import float32, gelu, half_to_float, quantize
+from gfcompile.targets.tvm.schedules.math import (
+    float32,
+    gelu_in_few_registers,
+    half_to_float,
+    quantize,
+)
 from gfcompile.targets.tvm.schedules.params import keep_params
 
 Mode = Literal["float", "widened", "dp4a"]
@@ -153,14 +158,14 @@ def _epilogue(kernel: Dense, storage: ActStorage, *, relu: bool = False) -> Any:
         if relu:
             value = tirx.max(value, float32(0))
         if kernel.gelu and not kernel.residual_first:
-            value = gelu(value)
+            value = gelu_in_few_registers(value)
         if kernel.residual_rows:
             aligned = kernel.residual_rows >= kernel.m
             addend = residual[row if aligned else row % kernel.residual_rows, column]
             halves = kernel.residual_dtype == "float16"
             value = value + (half_to_float(addend) if halves else addend)
         if kernel.gelu and kernel.residual_first:
-            value = gelu(value)
+            value = gelu_in_few_registers(value)
         return quantize(value, quant_of(quant, column), storage) if kernel.out == "int8" else value
 
     def quant_of(quant: Any, column: Any) -> Any:

@@ -74,7 +74,12 @@ def let(value: Expr, body: Callable[[Expr], Expr]) -> Expr:
 
 def gelu(v: Expr) -> Expr:
     """GELU in its exact form, v Phi(v), to 3e-7 |v|."""
-    return _gelu(v, _TAIL_FOURTH_ROOT, 2, _TAIL_LIMIT)
+    return _gelu(v, _TAIL_FOURTH_ROOT, 2, _TAIL_LIMIT, _by_pairs)
+
+
+def gelu_in_few_registers(v: Expr) -> Expr:
+    """The same in one register less, for threads of a GPU."""
+    return _gelu(v, _TAIL_FOURTH_ROOT, 2, _TAIL_LIMIT, _horner)
 
 
 def gelu_to_quantize(v: Expr) -> Expr:
@@ -82,14 +87,20 @@ def gelu_to_quantize(v: Expr) -> Expr:
 
     For results that are rounded to steps of int8, some thousand times wider.
     """
-    return _gelu(v, _TAIL_SIXTEENTH_ROOT, 4, _COARSE_TAIL_LIMIT)
+    return _gelu(v, _TAIL_SIXTEENTH_ROOT, 4, _COARSE_TAIL_LIMIT, _by_pairs)
 
 
-def _gelu(v: Expr, root: Sequence[float], squarings: int, limit: float) -> Expr:
+def _gelu(
+    v: Expr,
+    root: Sequence[float],
+    squarings: int,
+    limit: float,
+    polynomial: Callable[[Sequence[float], Expr], Expr],
+) -> Expr:
     """max(v, 0) - a Q(a)^(2^squarings), a = |v| up to `limit`."""
 
     def bump(a: Expr) -> Expr:
-        tail = _by_pairs(root, a)
+        tail = polynomial(root, a)
         for _ in range(squarings):
             tail = let(tail, lambda q: q * q)
         return a * tail
