@@ -42,6 +42,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gfcompile
+from gfcompile.compile import tables
 from gfcompile.compile.emission import Pruning
 from gfcompile.compile.finetuning import PruningConfig
 from gfcompile.compile.models import dynamicvit, gfnet
@@ -506,7 +507,7 @@ def misses(results: Sequence[Result]) -> Sequence[str]:
 
 def print_table(results: Sequence[Result]) -> None:
     header = ("model", "", "top-1 %", "spread", "under float", "as QDQ graph", "as fake quant")
-    rows = [header]
+    rows: list[tuple[str, ...]] = []
     groups = by_variant(results)
     for (model, variant), group in groups.items():
         top1 = [result.top1 for result in group]
@@ -522,13 +523,7 @@ def print_table(results: Sequence[Result]) -> None:
                 f"{statistics.mean(result.fake_agreement for result in group):.3%}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
+    tables.print_table(header, rows, right=set(range(2, len(header))))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -27,11 +27,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir
-from cpu import EXACT, Check, describe_machine
+from cpu import EXACT, Check, cosine, describe_machine
 from environments import LITERT_WHEELS, CannotBeMadeError, Environments
 from hot_loops import HotLoop, NoModelError, hot_loops
 from peers import SAME_GRAPH, UNSIGNED, Array, Precision, onnx_runtime, unsigned
 
+from gfcompile.compile import tables
 from gfcompile.compile.bundle import Bundle
 from gfcompile.compile.cache import open_cache
 from gfcompile.compile.pipeline import CompileConfig, compile_model, lowered_graph
@@ -176,7 +177,7 @@ def compare(cpus: Sequence[str], folder: Path, absent: dict[str, str]) -> list[R
             contender=job.contender,
             instructions=instructions,
             ratio=ours[job.cpu, job.precision] / instructions,
-            cosine=_cosine(logits, files.expected),
+            cosine=cosine(logits, files.expected),
         )
         for job, (instructions, logits) in zip(jobs, measured, strict=True)
     ]
@@ -396,7 +397,7 @@ def print_loops(loops: Sequence[Modelled]) -> None:
         )
         for modelled in loops
     ]
-    print_rows((header, *rows))
+    tables.print_table(header, rows, right=set(range(3, len(header))))
 
 
 def print_table(results: Sequence[Result]) -> None:
@@ -413,18 +414,7 @@ def print_table(results: Sequence[Result]) -> None:
         )
         for r in results
     ]
-    print_rows((header, *rows))
-
-
-def print_rows(rows: Sequence[Sequence[str]]) -> None:
-    """A table; its first three columns are words."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i < 3 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
+    tables.print_table(header, rows, right=set(range(3, len(header))))
 
 
 def versions() -> Mapping[str, str]:
@@ -435,11 +425,6 @@ def versions() -> Mapping[str, str]:
     ).stdout
     own = {name: metadata.version(name) for name in ("gfcompile", "apache-tvm")}
     return own | wheels | {"qemu": qemu.split("\n")[0]}
-
-
-def _cosine(a: Array, b: Array) -> float:
-    a, b = a.ravel().astype(np.float64), b.ravel().astype(np.float64)
-    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -29,6 +29,7 @@ import onnx
 from peers import Absent, Array, Contender, Precision, onnx_runtime, peers, quiet
 
 import gfcompile
+from gfcompile.compile import tables
 from gfcompile.compile.bundle import Bundle
 from gfcompile.compile.models import model_spec
 from gfcompile.runtime import load
@@ -36,7 +37,15 @@ from gfcompile.runtime.bench import BENCH_NAME
 from gfcompile.runtime.images import Transform, preprocess, stand_in_photos
 from gfcompile.targets.host import host_target
 
-__all__ = ["PACKAGES", "Contender", "Precision", "describe_machine", "interleave", "onnx_runtime"]
+__all__ = [
+    "PACKAGES",
+    "Contender",
+    "Precision",
+    "cosine",
+    "describe_machine",
+    "interleave",
+    "onnx_runtime",
+]
 
 MODELS = ("gfnet_xs", "gfnet_h_ti", "deit_small", "dynamicvit_deit_s")
 PACKAGES = ("gfcompile", "onnxruntime", "ai-edge-litert", "apache-tvm", "torch", "numpy")
@@ -248,7 +257,7 @@ class Comparison:
                     min_ms=min(times[contender.name]) * 1e3,
                     runs=len(times[contender.name]),
                     ratio=medians[OURS] / medians[contender.name],
-                    cosine=_cosine(contender.run(image), exact),
+                    cosine=cosine(contender.run(image), exact),
                     of_peak=2e-9 * self.macs / medians[contender.name] / peak if peak else 0.0,
                 )
                 for contender in contenders
@@ -406,13 +415,7 @@ def print_table(results: Sequence[Result]) -> None:
         )
         for result in results
     ]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
-        cells = [
-            cell.ljust(width) if i < 4 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
+    tables.print_table(header, rows, right=set(range(4, len(header))))
 
 
 def describe_machine() -> Mapping[str, Any]:
@@ -443,7 +446,8 @@ def _is_float(path: Path) -> bool:
     return "quantized" not in path.name
 
 
-def _cosine(a: Array, b: Array) -> float:
+def cosine(a: Array, b: Array) -> float:
+    """Of the angle between two arrays, taken as vectors."""
     a, b = a.ravel().astype(np.float64), b.ravel().astype(np.float64)
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 

@@ -32,6 +32,7 @@ from cpu import describe_machine
 from peer_filters import MatrixFilter, RfftnFilter, with_filters
 
 import gfcompile
+from gfcompile.compile import tables
 from gfcompile.compile.models import LoadedModel, load_model
 from gfcompile.compile.progress import SilentProgress
 from gfcompile.compile.prune import freeze
@@ -539,13 +540,7 @@ def print_table(
     title: str, header: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, left: int = 3
 ) -> None:
     print(title)
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
-        cells = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
+    tables.print_table(header, list(rows), right=set(range(left, len(header))))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -600,7 +600,7 @@ def _golden(transform: Transform, batch: int) -> Golden:
     seen = zip(*(views(crop(photo, transform)) for photo in photos), strict=True)
     looks = [view for of_each in seen for view in of_each]
     count = -(-GOLDEN_IMAGES // batch) * batch
-    pixels = in_batches([np.stack([looks[i % len(looks)] for i in range(count)])], batch)
+    pixels = in_batches([np.stack(looks[:count])], batch)
     return Golden(pixels=pixels, inputs=[normalize(images, transform) for images in pixels])
 
 

@@ -1,12 +1,13 @@
 """How far evaluations of one int8 graph lie apart for no other reason than rounding."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from gfcompile.compile.ledger import Int8Agreement
 from gfcompile.targets.onnx_values import constant
 
 Array = npt.NDArray[Any]
@@ -18,6 +19,20 @@ class Evaluate(Protocol):
     """The logits of the same images by a graph, as it is written or optimized by ONNX Runtime."""
 
     def __call__(self, model: ir.Model, *, optimize: bool = False) -> list[Array]: ...
+
+
+def allow_for_ties(
+    agreement: Int8Agreement, model: ir.Model, evaluate: Evaluate, reference: Sequence[Array]
+) -> Int8Agreement:
+    """The agreement, with what ties do to `model` where it needs that to be one.
+
+    Args:
+        reference: the logits of `model` as it is written.
+    """
+    if agreement.logits_agree:
+        return agreement
+    others = other_evaluations(model, evaluate, flipped=1 - agreement.equal)
+    return agreement.with_own_spread(reference, others)
 
 
 def other_evaluations(

@@ -15,7 +15,7 @@ from gfcompile.compile.emission import Emission, EmissionRequest
 from gfcompile.compile.emitters.tflite_graph import fitted_graph
 from gfcompile.compile.ledger import LedgerEntry, compare, compare_int8, demand
 from gfcompile.compile.prune import selections
-from gfcompile.compile.spread import other_evaluations
+from gfcompile.compile.spread import allow_for_ties
 from gfcompile.compile.trace import OUTPUT, rounding_tolerance
 from gfcompile.compile.verify import notes_on, patches_in_common, recompute, run_given
 from gfcompile.runtime.bundle import TensorSpec
@@ -141,11 +141,8 @@ def _verified(
             logits_step=_step_of_logits(made),
             logits_limit=_max_logit_steps(len(activations), integer_only=integer_only),
         )
-        if not agreement.logits_agree:
-            others = other_evaluations(
-                model, partial(run_given, given=places, images=inputs), flipped=1 - agreement.equal
-            )
-            agreement = agreement.with_own_spread(expected, others)
+        evaluate = partial(run_given, given=places, images=inputs)
+        agreement = allow_for_ties(agreement, model, evaluate, expected)
     entry = compare(
         "artifact",
         against,
