@@ -1,5 +1,7 @@
 """Fake quantization for training: rounds as the device will, and lets gradients through."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -160,11 +162,31 @@ class BiasFakeQuant(nn.Module):
 
 
 def _learned(x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
-    """x rounded to multiples of `scale`; its gradients are those of LSQ.
+    """x rounded to multiples of `scale`; its gradients are those of LSQ."""
+    rounded: Tensor = _LearnedRounding.apply(x, scale, lowest, highest)  # type: ignore[no-untyped-call]
+    return rounded
 
-    Rounding counts as the identity. What autograd makes of the rest is the paper's equation 3: the
-    scale sees round(x/s) - x/s within the range and the bound beyond it, x sees 1 or 0.
+
+class _LearnedRounding(torch.autograd.Function):
+    """Equation 3 of the paper, where rounding counts as the identity.
+
+    The scale sees round(x/s) - x/s within the range and the bound beyond it, x sees 1 or 0. As one
+    function it keeps two tensors for the way back; autograd would keep and pass over a dozen.
     """
-    steps = x / scale
-    rounded = steps + (steps.round() - steps).detach()
-    return rounded.clamp(lowest, highest) * scale
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+        steps = x / scale
+        rounded = steps.round()
+        clamped = rounded.clamp(lowest, highest)
+        inside = rounded.eq_(clamped)
+        # What the scale's gradient is of the output's.
+        of_scale = torch.addcmul(clamped, steps, inside, value=-1)
+        ctx.save_for_backward(inside, of_scale)
+        ctx.shape = scale.shape
+        return clamped.mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        inside, of_scale = ctx.saved_tensors
+        return grad * inside, (grad * of_scale).sum_to_size(ctx.shape), None, None

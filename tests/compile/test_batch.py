@@ -7,16 +7,22 @@ from pathlib import Path
 import numpy as np
 import pruning_cases
 import pytest
+import safetensors.torch
+from PIL import Image
 from small_models import PYRAMID, SPEC, build
 
 import gfcompile.runtime
+from gfcompile.compile import models
 from gfcompile.compile.bundle import Bundle
 from gfcompile.compile.cli import main
 from gfcompile.compile.device_commands import print_result
 from gfcompile.compile.emission import Pruning
 from gfcompile.compile.models.gfnet_specs import GFNetSpec
 from gfcompile.compile.models.spec import ModelSpec
+from gfcompile.compile.models.weights import draw_weights
 from gfcompile.compile.pipeline import CompileConfig, compile_model
+from gfcompile.compile.quantization import QuantizeConfig, quantize_model
+from gfcompile.quantize import TrainConfig
 from gfcompile.runtime.device import gfrt
 from gfcompile.runtime.errors import UserError
 from gfcompile.runtime.images import in_batches, stand_in_photos
@@ -86,6 +92,45 @@ def test_every_image_of_a_batch_gets_the_very_logits_that_it_gets_alone(
     assert together.manifest.outputs[0].shape == (2, spec.num_classes)
     (entry,) = (e for e in together.manifest.ledger if e["stage"] == "artifact")
     assert entry["images"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [SPEC, pruning_cases.DEIT], ids=lambda spec: spec.name)
+def test_a_quantized_checkpoint_compiles_for_any_batch(
+    tmp_path: Path, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(models._SPECS, spec.name, spec)
+    safetensors.torch.save_file(dict(draw_weights(spec, 0)), tmp_path / "float.safetensors")
+    noise = np.random.default_rng(0)
+    for label in range(spec.num_classes):
+        (tmp_path / "data" / f"{label}").mkdir(parents=True)
+        pixels = noise.integers(0, 256, (spec.image_size, spec.image_size, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / f"{label}" / "0.png")
+    quantized = quantize_model(
+        QuantizeConfig(
+            model=spec.name,
+            checkpoint=tmp_path / "float.safetensors",
+            train_data=tmp_path / "data",
+            output=tmp_path / "quantized.safetensors",
+            device="cpu",
+            training=TrainConfig(epochs=0, batch_size=4),
+        )
+    )
+    alone, together = (
+        compile_model(
+            CompileConfig(
+                model=spec.name,
+                target="host",
+                precision="int8",
+                checkpoint=quantized.path,
+                batch=batch,
+                output=tmp_path / f"of-{batch}",
+                cache=False,
+            )
+        )
+        for batch in (1, 3)
+    )
+    np.testing.assert_array_equal(logits(together), logits(alone))
 
 
 @pytest.mark.parametrize(
