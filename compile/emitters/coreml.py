@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 import gfcompile
+from gfcompile.compile.agreement import notes_on, patches_in_common, recompute
 from gfcompile.compile.emission import Emission, EmissionRequest, Pruning
 from gfcompile.compile.graph import run
 from gfcompile.compile.ledger import (
@@ -26,7 +27,6 @@ from gfcompile.compile.ledger import (
 from gfcompile.compile.prune import selections
 from gfcompile.compile.spread import allow_for_ties
 from gfcompile.compile.trace import rounding_tolerance
-from gfcompile.compile.verify import notes_on, patches_in_common, recompute
 from gfcompile.runtime.bundle import TensorSpec
 from gfcompile.targets.coreml.emit import LOGITS, Emitted, Place, emit
 from gfcompile.targets.coreml.evaluate import Evaluator

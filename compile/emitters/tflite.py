@@ -11,13 +11,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 import gfcompile
+from gfcompile.compile.agreement import notes_on, patches_in_common, recompute, run_given
 from gfcompile.compile.emission import Emission, EmissionRequest
 from gfcompile.compile.emitters.tflite_graph import fitted_graph
 from gfcompile.compile.ledger import LedgerEntry, compare, compare_int8, demand
 from gfcompile.compile.prune import selections
 from gfcompile.compile.spread import allow_for_ties
 from gfcompile.compile.trace import OUTPUT, rounding_tolerance
-from gfcompile.compile.verify import notes_on, patches_in_common, recompute, run_given
 from gfcompile.runtime.bundle import TensorSpec
 from gfcompile.runtime.images import dequantize, encode
 from gfcompile.runtime.tflite import TfliteInterpreter

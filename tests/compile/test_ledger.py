@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from gfcompile.compile.agreement import notes_on
 from gfcompile.compile.ledger import LedgerEntry, compare, compare_int8, demand
-from gfcompile.compile.verify import notes_on
 from gfcompile.runtime.errors import CompileError
 
 Array = npt.NDArray[Any]

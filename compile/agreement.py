@@ -1,0 +1,119 @@
+"""What a graph makes of the values that an artifact computed, and what the two have in common."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from gfcompile.compile.emission import Pruning
+from gfcompile.compile.ledger import LedgerEntry
+from gfcompile.compile.trace import INPUT, OUTPUT, session
+from gfcompile.runtime.kept_patches import overlap, places_in_grid
+from gfcompile.targets.onnx_values import dtype_of, shape_of
+
+Array = npt.NDArray[Any]
+
+
+def recompute(
+    model: ir.Model, traces: Sequence[Mapping[str, Array]], images: Sequence[Array]
+) -> list[dict[str, Array]]:
+    """The int8 activations that the graph computes, each from what the artifact had before it.
+
+    The graph is cut at every value that the artifact wrote: what follows reads the artifact's.
+    The arrays come in the shapes of `traces`.
+    """
+    cut = model.clone()
+    given: dict[str, tuple[str, tuple[int, ...]]] = {}  # graph value -> new input, its shape
+    names = []
+    for value in [output for node in cut.graph for output in node.outputs]:
+        name = str(value.name)
+        if name not in traces[0] or value.is_graph_output():
+            continue
+        source = ir.Value(name=f"{name}/given", shape=value.shape, type=value.type)
+        value.replace_all_uses_with(source)
+        cut.graph.inputs.append(source)
+        given[name] = (f"{name}/given", shape_of(value))
+        if dtype_of(value) == "int8":
+            cut.graph.outputs.append(value)
+            names.append(name)
+    runner = session(cut)
+    results = []
+    for trace, image in zip(traces, images, strict=True):
+        feeds = {INPUT: image}
+        feeds |= {source: trace[name].reshape(shape) for name, (source, shape) in given.items()}
+        computed = runner.run(names, feeds)
+        results.append(
+            {
+                name: np.asarray(array).reshape(trace[name].shape)
+                for name, array in zip(names, computed, strict=True)
+            }
+        )
+    return results
+
+
+def run_given(
+    model: ir.Model,
+    given: Sequence[Mapping[str, Array]],
+    images: Sequence[Array],
+    *,
+    optimize: bool = False,
+) -> list[Array]:
+    """The logits that the graph gives to each image if these of its values were as given."""
+    cut = model.clone()
+    for value in [output for node in cut.graph for output in node.outputs]:
+        if str(value.name) in given[0]:
+            source = ir.Value(name=f"{value.name}/given", shape=value.shape, type=value.type)
+            value.replace_all_uses_with(source)
+            cut.graph.inputs.append(source)
+    runner = session(cut, optimize=optimize)
+    results = []
+    for values, image in zip(given, images, strict=True):
+        feeds = {INPUT: image} | {f"{name}/given": array for name, array in values.items()}
+        results.append(np.asarray(runner.run([OUTPUT], feeds)[0]))
+    return results
+
+
+def patches_in_common(
+    model: ir.Model,
+    names: Sequence[str],
+    chosen: Sequence[Sequence[Array]],
+    images: Sequence[Array],
+    pruning: Pruning,
+) -> tuple[float, ...]:
+    """The share of the patches that `model` keeps which an artifact has chosen too, per stage.
+
+    Args:
+        names: the values of the graph that say which patches stay.
+        chosen: for each image, what the artifact has for these values.
+    """
+    watched = model.clone()
+    for value in [output for node in watched.graph for output in node.outputs]:
+        if value.name in names:
+            watched.graph.outputs.append(value)
+    runner = session(watched)
+    shares = []
+    for got, image in zip(chosen, images, strict=True):
+        wanted = [np.asarray(array) for array in runner.run(list(names), {INPUT: image})]
+        places = (
+            places_in_grid(places, pruning.kept, chosen_anew=pruning.chosen_anew)
+            for places in (wanted, got)
+        )
+        shares.append([overlap(a, b) for a, b in zip(*places, strict=True)])
+    return tuple(float(share) for share in np.mean(shares, axis=0))
+
+
+def notes_on(entry: LedgerEntry) -> list[str]:
+    """What is to be told of an artifact: that it keeps other patches, that its graph is fragile."""
+    notes = []
+    if any(share < 1.0 for share in entry.tokens_kept):
+        shares = ", ".join(f"{share:.1%}" for share in entry.tokens_kept)
+        notes.append(f"of the patches that its graph keeps, the artifact keeps {shares} per stage")
+    if entry.int8 is not None and entry.int8.own_max_steps > entry.int8.logits_limit:
+        notes.append(
+            "rounding ties alone move the logits of this int8 graph by up to "
+            f"{entry.int8.own_max_steps:.1f} steps; training for int8 (--train-data) or "
+            "--keep-float auto:K would make it steadier"
+        )
+    return notes
