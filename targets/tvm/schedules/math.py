@@ -33,8 +33,8 @@ _TAIL_FOURTH_ROOT = (  # 1 - Phi(a) to 4.5e-8
     5.9026789843562896e-05,
     -3.4447666522518e-06,
 )
-_COARSE_TAIL_LIMIT = 4.8
-_TAIL_SIXTEENTH_ROOT = (  # a (1 - Phi(a)) to 1.8e-5
+COARSE_TAIL_LIMIT = 4.8
+TAIL_SIXTEENTH_ROOT = (  # a (1 - Phi(a)) to 1.8e-5
     0.9575497213873223,
     -0.047372501889186444,
     -0.01867109702923708,
@@ -87,7 +87,7 @@ def gelu_to_quantize(v: Expr) -> Expr:
 
     For results that are rounded to steps of int8, some thousand times wider.
     """
-    return _gelu(v, _TAIL_SIXTEENTH_ROOT, 4, _COARSE_TAIL_LIMIT, _by_pairs)
+    return _gelu(v, TAIL_SIXTEENTH_ROOT, 4, COARSE_TAIL_LIMIT, _by_pairs)
 
 
 def _gelu(
