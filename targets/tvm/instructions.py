@@ -290,6 +290,7 @@ def _is_integer_product(node: Any) -> bool:
         and str(getattr(node.op, "name", "")).startswith("tirx.call_llvm")
         and str(node.ty.dtype).startswith(("int16x", "int32x"))
         and str(node.args[-1].ty.dtype).startswith(("int8x", "uint8x", "int16x"))
+        and int(node.args[0]) != codegen.llvm_lookup_intrinsic_id("llvm.aarch64.neon.sqadd")
     )
 
 

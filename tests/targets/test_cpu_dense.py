@@ -360,6 +360,41 @@ def test_float_weights_are_asked_for_ahead_where_a_tile_takes_a_line_of_them(cpu
     assert asks == cpu.startswith("avx512")
 
 
+def hottest_loop(kernel: Dense, cpu: Cpu, instruction: str) -> list[str]:
+    """Of the kernel's innermost loops, the one with the most of `instruction`."""
+    import tvm
+
+    func = scheduled_for(kernel, cpu).steps[-1].func.with_attr("global_symbol", "main")
+    module = tvm.compile(tvm.IRModule({"main": func}), tvm_target(cpu)).mod
+    blocks = re.split(r"(?m)^(\.LBB\w+):", module.inspect_source("asm"))[1:]
+    loops = [
+        body[: end.start()].splitlines()
+        for label, body in zip(blocks[::2], blocks[1::2], strict=True)
+        if (end := re.search(rf"b\.\w+\s+{re.escape(label)}\b", body))
+    ]
+    return max(loops, key=lambda lines: sum(f"\t{instruction}\t" in line for line in lines))
+
+
+@pytest.mark.parametrize(
+    ("cpu", "kernel", "instruction"),
+    [
+        pytest.param("a53", Dense(m=196, n=384, k=96), "fmla", id="in order"),
+        pytest.param("a76", Dense(m=196, n=384, k=96), "fmla", id="float32"),
+        pytest.param("a76", Dense(m=196, n=96, k=384, x="int8"), "sdot", id="sdot"),
+        pytest.param(
+            "a76",
+            Dense(m=196, n=384, k=96, x="int8", gelu=True, out="int8"),
+            "fcvtns",
+            id="epilogue",
+        ),
+    ],
+)
+def test_no_loop_of_arm_needs_the_stack(cpu: str, kernel: Dense, instruction: str) -> None:
+    loop = hottest_loop(kernel, CPUS[cpu], instruction)
+    assert any(f"\t{instruction}\t" in line for line in loop)
+    assert not [line for line in loop if "[sp" in line]
+
+
 def test_only_vnni_stores_activations_unsigned() -> None:
     assert {name for name in CPUS if act_storage(CPUS[name]).offset} == {
         "avx512_vnni",

@@ -127,6 +127,15 @@ def test_dft_filter_on_grids_that_hypothesis_chooses(h: int, w: int, c: int) -> 
     _check_dft((1, h, w, c), host_cpu())
 
 
+def test_short_transforms_need_no_scratch_on_arm() -> None:
+    def scratch(name: str, n: int) -> set[str]:
+        kernel = DftFilter(batch=1, h=n, w=n, c=16)
+        return set(schedule_dft_filter(kernel, CPUS[name], ActStorage()).temps)
+
+    assert scratch("a53", 14) == scratch("a76", 7) == {"spectrum"}
+    assert scratch("a76", 28) == scratch("avx2", 14) == {"spectrum", "line"}
+
+
 @pytest.mark.parametrize("name", ["avx512", "sse", "a76"])
 def test_float16_weights_are_exactly_their_values(name: str) -> None:
     _check_dft((1, 6, 7, 20), CPUS[name], half=True)

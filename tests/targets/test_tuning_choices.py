@@ -15,7 +15,7 @@ from gfcompile.targets.tvm.schedules.generic import GeneratedSchedule
 
 DENSE = Dense(m=13, n=97, k=70, gelu=True)
 INT8 = Dense(m=13, n=97, k=70, x="int8", out="int8", out_groups=1)
-FILTER = DftFilter(batch=1, h=6, w=5, c=20)
+FILTER = DftFilter(batch=1, h=6, w=9, c=20)
 ATTENTION = Attention(batch=1, tokens=11, heads=2, dim=16)
 
 
@@ -80,6 +80,12 @@ def test_the_rules_own_choice_leads_its_space(name: str, kernel: Kernel) -> None
     chosen, ruled = (schedule(kernel, on, act_storage(on), choice) for choice in (first, None))
     for one, other in zip(chosen.steps, ruled.steps, strict=True):
         assert one.func.script() == other.func.script()
+
+
+def test_a_filter_whose_transforms_stay_in_registers_leaves_nothing_open() -> None:
+    kernel = DftFilter(batch=1, h=14, w=14, c=64)
+    assert not choices(kernel, CPUS["a72"])
+    assert choices(kernel, CPUS["avx2"])
 
 
 def test_the_rules_own_tile_leads_its_space_on_gpus() -> None:

@@ -36,6 +36,7 @@ from tvm.script.ir_builder import tirx as I
 
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.kernel import ActStorage, Array, Dense, Scheduled, Step
+from gfcompile.targets.tvm.schedules import neon_epilogue
 from gfcompile.targets.tvm.schedules.cpu_dot import (
     X86_BLOCK,
     Buffer,
@@ -75,12 +76,11 @@ __all__ = [
 
 # Tasks to split a kernel into: enough for the 8 to 12 cores of the largest boards.
 _TASKS = 16
-# The model of a core that chooses tiles: cycles of a vector instruction, and of a load besides
-# (fitted to some 20 tiles on AVX2 and AVX-512), and what a load takes more of a whole line of
-# weights, which come from the second-level cache (of 68 to 197 rows); the least between two
-# additions to one accumulator; what it takes to fill and drain the pipeline around a tile.
+# The model of a core that chooses tiles: cycles of a vector instruction (loads: see Product), and
+# what a load takes more of a whole line of weights, which come from the second-level cache (of 68
+# to 197 rows); the least between two additions to one accumulator; what it takes to fill and drain
+# the pipeline around a tile.
 _INSTRUCTION = 0.5
-_LOAD = 0.2
 _FAR_LINE = {"int32": 0.2, "float32": 0.35}
 _LINE_BYTES = 64
 _LATENCY = 4
@@ -174,8 +174,21 @@ def schedule_dense(
         steps.append(Step(func=group_rows, args=("x", x)))
     func = _dense(kernel, k, columns, choice, storage, panels)
     steps.append(Step(func=func, args=(x, *operand_names(kernel))))
-    pack = packing(kernel, product, tile, storage, block=columns.block)
+    pack = dict(packing(kernel, product, tile, storage, block=columns.block))
+    if counts_steps(kernel, storage):
+        pack |= _packing_steps(kernel)
     return Scheduled(steps=tuple(steps), pack=pack, temps=temps)
+
+
+def _packing_steps(kernel: Dense) -> Mapping[str, Callable[[Mapping[str, Array]], Array]]:
+    """How scales become those of a kernel that counts in steps of its result."""
+
+    def pack_scale(raw: Mapping[str, Array]) -> Array:
+        inverse = raw["quant"].reshape(-1, 4)[:, 0]
+        scale: Array = raw["scale"] * np.repeat(inverse, kernel.n // kernel.out_groups)
+        return scale
+
+    return {"scale": pack_scale, "quant": lambda raw: neon_epilogue.steps_args(raw["quant"])}
 
 
 def _default(product: Product, tile: Tile) -> DenseChoice:
@@ -232,7 +245,9 @@ def tile_cycles(product: Product, tile: Tile, k: int) -> float:
     per_multiply, per_vector = product.operations
     operations = product.operands(tile) * tile.vectors * per_multiply + tile.vectors * per_vector
     far = _FAR_LINE[product.acc_dtype] * tile.vectors if _loads_lines(product) else 0
-    step = max(_INSTRUCTION * operations + _LOAD * product.loads(tile) + far, _LATENCY)
+    step = max(
+        _INSTRUCTION * operations + product.load_cycles * product.loads(tile) + far, _LATENCY
+    )
     return ceil(k / product.group) * step + _TILE_START
 
 
@@ -469,16 +484,21 @@ def _dense(
                 unroll=choice.unroll,
                 each_turn=read_ahead if reads_ahead else None,
             )
-            for r in range(tile.rows):
-                row = I.bind(_row(operand, r, m, product))
-                for place, width, column in runs:
-                    for at, vector in epilogue_vectors(width, product.lanes, kernel.out):
-                        with I.vectorized(vector) as lane:
-                            acc = sums[r][place + at + lane]
-                            to = (row, column + at + lane)
-                            value = finish(kernel, operands, acc, *to, group)
-                            I.buffer_store(operands.y, value, list(to))
+            if counts_steps(kernel, storage):
+                _store_steps(kernel, operands, product, sums, operand, runs, group)
+            else:
+                _store(kernel, operands, product, sums, operand, runs, group)
     return builder.get()
+
+
+def counts_steps(kernel: Dense, storage: ActStorage) -> bool:
+    """Whether values are counted in steps of the quantized result, by `neon_epilogue`."""
+    return (
+        storage.saturates
+        and kernel.x == kernel.out == "int8"
+        and not kernel.residual_rows
+        and kernel.n // kernel.out_groups % neon_epilogue.LANES == 0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -516,7 +536,8 @@ def declare(columns: Columns, x_shape: Sequence[int], storage: ActStorage) -> Op
     padded = n + max(0, columns.block - columns.in_group)
     residual_dtype = "uint16" if kernel.residual_dtype == "float16" else "float32"
     y_dtype = storage.dtype if kernel.out == "int8" else "float32"
-    quant_shape = (groups, 4) if groups > 1 else (4,)
+    quant_args = neon_epilogue.STEPS_ARGS if counts_steps(kernel, storage) else 4
+    quant_shape = (groups, quant_args) if groups > 1 else (quant_args,)
     return Operands(
         x=I.arg("x", I.buffer(x_shape, product.x_dtype)),
         w=I.arg("w", I.buffer(w_shape, product.w_dtype)),
@@ -550,6 +571,71 @@ def finish(
     quant = operands.quant
     of_group = [quant[group, i] for i in range(4)] if kernel.out_groups > 1 else quant
     return quantize(value, of_group, operands.storage)
+
+
+def _store(
+    kernel: Dense,
+    operands: Operands,
+    product: Product,
+    sums: Sequence[Buffer],
+    operand: Expr,
+    runs: Sequence[tuple[int, int, Expr]],
+    group: Expr,
+) -> None:
+    """Writes what becomes of a tile's sums; its first row is that of `operand`."""
+    for r, row_sums in enumerate(sums):
+        row = I.bind(_row(operand, r, kernel.m, product))
+        for place, width, column in runs:
+            for at, vector in epilogue_vectors(width, product.lanes, kernel.out):
+                with I.vectorized(vector) as lane:
+                    acc = row_sums[place + at + lane]
+                    to = (row, column + at + lane)
+                    value = finish(kernel, operands, acc, *to, group)
+                    I.buffer_store(operands.y, value, list(to))
+
+
+def _store_steps(
+    kernel: Dense,
+    operands: Operands,
+    product: Product,
+    sums: Sequence[Buffer],
+    operand: Expr,
+    runs: Sequence[tuple[int, int, Expr]],
+    group: Expr,
+) -> None:
+    """As `_store`, where values are counted in steps, row after row in a loop.
+
+    Written out, so many rows would keep each other from the registers: LLVM works on all of them at
+    once, and stores and loads twice as much as this does.
+    """
+    lanes = neon_epilogue.LANES
+    vector = f"int32x{lanes}"
+    width = runs[-1][0] + runs[-1][1]
+    held = registers(len(sums) * width, "int32")
+    for r, row_sums in enumerate(sums):
+        for at in range(0, width, lanes):
+            value = row_sums.vload([at], vector)
+            I.buffer_store(held, value, [T.ramp(r * width + at, 1, lanes)])
+    steps = neon_epilogue.Steps(operands.quant, (group,) if kernel.out_groups > 1 else ())
+    scales = {
+        place + at: I.bind(operands.scale.vload([column + at], f"float32x{lanes}"))
+        for place, run_width, column in runs
+        for at in range(0, run_width, lanes)
+    }
+    with I.serial(len(sums)) as r:
+        row = I.bind(_row(operand, r, kernel.m, product))
+
+        def value_at(place: int) -> Expr:
+            acc = held.vload([r * width + place], vector)
+            value = I.bind(tirx.Cast(f"float32x{lanes}", acc) * scales[place])
+            return steps.gelu(value) if kernel.gelu else value
+
+        for place, run_width, column in runs:
+            for at in range(0, run_width, 2 * lanes):
+                two = [value_at(place + i) for i in (at, at + lanes) if i < run_width]
+                stored = steps.stored(two)
+                to = T.ramp(column + at, 1, lanes * len(two))
+                I.buffer_store(operands.y, stored, [row, to])
 
 
 def tile_sums(

@@ -68,6 +68,7 @@ class Product(ABC):
         operations: vector instructions for one multiply, and per vector of weights besides.
         by_lane: whether a chunk of each row stays in a register, to be multiplied lane by lane;
             otherwise every group is loaded, broadcast, on its own.
+        load_cycles: what a load takes besides what it keeps waiting, in `cpu_dense`'s model.
         temporaries: registers needed besides accumulators, weights and rows.
         unroll: chunks of k in the inner loop, unless a search found better.
         vector_step: the number of vectors in a tile is a multiple of it.
@@ -84,6 +85,8 @@ class Product(ABC):
     chunk: ClassVar[int]
     operations: ClassVar[tuple[int, int]] = (1, 0)
     by_lane: ClassVar[bool] = False
+    # Fitted to some 20 tiles on AVX2 and AVX-512.
+    load_cycles: ClassVar[float] = 0.2
     temporaries: ClassVar[int] = 1
     unroll: ClassVar[int] = 1
     vector_step: ClassVar[int] = 1
@@ -185,6 +188,17 @@ class FloatNeon(Product):
 
     def multiply(self, acc: Expr, a: Expr, b: Expr) -> Expr:
         return acc + a * b
+
+
+class FloatNeonInOrder(FloatNeon):
+    """The same for a core that issues in order: LLVM loads a round's operands before it multiplies.
+
+    With fewer registers to spare, it spills them.
+    """
+
+    temporaries = 4
+    load_cycles = 0.5
+    unroll = 4
 
 
 class Vnni(Product):
@@ -419,7 +433,7 @@ def product_of(kernel: Dense, cpu: Cpu) -> Product:
     if cpu.arch == "aarch64":
         block = ARM_BLOCK if cpu.shares_weights else 0
         if kernel.x == "float32":
-            return FloatNeon(lanes, block)
+            return (FloatNeonInOrder if cpu.in_order else FloatNeon)(lanes, block)
         if cpu.i8mm and kernel.m > 1:
             return Smmla(lanes, block)
         if cpu.int8_dot == "sdot":

@@ -205,8 +205,11 @@ def _dft_tile(cpu: Cpu) -> FilterTile:
 def dft_filter_choices(kernel: DftFilter, cpu: Cpu) -> Sequence[FilterTile]:
     """Every tile that is worth measuring; the default one leads.
 
-    Blocks stay as wide as they are: constants are packed by them, and shared by several CPUs.
+    None where transforms need no tiles. Blocks stay as wide as they are: constants are packed by
+    them, and shared by several CPUs.
     """
+    if _fits_registers(kernel, cpu):
+        return ()
     default = _dft_tile(cpu)
     # Sums, and a vector of each column; what is longer than a part is no tile.
     most_rows = max(part.count for n in (kernel.h, kernel.w) for part in _parts(n))
@@ -236,12 +239,18 @@ def schedule_dft_filter(
     spectrum_shape = (blocks.workers, apart(h, padded * lanes), padded, lanes)
     line_shape = (blocks.workers, apart(line, lanes), lanes)
     k_shape = (blocks.per_image, h, w // 2 + 1, blocks.width)
+    in_registers = _fits_registers(kernel, cpu)
     consts = {
         "w_bases": _bases(w, inverse=False),
         "w_bases_back": _bases(w, inverse=True),
         "h_bases": _bases(h, inverse=False),
         "h_bases_back": _bases(h, inverse=True, mirrored=True),
     }
+    if in_registers:
+        consts = {
+            name: np.pad(bases, ((0, 0), (0, _LANES - bases.shape[1])))
+            for name, bases in consts.items()
+        }
     along_w = _RealDft(n=w, columns=rows * vectors, most_rows=tile.rows, lanes=lanes)
     along_h = _RealDft(n=h, columns=tile.columns, most_rows=tile.rows, lanes=lanes)
 
@@ -264,6 +273,48 @@ def schedule_dft_filter(
     def spectrum_parts(buffer: Any, worker: Expr, v: Expr) -> "_View":
         return _View(buffer, lambda u, k: (worker, u, k * vectors + v, span(0, lanes)))
 
+    def forward_w(
+        x: Any, spectrum: Any, bases: Any, line: Any, worker: Expr, b: Expr, c0: Expr
+    ) -> None:
+        if in_registers:
+            all_rows = _DftInRegisters(n=w, columns=h * vectors)
+            all_rows.forward(grid(x, b, 0, c0), spectrum_rows(spectrum, worker, 0), bases)
+            return
+        with T.serial(ceil_div(h, rows)) as g:
+            i = T.bind(T.min(g * rows, h - rows))
+            source, target = grid(x, b, i, c0), spectrum_rows(spectrum, worker, i)
+            along_w.forward(source, target, bases, along_w.part(line, worker))
+
+    def inverse_w(
+        spectrum: Any, y: Any, bases: Any, line: Any, worker: Expr, b: Expr, c0: Expr
+    ) -> None:
+        if in_registers:
+            all_rows = _DftInRegisters(n=w, columns=h * vectors)
+            all_rows.inverse(spectrum_rows(spectrum, worker, 0), grid(y, b, 0, c0), bases)
+            return
+        with T.serial(ceil_div(h, rows)) as g:
+            i = T.bind(T.min(g * rows, h - rows))
+            source, target = spectrum_rows(spectrum, worker, i), grid(y, b, i, c0)
+            along_w.inverse(source, target, bases, along_w.part(line, worker))
+
+    def forward_h(spectrum: Any, bases: Any, line: Any, worker: Expr) -> None:
+        if in_registers:
+            columns = spectrum_columns(spectrum, worker, 0)
+            _DftInRegisters(n=h, columns=w * vectors).forward(columns, columns, bases)
+            return
+        with T.serial(tiles) as g:
+            columns = spectrum_columns(spectrum, worker, g)
+            along_h.forward(columns, columns, bases, along_h.part(line, worker))
+
+    def inverse_h(spectrum: Any, bases: Any, line: Any, worker: Expr) -> None:
+        if in_registers:
+            columns = spectrum_columns(spectrum, worker, 0)
+            _DftInRegisters(n=h, columns=w * vectors).inverse(columns, columns, bases)
+            return
+        with T.serial(tiles) as g:
+            columns = spectrum_columns(spectrum, worker, g)
+            along_h.inverse(columns, columns, bases, along_h.part(line, worker))
+
     def constant(buffer: Any, block: Expr, v: Expr) -> Callable[[Expr, Expr], Expr]:
         return lambda u, k: _loaded(buffer, (block, u, k), v * lanes, lanes, kernel.k_dtype, cpu)
 
@@ -273,9 +324,9 @@ def schedule_dft_filter(
         k_re: T.Buffer(k_shape, _stored(kernel.k_dtype)),
         k_im: T.Buffer(k_shape, _stored(kernel.k_dtype)),
         w_bases: T.Buffer(consts["w_bases"].shape, "float32"),
-        w_bases_back: T.Buffer(consts["w_bases"].shape, "float32"),
+        w_bases_back: T.Buffer(consts["w_bases_back"].shape, "float32"),
         h_bases: T.Buffer(consts["h_bases"].shape, "float32"),
-        h_bases_back: T.Buffer(consts["h_bases"].shape, "float32"),
+        h_bases_back: T.Buffer(consts["h_bases_back"].shape, "float32"),
         spectrum: T.Buffer(spectrum_shape, "float32"),
         line: T.Buffer(line_shape, "float32"),
         y: T.Buffer((kernel.batch, h, w, c), "float32"),
@@ -291,21 +342,8 @@ def schedule_dft_filter(
                     b: T.let = task // blocks.per_image
                     block: T.let = task % blocks.per_image
                     c0: T.let = blocks.start(block)
-                    for g in T.serial(ceil_div(h, rows)):
-                        i0: T.let = T.min(g * rows, h - rows)
-                        along_w.forward(
-                            grid(x, b, i0, c0),
-                            spectrum_rows(spectrum, worker, i0),
-                            w_bases,
-                            along_w.part(line, worker),
-                        )
-                    for g in T.serial(tiles):
-                        along_h.forward(
-                            spectrum_columns(spectrum, worker, g),
-                            spectrum_columns(spectrum, worker, g),
-                            h_bases,
-                            along_h.part(line, worker),
-                        )
+                    forward_w(x, spectrum, w_bases, line, worker, b, c0)
+                    forward_h(spectrum, h_bases, line, worker)
                     for v in T.serial(vectors):
                         _multiply(
                             h,
@@ -314,27 +352,17 @@ def schedule_dft_filter(
                             constant(k_re, block, v),
                             constant(k_im, block, v),
                         )
-                    for g in T.serial(tiles):
-                        along_h.inverse(
-                            spectrum_columns(spectrum, worker, g),
-                            spectrum_columns(spectrum, worker, g),
-                            h_bases_back,
-                            along_h.part(line, worker),
-                        )
-                    for g in T.serial(ceil_div(h, rows)):
-                        i0: T.let = T.min(g * rows, h - rows)
-                        along_w.inverse(
-                            spectrum_rows(spectrum, worker, i0),
-                            grid(y, b, i0, c0),
-                            w_bases_back,
-                            along_w.part(line, worker),
-                        )
+                    inverse_h(spectrum, h_bases_back, line, worker)
+                    inverse_w(spectrum, y, w_bases_back, line, worker, b, c0)
 
-    args = ("x", "k_re", "k_im", *consts, "spectrum", "line", "y")
+    temps = {"spectrum": ("float32", spectrum_shape), "line": ("float32", line_shape)}
+    if in_registers:
+        del temps["line"]
+    args = ("x", "k_re", "k_im", *consts, *temps, "y")
     return Scheduled(
-        steps=(Step(func=dft_filter, args=args),),
+        steps=(Step(func=keep_params(dft_filter, args), args=args),),
         pack={name: blocks.packed(name) for name in ("k_re", "k_im")},
-        temps={"spectrum": ("float32", spectrum_shape), "line": ("float32", line_shape)},
+        temps=temps,
         consts=consts,
     )
 
@@ -372,7 +400,7 @@ class _RealDft:
 
     def forward(self, source: _View, target: _View, bases: Any, terms: _View) -> None:
         """target = half spectrum of source."""
-        for positions, firsts, times in self._orbits():
+        for positions, firsts, times in _orbits(self.n):
             with T.serial(times) as i:
                 values = [self._row(source, p + step * i) for p, step in positions]
                 made = [_butterflies(column) for column in zip(*values, strict=True)]
@@ -396,38 +424,13 @@ class _RealDft:
                 lambda m, j, value, part=part: terms.store(part.first + m, j, value),
                 bases,
             )
-        for positions, firsts, times in self._orbits():
+        for positions, firsts, times in _orbits(self.n):
             with T.serial(times) as i:
                 values = [self._row(terms, first + i) for first in firsts]
                 made = [_butterflies_back(column) for column in zip(*values, strict=True)]
                 for (p, step), row in zip(positions, zip(*made, strict=True), strict=True):
                     for j, value in enumerate(row):
                         target.store(p + step * i, j, value)
-
-    def _orbits(self) -> Iterator[tuple[list[tuple[int, int]], list[int], int]]:
-        """Positions that are mirror images of each other, and where the terms lie they make.
-
-        Each as (positions for i = 0, each with its step in i; places of their terms for i = 0; how
-        many i). Terms come in the order of `_butterflies`.
-        """
-        n, half = self.n, self.n // 2
-        if n % 2:
-            cos, sin = 0, half + 1
-            yield [(0, 1)], [cos], 1
-            yield [(1, 1), (n - 1, -1)], [cos + 1, sin], half
-            return
-        even, odd = half + 1, half - 1  # cosine sums, sine sums
-        cos, alternating_cos = 0, (even + 1) // 2
-        sin, alternating_sin = even, even + (odd + 1) // 2
-        yield [(0, 1), (half, 1)], [cos, alternating_cos], 1
-        quarter = half // 2
-        if half % 2 == 0:
-            yield [(quarter, 1), (n - quarter, 1)], [cos + quarter, sin + quarter - 1], 1
-        yield (
-            [(1, 1), (n - 1, -1), (half - 1, -1), (half + 1, 1)],
-            [cos + 1, alternating_cos + 1, sin, alternating_sin],
-            odd // 2,
-        )
 
     def _row(self, view: _View, position: Expr) -> list[Expr]:
         """All columns of a position: neighbours in memory, to be loaded together."""
@@ -460,6 +463,109 @@ class _RealDft:
                     T.buffer_store(sums[j], sums[j][at] + term, list(at))
             for r, j, at in tile:
                 store(m + r, j, sums[j][at])
+
+
+_LANES = 4  # of NEON
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DftInRegisters:
+    """The same on NEON, a vector of columns after the other: nothing between is in memory.
+
+    A matrix has at most 4 columns, so that a register holds a row of it, and a multiply-add takes
+    a lane of it.
+    """
+
+    n: int
+    columns: int
+
+    def forward(self, source: _View, target: _View, bases: Any) -> None:
+        """target = half spectrum of source."""
+        rows = self._rows(bases)
+        with T.serial(self.columns) as column:
+            terms: dict[int, Expr] = {}
+            for positions, firsts, times in _orbits(self.n):
+                for i in range(times):
+                    values = [T.bind(source.load(p + step * i, column)) for p, step in positions]
+                    made = _butterflies(values)
+                    terms |= {first + i: term for first, term in zip(firsts, made, strict=True)}
+            for part in _parts(self.n):
+                of_part = [terms[i] for i in range(self.n)[part.rows]]
+                for m, total in enumerate(_sums(of_part, rows[part.rows])):
+                    target.store(part.sums + part.step * m, column, total)
+
+    def inverse(self, source: _View, target: _View, bases: Any) -> None:
+        """target = the n values whose half spectrum, each sum weighted by its count, is source."""
+        rows = self._rows(bases)
+        with T.serial(self.columns) as column:
+            terms: list[Expr] = []
+            for part in _parts(self.n):
+                values = [
+                    T.bind(source.load(part.sums + part.step * i, column))
+                    for i in range(part.count)
+                ]
+                terms += _sums(values, rows[part.rows])
+            for positions, firsts, times in _orbits(self.n):
+                for i in range(times):
+                    made = _butterflies_back([terms[first + i] for first in firsts])
+                    for (p, step), value in zip(positions, made, strict=True):
+                        target.store(p + step * i, column, value)
+
+    def _rows(self, bases: Any) -> list[Expr]:
+        """The matrices of all parts, a register each row."""
+        return [T.bind(bases.vload([i, 0], f"float32x{_LANES}")) for i in range(self.n)]
+
+
+def _sums(terms: Sequence[Expr], rows: Sequence[Expr]) -> list[Expr]:
+    """Each column of a square matrix, of which these are the rows, times the terms.
+
+    Multiplied and added by name: LLVM might fuse the first two products with their sum either way.
+    """
+    dtype = f"float32x{_LANES}"
+    sums = []
+    for m in range(len(terms)):
+        total = None
+        for term, row in zip(terms, rows, strict=True):
+            factor = T.Shuffle([row], [m] * _LANES)
+            if total is None:
+                total = T.bind(term * factor)
+            else:
+                fma = T.llvm_lookup_intrinsic_id("llvm.fma")
+                total = T.bind(T.call_llvm_pure_intrin(fma, term, factor, total, dtype=dtype))
+        sums.append(total)
+    return sums
+
+
+def _fits_registers(kernel: DftFilter, cpu: Cpu) -> bool:
+    """Whether `_DftInRegisters` does the transforms."""
+    most = max(part.count for n in (kernel.h, kernel.w) for part in _parts(n))
+    return cpu.arch == "aarch64" and kernel.c >= _LANES and most <= _LANES
+
+
+def _orbits(n: int) -> Iterator[tuple[list[tuple[int, int]], list[int], int]]:
+    """Positions that are mirror images of each other, and where the terms lie they make.
+
+    Each as (positions for i = 0, each with its step in i; places of their terms for i = 0; how
+    many i). Terms come in the order of `_butterflies`.
+    """
+    half = n // 2
+    if n % 2:
+        cos, sin = 0, half + 1
+        yield [(0, 1)], [cos], 1
+        yield [(1, 1), (n - 1, -1)], [cos + 1, sin], half
+        return
+    even, odd = half + 1, half - 1  # cosine sums, sine sums
+    cos, alternating_cos = 0, (even + 1) // 2
+    sin, alternating_sin = even, even + (odd + 1) // 2
+    yield [(0, 1), (half, 1)], [cos, alternating_cos], 1
+    quarter = half // 2
+    if half % 2 == 0:
+        yield [(quarter, 1), (n - quarter, 1)], [cos + quarter, sin + quarter - 1], 1
+    yield (
+        [(1, 1), (n - 1, -1), (half - 1, -1), (half + 1, 1)],
+        [cos + 1, alternating_cos + 1, sin, alternating_sin],
+        odd // 2,
+    )
 
 
 def _butterflies(values: Sequence[Expr]) -> list[Expr]:

@@ -1,12 +1,13 @@
 """Layer normalization on a CPU: a row stays in the first-level cache for its three passes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tvm.script import tirx as T
 
 from gfcompile.targets.target import Cpu
-from gfcompile.targets.tvm.kernel import ActStorage, LayerNorm, Scheduled, Step
+from gfcompile.targets.tvm.kernel import ActStorage, Array, LayerNorm, Scheduled, Step
+from gfcompile.targets.tvm.schedules import neon_epilogue
 from gfcompile.targets.tvm.schedules.cpu_tiling import (
     ceil_div,
     fitting_lanes,
@@ -33,6 +34,9 @@ def schedule_layer_norm(kernel: LayerNorm, cpu: Cpu, storage: ActStorage) -> Sch
         lanes * vectors for vectors in (4, 2, 1) if n % (lanes * vectors) == 0 or vectors == 1
     )
     out_dtype = storage.dtype if kernel.out == "int8" else "float32"
+    pairs = 2 * neon_epilogue.LANES
+    in_steps = kernel.out == "int8" and storage.saturates and n % pairs == 0
+    quant_args = neon_epilogue.STEPS_ARGS if in_steps else 4
 
     def finished(value: Expr, quant: Any) -> Expr:
         return quantize(value, quant, storage) if kernel.out == "int8" else value
@@ -48,7 +52,7 @@ def schedule_layer_norm(kernel: LayerNorm, cpu: Cpu, storage: ActStorage) -> Sch
         x: T.Buffer((kernel.rows, n), "float32"),
         gamma: T.Buffer((n,), "float32"),
         beta: T.Buffer((n,), "float32"),
-        quant: T.Buffer((4,), "float32"),
+        quant: T.Buffer((quant_args,), "float32"),
         y: T.Buffer((kernel.rows, n), out_dtype),
     ):
         T.func_attr({"tirx.noalias": True})
@@ -58,13 +62,53 @@ def schedule_layer_norm(kernel: LayerNorm, cpu: Cpu, storage: ActStorage) -> Sch
             scale: T.let = T.float32(1) / T.sqrt(variance + T.float32(eps))
             for v in T.serial(ceil_div(n, width)):
                 j: T.let = T.min(v * width, n - width)
-                for lane in T.vectorized(width):
-                    y[row, j + lane] = finished(
-                        (x[row, j + lane] - mean) * scale * gamma[j + lane] + beta[j + lane], quant
-                    )
+                if in_steps:
+                    _store_steps(x, gamma, beta, quant, y, row, j, width, mean, scale)
+                else:
+                    for lane in T.vectorized(width):
+                        y[row, j + lane] = finished(
+                            (x[row, j + lane] - mean) * scale * gamma[j + lane] + beta[j + lane],
+                            quant,
+                        )
 
     args = ("x", "gamma", "beta", *(("quant",) if kernel.out == "int8" else ()), "y")
-    return Scheduled(steps=(Step(func=keep_params(layer_norm, args), args=args),))
+    steps = (Step(func=keep_params(layer_norm, args), args=args),)
+    return Scheduled(steps=steps, pack=_packing_steps() if in_steps else {})
+
+
+def _packing_steps() -> Mapping[str, Callable[[Mapping[str, Array]], Array]]:
+    """How constants become those of a kernel that counts in steps of its result."""
+    return {
+        "gamma": lambda raw: raw["gamma"] * raw["quant"][0],
+        "beta": lambda raw: raw["beta"] * raw["quant"][0],
+        "quant": lambda raw: neon_epilogue.steps_args(raw["quant"]),
+    }
+
+
+def _store_steps(
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    quant: Any,
+    y: Any,
+    row: Expr,
+    start: Expr,
+    width: int,
+    mean: Expr,
+    scale: Expr,
+) -> None:
+    """Writes `width` results of a row, counted in steps before they are rounded."""
+    lanes = neon_epilogue.LANES
+    steps = neon_epilogue.Steps(quant, ())
+
+    def value(at: Expr) -> Expr:
+        distance = x[row, span(at, lanes)] - T.broadcast(mean, lanes)
+        normal = distance * T.broadcast(scale, lanes)
+        return T.bind(normal * gamma[span(at, lanes)] + beta[span(at, lanes)])
+
+    for i in range(0, width, 2 * lanes):
+        two = [value(start + i), value(start + i + lanes)]
+        T.buffer_store(y, steps.stored(two), [row, span(start + i, 2 * lanes)])
 
 
 def _row_sum(n: int, lanes: int, term: Callable[[Expr], Expr]) -> Expr:
