@@ -16,7 +16,7 @@ from gfcompile.targets.tvm.schedules.cpu_tiling import (
     splat,
     sum_of_lanes,
 )
-from gfcompile.targets.tvm.schedules.math import quantize
+from gfcompile.targets.tvm.schedules.math import stored
 from gfcompile.targets.tvm.schedules.params import keep_params
 
 Expr = Any  # tvm.tirx.Expr, or a number where TVM accepts one
@@ -33,13 +33,9 @@ def schedule_layer_norm(kernel: LayerNorm, cpu: Cpu, storage: ActStorage) -> Sch
     width = next(
         lanes * vectors for vectors in (4, 2, 1) if n % (lanes * vectors) == 0 or vectors == 1
     )
-    out_dtype = storage.dtype if kernel.out == "int8" else "float32"
     pairs = 2 * neon_epilogue.LANES
     in_steps = kernel.out == "int8" and storage.saturates and n % pairs == 0
     quant_args = neon_epilogue.STEPS_ARGS if in_steps else 4
-
-    def finished(value: Expr, quant: Any) -> Expr:
-        return quantize(value, quant, storage) if kernel.out == "int8" else value
 
     def element(x: Any, row: Expr) -> Callable[[Expr], Expr]:
         return lambda j: x[row, j]
@@ -53,7 +49,7 @@ def schedule_layer_norm(kernel: LayerNorm, cpu: Cpu, storage: ActStorage) -> Sch
         gamma: T.Buffer((n,), "float32"),
         beta: T.Buffer((n,), "float32"),
         quant: T.Buffer((quant_args,), "float32"),
-        y: T.Buffer((kernel.rows, n), out_dtype),
+        y: T.Buffer((kernel.rows, n), storage.dtype_of(kernel.out)),
     ):
         T.func_attr({"tirx.noalias": True})
         for row in row_loop(kernel.rows, n):
@@ -66,9 +62,11 @@ def schedule_layer_norm(kernel: LayerNorm, cpu: Cpu, storage: ActStorage) -> Sch
                     _store_steps(x, gamma, beta, quant, y, row, j, width, mean, scale)
                 else:
                     for lane in T.vectorized(width):
-                        y[row, j + lane] = finished(
+                        y[row, j + lane] = stored(
                             (x[row, j + lane] - mean) * scale * gamma[j + lane] + beta[j + lane],
+                            kernel.out,
                             quant,
+                            storage,
                         )
 
     args = ("x", "gamma", "beta", *(("quant",) if kernel.out == "int8" else ()), "y")
