@@ -12,7 +12,7 @@ from gfcompile.compile.bundle import Bundle
 from gfcompile.compile.pipeline import CompileConfig, compile_model
 from gfcompile.runtime.errors import UserError
 from gfcompile.targets.target import Target, find_target
-from gfcompile.targets.tvm.choices import choices, device_key, kernel_key, to_json
+from gfcompile.targets.tvm.choices import choices, device_key, kernel_key, space_of, to_json
 from gfcompile.targets.tvm.emit import kernel_name
 from gfcompile.targets.tvm.kernel import Dense
 from gfcompile.targets.tvm.tuning.database import Database, Entry, load, shipped
@@ -34,10 +34,12 @@ def tuned_database(path: Path, kernel: Dense, place: int) -> object:
     target = find_target("host")
     assert isinstance(target, Target)
     choice = choices(kernel, target.cpu)[place]
+    space = space_of(kernel, target.cpu)
+    assert space is not None
     entry = Entry(
         kernel=kernel_key(kernel),
         target=device_key(target.cpu),
-        schedule="cpu_dense/2",
+        schedule=space.schedule,
         choice=to_json(choice),
         how="static",
         unit="cycles",
