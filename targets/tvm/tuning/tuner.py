@@ -24,6 +24,8 @@ from gfcompile.targets.tvm.tuning.tasks import Task
 
 _BATCH = 8  # candidates that are built together, then measured in turn
 _ROUNDS = 3  # of turns
+# What takes so many times as long as the best, or as the default, gets no further turn.
+_OUT_OF_THE_RUNNING = 1.25
 _CONFIRMING_ROUNDS = 9
 # Of those, one at most may be slower than the default's: 98% sure that their median is not.
 _MOST_SLOWER = 1
@@ -376,15 +378,19 @@ class Tuner:
         measured = self._runner.how == "measured"
         inputs = state.task.inputs()
         ratios: dict[Choice, list[float]] = {choice: [] for choice in built}
+        running = list(built)
         for _ in range(rounds if measured else 1):
             default = state.default_cost * state.task.calls
             if measured:
                 default = self._run(state, state.default, inputs)
-            for choice in [c for c in built if c not in failures]:
+            for choice in running:
                 try:
                     ratios[choice].append(self._run(state, built[choice], inputs) / default)
                 except CandidateError as error:
                     failures[choice] = error
+            medians = {c: statistics.median(ratios[c]) for c in running if c not in failures}
+            most = _OUT_OF_THE_RUNNING * min([1.0, *medians.values()])
+            running = [choice for choice, median in medians.items() if median <= most]
         return {c: r for c, r in ratios.items() if c not in failures}
 
     def _run(self, state: _State, built: Built, inputs: bytes) -> float:
