@@ -87,13 +87,19 @@ class KernelResult:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelResult:
-    """One model: the whole bundle, in ms of an inference, and its heaviest kernels."""
+    """One model: the whole bundle, in ms of an inference, and its heaviest kernels.
+
+    Attributes:
+        ruled_ms: by the schedules' rules alone.
+    """
 
     model: str
     trials: int
     seconds: float
+    ruled_ms: float
     shipped_ms: float
     tuned_ms: float
+    over_ruled: Ratio
     over_shipped: Ratio
     kernels: Sequence[KernelResult]
 
@@ -108,8 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for result in results:
         print(
             f"\n{result.model}: {result.trials} trials in {result.seconds:.0f} s; an inference "
-            f"takes {result.shipped_ms:.2f} ms as shipped, {result.tuned_ms:.2f} ms tuned: "
-            f"{result.over_shipped}"
+            f"takes {result.ruled_ms:.2f} ms by the rules alone, {result.shipped_ms:.2f} ms as "
+            f"shipped, {result.tuned_ms:.2f} ms tuned, which is {result.over_shipped} of what is "
+            f"shipped and {result.over_ruled} of the rules"
         )
         print_kernels(result.kernels)
     print("\nratio: ours tuned, over what is to the left of it; below 1 tuning is the faster one")
@@ -175,13 +182,15 @@ def compare(model: str, trials: int, rounds: int) -> ModelResult:
             )
             for task in dense
         ]
-        shipped, tuned = _inferences_ms(model, path, rounds, folder)
+        ruled, shipped, tuned = _inferences_ms(model, path, rounds, folder)
         return ModelResult(
             model=model,
             trials=trials,
             seconds=seconds,
+            ruled_ms=statistics.median(ruled),
             shipped_ms=statistics.median(shipped),
             tuned_ms=statistics.median(tuned),
+            over_ruled=ratio(tuned, ruled),
             over_shipped=ratio(tuned, shipped),
             kernels=kernels,
         )
@@ -305,22 +314,23 @@ def _macs(task: Task) -> int:
 
 def _inferences_ms(
     model: str, path: Path, rounds: int, folder: Path
-) -> tuple[list[float], list[float]]:
-    """Times of the bundle with what gfcompile ships and of the tuned one, turn by turn."""
+) -> tuple[list[float], list[float], list[float]]:
+    """Times of the bundle by rules, with what gfcompile ships, and tuned, turn by turn."""
     bundles = [
         gfcompile.compile_model(
             CompileConfig(
                 model=model, target="host", tuning_db=tuning_db, output=folder / f"bundle{i}"
             )
         )
-        for i, tuning_db in enumerate(("shipped", path))
+        for i, tuning_db in enumerate(("none", "shipped", path))
     ]
-    times: list[list[float]] = [[], []]
-    with load(bundles[0].path) as shipped, load(bundles[1].path) as tuned:
+    times: tuple[list[float], list[float], list[float]] = ([], [], [])
+    with ExitStack() as stack:
+        sessions = [stack.enter_context(load(bundle.path)) for bundle in bundles]
         for _ in range(rounds):
-            for found, session in zip(times, (shipped, tuned), strict=True):
+            for found, session in zip(times, sessions, strict=True):
                 found.append(session.benchmark(runs=5, warmup=1).median_ms)
-    return times[0], times[1]
+    return times
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -14,7 +14,7 @@ from gfcompile.runtime.errors import UserError
 from gfcompile.targets.target import Target, find_target
 from gfcompile.targets.tvm.choices import choices, device_key, kernel_key, space_of, to_json
 from gfcompile.targets.tvm.emit import kernel_name
-from gfcompile.targets.tvm.kernel import Dense
+from gfcompile.targets.tvm.kernel import Dense, Kernel
 from gfcompile.targets.tvm.tuning.database import Database, Entry, load, shipped
 
 
@@ -108,7 +108,7 @@ def test_every_shipped_entry_is_in_the_space_of_a_kernel_of_today() -> None:
         assert Database([entry]).tuned([kernel], device), entry
 
 
-def eval_kernel(text: str) -> Dense:
+def eval_kernel(text: str) -> Kernel:
     from gfcompile.targets.tvm import kernel
 
     name, _, fields = text.rstrip(")").partition("(")
@@ -116,7 +116,7 @@ def eval_kernel(text: str) -> Dense:
     for field in fields.split(", "):
         key, _, value = field.partition("=")
         values[key] = {"True": True}.get(value, int(value) if value.isdigit() else value)
-    made: Dense = getattr(kernel, name)(**values)
+    made: Kernel = getattr(kernel, name)(**values)
     return made
 
 
