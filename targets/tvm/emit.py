@@ -67,7 +67,7 @@ class Artifact:
         plan: as serialized in plan.bin.
         better_plans: those of the target's levels that gain by it, in plan-1.bin, plan-2.bin, ...
         arena: how activations share memory.
-        kernels: one record per compiled function, for the manifest.
+        kernels: one record per compiled function, for the manifest; none unless asked for.
         cuda_source: what NVRTC compiled, for a stand-in driver; "" on a CPU.
     """
 
@@ -165,6 +165,7 @@ def emit(
     std: tuple[float, float, float] | None,
     group_size: int | None = None,
     tuning: Tuning | None = None,
+    describe: bool = True,
 ) -> Artifact:
     """Writes `library`, plan.bin, weights.bin and, for a GPU, kernels.ptx and kernels.cubin.
 
@@ -174,6 +175,7 @@ def emit(
         mean, std: the normalization of the image input, if it is one.
         group_size: how many weights of four bits share a factor; None where none do.
         tuning: a tuning database's choices; without it the schedules' own rules choose.
+        describe: whether to say of each kernel what it costs, which takes a fifth of the time.
 
     Raises:
         CompileError: a kernel that cannot be compiled for the target.
@@ -250,7 +252,7 @@ def emit(
         arena=built[0][1],
         kernels=tuple(
             record
-            for number, level in enumerate(levels)
+            for number, level in enumerate(levels if describe else ())
             for record in _kernel_records(program, level, number, module, target)
         ),
         cuda_source="" if module is None else module.source,
