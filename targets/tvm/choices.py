@@ -14,6 +14,7 @@ from gfcompile.targets.target import Cpu, Gpu
 from gfcompile.targets.tvm.kernel import Attention, Dense, DftFilter, Generic, Kernel
 from gfcompile.targets.tvm.schedules import (
     cpu_amx,
+    cpu_amx_float,
     cpu_attention,
     cpu_dense,
     cpu_filter,
@@ -75,7 +76,8 @@ def space_of(kernel: Kernel, device: Cpu | Gpu) -> Space | None:
     """The design space that `kernel` belongs to on `device`; None if its schedule has no choice."""
     if isinstance(device, Gpu):
         return _ON_GPU.get(type(kernel))
-    if device.amx and isinstance(kernel, Dense) and cpu_amx.takes(kernel):
+    amx = (cpu_amx, cpu_amx_float) if device.amx else ()
+    if isinstance(kernel, Dense) and any(schedule.takes(kernel) for schedule in amx):
         return None
     return _ON_CPU[device.arch].get(type(kernel))
 

@@ -317,6 +317,7 @@ def kernel_name(kernel: Kernel) -> str:
     match kernel:
         case Dense():
             parts = [f"dense_{kernel.m}x{kernel.n}x{kernel.k}", _short(kernel.x)]
+            parts += ["fixed"] * kernel.fixed_point
             added = f"add{kernel.residual_rows}_{_short(kernel.residual_dtype)}"
             epilogue = ["gelu"] * kernel.gelu + [added] * bool(kernel.residual_rows)
             parts += reversed(epilogue) if kernel.residual_first else epilogue
@@ -623,7 +624,8 @@ class _PlanBuilder:
 
     def _weight(self, kernel: Dense, array: Array, shape: tuple[int, ...]) -> int:
         """A matrix of weights: of four bits where they fit, as it is where they do not."""
-        if array.dtype not in (np.int8, np.int32):  # perhaps four to a word
+        # Four may be in a word; of a float matrix, int8 ones are digits.
+        if kernel.x == "float32" or array.dtype not in (np.int8, np.int32):
             return self._constant(array, shape)
         values = np.ascontiguousarray(array).view(np.int8).reshape(-1)
         if fits_int4(values):
