@@ -1,4 +1,4 @@
-"""Instructions that an inference retires on ARM: our bundles beside LiteRT and ONNX Runtime.
+"""Instructions that an inference retires on ARM: our bundles beside other runtimes.
 
     python benchmarks/arm.py [--quick] [--json FILE]
 
@@ -7,8 +7,9 @@ any machine, but it is no time: which instructions they are, and what memory cos
 One inference is what a process with two retires, less one with one. Ours run by gfbench; the peers
 run by their own arm64 wheels in an arm64 CPython, kept in the user's cache: LiteRT on our .tflite,
 ONNX Runtime on the graph that our kernels were compiled from, its int8 activations signed and
-unsigned. In float16, on the A76 alone, LiteRT has float16 weights, which it widens: its wheel
-offers no switch for XNNPACK's float16 kernels. Where that Python cannot be made, they are left out,
+unsigned, and in float32 MNN on that graph and ncnn on the module, both converted here, which needs
+the environment of requirements-peers.txt. In float16, on the A76 alone, LiteRT has float16 weights,
+which it widens: its wheel offers no switch for XNNPACK's float16 kernels. What fails is left out,
 and a line says why. Of our hot loops llvm-mca says how many cycles they take on its model of the
 core, beside those that their multiplications alone take (see hot_loops.py). Exits with 1 if a bound
 is missed.
@@ -28,10 +29,13 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir
 from cpu import EXACT, Check, cosine, describe_machine
-from environments import LITERT_WHEELS, CannotBeMadeError, Environments
+from environments import LITERT_WHEELS, Arm64Python, CannotBeMadeError, Environments
 from hot_loops import HotLoop, NoModelError, hot_loops
+from mobile_peers import RUNTIMES, converted
+from onnx import inliner
 from peers import SAME_GRAPH, UNSIGNED, Array, onnx_runtime, unsigned
 
 from gfcompile.compile import tables
@@ -61,8 +65,8 @@ PRECISIONS: Mapping[str, tuple[Precision, ...]] = {
     "cortex-a72": ("float32", "int8"),
     "cortex-a76": ("float32", "float16", "int8"),  # the others have no float16 arithmetic
 }
-OURS, LITERT = "gfcompile", "LiteRT"
-# Of our instructions over those of the best peer; a peer counts if its logits are as exact.
+OURS, LITERT, MNN, NCNN = "gfcompile", "LiteRT", "MNN", "ncnn"
+# Of our instructions over those of the best peer but MNN; one counts if its logits are as exact.
 BOUNDS: Mapping[tuple[str, Precision], float] = {
     ("cortex-a53", "float32"): 0.90,
     ("cortex-a72", "float32"): 0.90,
@@ -70,13 +74,13 @@ BOUNDS: Mapping[tuple[str, Precision], float] = {
     ("cortex-a72", "int8"): 0.88,
     ("cortex-a76", "int8"): 0.80,
 }
-# MNN is not run here: what it retired when it was, and 5% on top.
+# What MNN retired when this bound was set, and 5% on top.
 MAX_FLOAT_GIGA = 0.836 * 1.05
-NOT_CONVERTED = ("ncnn", "MNN")
 # Of the modelled bound, by the slowest of our hot loops.
 LEAST_OF_BOUND = 0.90
 
 ONNX_RUNTIME_WHEELS = ("onnxruntime==1.31.1", "packaging")
+MOBILE_WHEELS = ("MNN==3.6.1", "ncnn==1.0.20261020", "numpy==2.4.*")
 ENVIRONMENTS = Environments("gfcompile-benchmarks")
 # One thread throughout, and nothing that differs from one start of Python to the next.
 SETTINGS = {"OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -132,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     cpus = list(TARGETS)[-1:] if options.quick else list(TARGETS)
     machine = describe_machine()
-    absent = dict.fromkeys(NOT_CONVERTED, "this script does not convert for it")
+    absent: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
             results = compare(cpus, Path(folder), absent)
@@ -168,18 +172,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(cpus: Sequence[str], folder: Path, absent: dict[str, str]) -> list[Result]:
     """All contenders on these CPUs; those that cannot take part go into `absent`."""
     files = make_files(folder)
+    mobile = list(convert_mobile(files, absent))
     jobs = [
         job
         for cpu in cpus
         for precision in PRECISIONS[cpu]
-        for job in (our_job(cpu, precision, files), *peer_jobs(cpu, precision, files, absent))
+        for job in (
+            our_job(cpu, precision, files),
+            *peer_jobs(cpu, precision, files, absent),
+            *(mobile_jobs(cpu, mobile, files, absent) if precision == "float32" else ()),
+        )
     ]
     # Counts do not depend on what else runs, so all cores may be used.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        measured = list(pool.map(measure, jobs))
+        outcomes = zip(jobs, pool.map(attempt, jobs), strict=True)
+        measured = []
+        for job, outcome in outcomes:
+            if isinstance(outcome, str):
+                absent[f"{job.contender}, {job.cpu} {job.precision}"] = outcome
+            else:
+                measured.append((job, *outcome))
     ours = {
         (job.cpu, job.precision): instructions
-        for job, (instructions, _) in zip(jobs, measured, strict=True)
+        for job, instructions, _ in measured
         if job.contender == OURS
     }
     return [
@@ -191,7 +206,7 @@ def compare(cpus: Sequence[str], folder: Path, absent: dict[str, str]) -> list[R
             ratio=ours[job.cpu, job.precision] / instructions,
             cosine=cosine(logits, files.expected),
         )
-        for job, (instructions, logits) in zip(jobs, measured, strict=True)
+        for job, instructions, logits in measured
     ]
 
 
@@ -215,6 +230,10 @@ class Files:
 
     def onnx(self, precision: Precision, *, signed: bool = True) -> Path:
         return self.folder / f"{precision}{'' if signed else '-unsigned'}.onnx"
+
+    def mobile(self, package: str) -> Path:
+        """The folder that MNN or ncnn reads its model from."""
+        return self.folder / package
 
 
 def make_files(folder: Path) -> Files:
@@ -268,6 +287,38 @@ def our_job(cpu: str, precision: Precision, files: Files) -> Job:
     return Job(cpu=cpu, precision=precision, contender=OURS, once=once, twice=twice)
 
 
+def convert_mobile(files: Files, absent: dict[str, str]) -> Iterator[str]:
+    """Converts for MNN and ncnn; the packages of those for which that works."""
+    graph = inliner.inline_local_functions(onnx.load(files.onnx("float32")))
+    for runtime in RUNTIMES:
+        if runtime.package not in (MNN, NCNN):
+            continue
+        print(f"converting {MODEL} for {runtime.package}", file=sys.stderr)
+        place = files.mobile(runtime.package)
+        place.mkdir()
+        onnx.save(graph, place / "graph.onnx")
+        if reason := converted(runtime, MODEL, "float32", place):
+            absent[runtime.package] = reason
+        else:
+            yield runtime.package
+
+
+def mobile_jobs(
+    cpu: str, packages: Sequence[str], files: Files, absent: dict[str, str]
+) -> Iterator[Job]:
+    """MNN and ncnn on this CPU; none, and a line that says why, without a Python for them."""
+    if not packages:
+        return
+    try:
+        python = ENVIRONMENTS.arm64_python(cpu, "arm64-mobile", MOBILE_WHEELS, SETTINGS)
+    except CannotBeMadeError as error:
+        absent |= dict.fromkeys(packages, str(error))
+        return
+    for package in packages:
+        model = files.mobile(package)
+        yield peer_job(cpu, "float32", package, python, package.lower(), model, files.image)
+
+
 def peer_jobs(
     cpu: str, precision: Precision, files: Files, absent: dict[str, str]
 ) -> Iterator[Job]:
@@ -284,15 +335,27 @@ def peer_jobs(
     if precision == "int8":
         contenders[UNSIGNED] = ("onnxruntime", files.onnx("int8", signed=False), files.image)
     for name, (peer, model, image) in contenders.items():
-        command = (python.program, str(PEER_SCRIPT), peer, str(model), str(image))
-        yield Job(
-            cpu=cpu,
-            precision=precision,
-            contender=name,
-            qemu=python.qemu,
-            once=(*command, "1"),
-            twice=(*command, "2"),
-        )
+        yield peer_job(cpu, precision, name, python, peer, model, image)
+
+
+def peer_job(
+    cpu: str,
+    precision: Precision,
+    contender: str,
+    python: Arm64Python,
+    peer: str,
+    model: Path,
+    image: Path,
+) -> Job:
+    command = (python.program, str(PEER_SCRIPT), peer, str(model), str(image))
+    return Job(
+        cpu=cpu,
+        precision=precision,
+        contender=contender,
+        qemu=python.qemu,
+        once=(*command, "1"),
+        twice=(*command, "2"),
+    )
 
 
 class ContenderDevice(QemuDevice):
@@ -302,6 +365,20 @@ class ContenderDevice(QemuDevice):
         super().__init__(f"qemu:{job.cpu}", job.cpu)
         if job.qemu:
             self._command = list(job.qemu)
+
+
+def attempt(job: Job) -> tuple[int, Array] | str:
+    """What `measure` returns; of a peer that fails, why.
+
+    Raises:
+        DeviceError: our own bundle fails.
+    """
+    try:
+        return measure(job)
+    except DeviceError as error:
+        if job.contender == OURS:
+            raise
+        return str(error)
 
 
 def measure(job: Job) -> tuple[int, Array]:
@@ -366,7 +443,7 @@ def judge(results: Sequence[Result]) -> list[Check]:
             r
             for r in results
             if (r.cpu, r.precision) == (own.cpu, own.precision)
-            and r.contender != OURS
+            and r.contender not in (OURS, MNN)
             and r.cosine >= EXACT
         ]
         what = f"{own.cpu} {own.precision}"
@@ -383,7 +460,7 @@ def judge(results: Sequence[Result]) -> list[Check]:
         if own.precision == "float32":
             checks.append(
                 Check(
-                    what=f"{what}: G instructions, beside MNN's",
+                    what=f"{what}: G instructions",
                     value=own.instructions / 1e9,
                     bound=MAX_FLOAT_GIGA,
                 )
@@ -431,7 +508,8 @@ def print_table(results: Sequence[Result]) -> None:
 
 def versions() -> Mapping[str, str]:
     """Of what was compared, and of what played the CPUs."""
-    wheels = dict(wheel.split("==") for wheel in (LITERT_WHEELS[0], ONNX_RUNTIME_WHEELS[0]))
+    peers = (LITERT_WHEELS[0], ONNX_RUNTIME_WHEELS[0], *MOBILE_WHEELS[:2])
+    wheels = dict(wheel.split("==") for wheel in peers)
     qemu = subprocess.run(
         ["qemu-aarch64", "--version"], capture_output=True, text=True, check=False
     ).stdout

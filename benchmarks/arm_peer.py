@@ -1,19 +1,20 @@
 """A peer in a process of its own, on the CPU that it is to be counted on: see arm.py.
 
-    python arm_peer.py litert|onnxruntime MODEL IMAGE INFERENCES
+    python arm_peer.py litert|onnxruntime|mnn|ncnn MODEL IMAGE INFERENCES
 
-Reads one image, float32 as the model takes it, and writes the logits into the current folder.
+Reads one image, float32 as the model takes it, and writes the logits into the current folder. The
+model of MNN and of ncnn is the folder that mobile_peers.py converted into.
 Nothing of gfcompile is imported: this runs in a Python that has the peers and NumPy alone.
 """
 
+import math
 import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
+import mobile_sessions
 import numpy as np
-import numpy.typing as npt
-
-Array = npt.NDArray[Any]
+from mobile_sessions import Array, Run
 
 
 def main(peer: str, model: str, image: str, inferences: str) -> None:
@@ -24,7 +25,7 @@ def main(peer: str, model: str, image: str, inferences: str) -> None:
     logits.astype(np.float32).tofile("logits.f32")
 
 
-def litert(model: str) -> Callable[[Array], Array]:
+def litert(model: str) -> Run:
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(model_path=model, num_threads=1)
@@ -39,7 +40,7 @@ def litert(model: str) -> Callable[[Array], Array]:
     return run
 
 
-def onnx_runtime(model: str) -> Callable[[Array], Array]:
+def onnx_runtime(model: str) -> Run:
     import onnxruntime as ort
 
     settings = ort.SessionOptions()
@@ -56,9 +57,26 @@ def onnx_runtime(model: str) -> Callable[[Array], Array]:
     return run
 
 
-PEERS: dict[str, Callable[[str], Callable[[Array], Array]]] = {
+def mnn(folder: str) -> Run:
+    run = mobile_sessions.mnn(Path(folder), 1)
+    return lambda pixels: run(_nchw(pixels))
+
+
+def ncnn(folder: str) -> Run:
+    run = mobile_sessions.ncnn(Path(folder), 1)
+    return lambda pixels: run(_nchw(pixels))
+
+
+def _nchw(pixels: Array) -> Array:
+    side = math.isqrt(pixels.size // 3)
+    return pixels.reshape(1, 3, side, side)
+
+
+PEERS: dict[str, Callable[[str], Run]] = {
     "litert": litert,
     "onnxruntime": onnx_runtime,
+    "mnn": mnn,
+    "ncnn": ncnn,
 }
 
 if __name__ == "__main__":

@@ -12,18 +12,16 @@ import importlib.util
 import subprocess
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
+from mobile_sessions import Array, Run, mnn, ncnn
 
 from gfcompile.compile.models import load_model
 from gfcompile.runtime.images import preprocess, stand_in_photos
 
-Array = npt.NDArray[Any]
-Run = Callable[[Array], Array]
 Precision = Literal["float32", "bfloat16", "int8"]
 
 _CONVERSION_LIMIT_S = 900.0
@@ -103,27 +101,7 @@ class Mnn(Runtime):
         mnnconvert(["mnnconvert", *options])
 
     def open(self, precision: Precision, folder: Path, threads: int) -> Run:
-        import MNN
-
-        manager = MNN.nn.create_runtime_manager(
-            (
-                {
-                    "backend": "CPU",
-                    "numThread": threads,
-                    "precision": "high",  # on x86 "low" gives the same bits, no faster
-                    "memory": "low" if precision == "int8" else "normal",
-                },
-            )
-        )
-        net = MNN.nn.load_module_from_file(
-            str(folder / "model.mnn"), ["image"], ["logits"], runtime_manager=manager
-        )
-
-        def run(image: Array) -> Array:
-            given = MNN.expr.const(image, list(image.shape), MNN.expr.NCHW)
-            return np.array(net.forward(MNN.expr.convert(given, MNN.expr.NC4HW4)).read())
-
-        return run
+        return mnn(folder, threads, int8=precision == "int8")
 
 
 class Ncnn(Runtime):
@@ -146,27 +124,7 @@ class Ncnn(Runtime):
         subprocess.run(command, cwd=folder, check=True, stdout=sys.stderr)
 
     def open(self, precision: Precision, folder: Path, threads: int) -> Run:
-        import ncnn
-
-        net = ncnn.Net()
-        net.opt.num_threads = threads
-        net.opt.use_bf16_storage = precision == "bfloat16"
-        for load, name in (
-            (net.load_param, "model.ncnn.param"),
-            (net.load_model, "model.ncnn.bin"),
-        ):
-            if load(str(folder / name)):
-                raise RuntimeError(f"ncnn cannot load the {name} that pnnx wrote")
-
-        def run(image: Array) -> Array:
-            with net.create_extractor() as extractor:
-                extractor.input("in0", ncnn.Mat(image[0]))
-                status, logits = extractor.extract("out0")
-                if status:
-                    raise RuntimeError(f"ncnn fails with status {status}")
-                return np.array(logits)[np.newaxis]
-
-        return run
+        return ncnn(folder, threads, bfloat16=precision == "bfloat16")
 
 
 RUNTIMES: tuple[Runtime, ...] = (ExecuTorch(), Mnn(), Ncnn())

@@ -7,11 +7,15 @@ it found then runs beside the bundle with what gfcompile ships, in turn. And the
 nearly all of the time, are given to MetaSchedule as plain functions, to search in the space that it
 generates, by the same builder and runner and for as long as our search took; what either found runs
 in turn with the other. MetaSchedule's functions have our GELU, for its own is a scalar call.
+
+A ratio is the median of those of the single turns, with the bounds that hold the true median with
+95% confidence, whatever the noise is like.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import os
 import statistics
 import sys
@@ -28,6 +32,7 @@ from cpu import describe_machine
 from tvm import te
 
 import gfcompile
+from gfcompile.compile import tables
 from gfcompile.compile.cache import open_cache
 from gfcompile.compile.pipeline import CompileConfig, lowered_graph
 from gfcompile.compile.progress import SilentProgress
@@ -40,6 +45,7 @@ from gfcompile.targets.tvm.schedules.math import gelu
 from gfcompile.targets.tvm.tuning.builders import Builders, Built, CandidateError, Job
 from gfcompile.targets.tvm.tuning.database import Database
 from gfcompile.targets.tvm.tuning.database import load as load_database
+from gfcompile.targets.tvm.tuning.database import shipped as shipped_database
 from gfcompile.targets.tvm.tuning.devices import one_level, open_runner
 from gfcompile.targets.tvm.tuning.runners import Runner
 from gfcompile.targets.tvm.tuning.tasks import Task, tasks
@@ -50,8 +56,24 @@ PACKAGES = ("gfcompile", "apache-tvm", "numpy", "xgboost-cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """The median of a cost over another one, and the 95% bounds of that."""
+
+    median: float
+    least: float
+    most: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.least:.3f} to {self.most:.3f})"
+
+
+@dataclass(frozen=True, kw_only=True)
 class KernelResult:
-    """One dense kernel, in ms of one call: as shipped, tuned, and as MetaSchedule makes it."""
+    """One dense kernel, in ms of one call: as shipped, tuned, and as MetaSchedule makes it.
+
+    Attributes:
+        over_shipped, over_metaschedule: what tuning found, over the others.
+    """
 
     kernel: str
     calls: int
@@ -59,41 +81,44 @@ class KernelResult:
     tuned_ms: float
     metaschedule_ms: float
     metaschedule_trials: int
+    over_shipped: Ratio
+    over_metaschedule: Ratio
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelResult:
-    """One model: the whole bundle, in ms of an inference, and its heaviest kernels."""
+    """One model: the whole bundle, in ms of an inference, and its heaviest kernels.
+
+    Attributes:
+        ruled_ms: by the schedules' rules alone.
+    """
 
     model: str
     trials: int
     seconds: float
+    ruled_ms: float
     shipped_ms: float
     tuned_ms: float
+    over_ruled: Ratio
+    over_shipped: Ratio
     kernels: Sequence[KernelResult]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     trials = 16 if options.quick and options.trials is None else options.trials or 200
-    rounds = 5 if options.quick else 25
+    rounds = 7 if options.quick else 25
     machine = describe_machine()  # its load before we add ours
     results = [compare(model, trials, rounds) for model in options.models]
     print(f"{machine['cpu']}; float32, one thread, load before: {machine['load']:.1f}")
     for result in results:
         print(
             f"\n{result.model}: {result.trials} trials in {result.seconds:.0f} s; an inference "
-            f"takes {result.shipped_ms:.2f} ms as shipped, {result.tuned_ms:.2f} ms tuned: "
-            f"{result.tuned_ms / result.shipped_ms:.3f}"
+            f"takes {result.ruled_ms:.2f} ms by the rules alone, {result.shipped_ms:.2f} ms as "
+            f"shipped, {result.tuned_ms:.2f} ms tuned, which is {result.over_shipped} of what is "
+            f"shipped and {result.over_ruled} of the rules"
         )
-        print(f"{'kernel':40} calls  shipped    tuned  ratio  TVM's space  ratio  its trials")
-        for kernel in result.kernels:
-            print(
-                f"{kernel.kernel:40} {kernel.calls:5} {kernel.shipped_ms:8.3f} "
-                f"{kernel.tuned_ms:8.3f} {kernel.tuned_ms / kernel.shipped_ms:6.3f} "
-                f"{kernel.metaschedule_ms:12.3f} {kernel.tuned_ms / kernel.metaschedule_ms:6.3f} "
-                f"{kernel.metaschedule_trials:11}"
-            )
+        print_kernels(result.kernels)
     print("\nratio: ours tuned, over what is to the left of it; below 1 tuning is the faster one")
     if options.json:
         report = {
@@ -105,6 +130,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def print_kernels(kernels: Sequence[KernelResult]) -> None:
+    header = ("ms of a call", "calls", "shipped", "tuned", "ratio", "TVM's space", "ratio")
+    header = (*header, "its trials")
+    rows = [
+        (
+            kernel.kernel,
+            str(kernel.calls),
+            f"{kernel.shipped_ms:.3f}",
+            f"{kernel.tuned_ms:.3f}",
+            str(kernel.over_shipped),
+            f"{kernel.metaschedule_ms:.3f}",
+            str(kernel.over_metaschedule),
+            str(kernel.metaschedule_trials),
+        )
+        for kernel in kernels
+    ]
+    tables.print_table(header, rows, right=set(range(1, len(header))))
 
 
 def compare(model: str, trials: int, rounds: int) -> ModelResult:
@@ -138,13 +182,16 @@ def compare(model: str, trials: int, rounds: int) -> ModelResult:
             )
             for task in dense
         ]
-        shipped, tuned = _inference_ms(model, path, rounds, folder)
+        ruled, shipped, tuned = _inferences_ms(model, path, rounds, folder)
         return ModelResult(
             model=model,
             trials=trials,
             seconds=seconds,
-            shipped_ms=shipped,
-            tuned_ms=tuned,
+            ruled_ms=statistics.median(ruled),
+            shipped_ms=statistics.median(shipped),
+            tuned_ms=statistics.median(tuned),
+            over_ruled=ratio(tuned, ruled),
+            over_shipped=ratio(tuned, shipped),
             kernels=kernels,
         )
 
@@ -183,7 +230,7 @@ def _against_metaschedule(
     # Its evolution takes its time before the first candidate; a few are needed to compare at all.
     other = folder / f"{task.name}.json"
     tried = _tune([plain], runner, builders, other, Budget(seconds=seconds))
-    databases = (Database(), load_database(path), load_database(other))
+    databases = (shipped_database(), load_database(path), load_database(other))
     built = []
     for owner, database in zip((task, task, plain), databases, strict=True):
         known = database.tuned([owner.kernel], owner.device)
@@ -193,18 +240,38 @@ def _against_metaschedule(
         assert isinstance(made, Built), made
         built.append(made)
     times = _in_turn(runner, built, task.inputs(), rounds)
+    shipped, tuned, metaschedule = (statistics.median(found) / task.calls for found in times)
     return KernelResult(
         kernel=task.name,
         calls=task.uses,
-        shipped_ms=times[0] / task.calls,
-        tuned_ms=times[1] / task.calls,
-        metaschedule_ms=times[2] / task.calls,
+        shipped_ms=shipped,
+        tuned_ms=tuned,
+        metaschedule_ms=metaschedule,
         metaschedule_trials=tried,
+        over_shipped=ratio(times[1], times[0]),
+        over_metaschedule=ratio(times[1], times[2]),
     )
 
 
-def _in_turn(runner: Runner, built: Sequence[Built], inputs: bytes, rounds: int) -> list[float]:
-    """The median cost of each."""
+def ratio(costs: Sequence[float], others: Sequence[float]) -> Ratio:
+    """Of costs over those of the same turns.
+
+    Of n turns, the number below the true median is binomial; the bounds are order statistics.
+    """
+    ratios = sorted(cost / other for cost, other in zip(costs, others, strict=True))
+    n = len(ratios)
+    below, outside = 0, 0.5**n
+    while outside <= 0.025:
+        below += 1
+        outside += math.comb(n, below) * 0.5**n
+    least = max(below - 1, 0)
+    return Ratio(median=statistics.median(ratios), least=ratios[least], most=ratios[n - 1 - least])
+
+
+def _in_turn(
+    runner: Runner, built: Sequence[Built], inputs: bytes, rounds: int
+) -> list[list[float]]:
+    """The costs of each, turn by turn."""
     costs: list[list[float]] = [[] for _ in built]
     for _ in range(rounds):
         for found, candidate in zip(costs, built, strict=True):
@@ -212,7 +279,7 @@ def _in_turn(runner: Runner, built: Sequence[Built], inputs: bytes, rounds: int)
                 found.append(runner.run(candidate, inputs, runs=5, limit_s=60).cost)
             except CandidateError as error:
                 raise SystemExit(f"a kernel that ran before fails: {error}") from error
-    return [statistics.median(found) for found in costs]
+    return costs
 
 
 def _as_function(task: Task) -> Task:
@@ -245,22 +312,25 @@ def _macs(task: Task) -> int:
     return task.kernel.m * task.kernel.n * task.kernel.k
 
 
-def _inference_ms(model: str, path: Path, rounds: int, folder: Path) -> tuple[float, float]:
-    """Median times of the bundle with what gfcompile ships and of the tuned one, in turn."""
+def _inferences_ms(
+    model: str, path: Path, rounds: int, folder: Path
+) -> tuple[list[float], list[float], list[float]]:
+    """Times of the bundle by rules, with what gfcompile ships, and tuned, turn by turn."""
     bundles = [
         gfcompile.compile_model(
             CompileConfig(
                 model=model, target="host", tuning_db=tuning_db, output=folder / f"bundle{i}"
             )
         )
-        for i, tuning_db in enumerate(("shipped", path))
+        for i, tuning_db in enumerate(("none", "shipped", path))
     ]
-    times: list[list[float]] = [[], []]
-    with load(bundles[0].path) as shipped, load(bundles[1].path) as tuned:
+    times: tuple[list[float], list[float], list[float]] = ([], [], [])
+    with ExitStack() as stack:
+        sessions = [stack.enter_context(load(bundle.path)) for bundle in bundles]
         for _ in range(rounds):
-            for found, session in zip(times, (shipped, tuned), strict=True):
+            for found, session in zip(times, sessions, strict=True):
                 found.append(session.benchmark(runs=5, warmup=1).median_ms)
-    return statistics.median(times[0]), statistics.median(times[1])
+    return times
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -14,6 +14,7 @@ from gfcompile.targets.target import Cpu, Gpu
 from gfcompile.targets.tvm.kernel import Attention, Dense, DftFilter, Generic, Kernel
 from gfcompile.targets.tvm.schedules import (
     cpu_amx,
+    cpu_amx_float,
     cpu_attention,
     cpu_dense,
     cpu_filter,
@@ -35,8 +36,8 @@ class Space:
     """The choices of one kernel class on CPUs or on GPUs.
 
     Attributes:
-        schedule: the schedule's name and its version, which goes up when a change of the schedule
-            makes old measurements meaningless.
+        schedule: the schedule's name and its version on that architecture, which goes up when a
+            change of the schedule makes old measurements there meaningless.
         choices: those of a kernel on a device, the rule's own one first; empty where it has no
             choice. None where they cannot be listed: MetaSchedule generates them.
     """
@@ -45,11 +46,26 @@ class Space:
     choices: Callable[[Any, Any], Sequence[Choice]] | None
 
 
-_ON_CPU: dict[type, Space] = {
-    Dense: Space(schedule="cpu_dense/2", choices=cpu_dense.dense_choices),
-    DftFilter: Space(schedule="cpu_dft_filter/2", choices=cpu_filter.dft_filter_choices),
-    Attention: Space(schedule="cpu_attention/1", choices=cpu_attention.attention_choices),
-    Generic: Space(schedule="cpu_generic/1", choices=None),
+def _cpu_spaces(
+    *, dense: int, dft_filter: int, attention: int, generic: int
+) -> Mapping[type, Space]:
+    """The spaces on one architecture, whose schedules have these versions there."""
+    return {
+        Dense: Space(schedule=f"cpu_dense/{dense}", choices=cpu_dense.dense_choices),
+        DftFilter: Space(
+            schedule=f"cpu_dft_filter/{dft_filter}", choices=cpu_filter.dft_filter_choices
+        ),
+        Attention: Space(
+            schedule=f"cpu_attention/{attention}", choices=cpu_attention.attention_choices
+        ),
+        Generic: Space(schedule=f"cpu_generic/{generic}", choices=None),
+    }
+
+
+# What changes on ARM leaves what was measured on x86, and the other way round.
+_ON_CPU: Mapping[str, Mapping[type, Space]] = {
+    "x86_64": _cpu_spaces(dense=2, dft_filter=2, attention=1, generic=1),
+    "aarch64": _cpu_spaces(dense=2, dft_filter=2, attention=1, generic=1),
 }
 _ON_GPU: dict[type, Space] = {
     Dense: Space(schedule="gpu_dense/1", choices=gpu_dense.dense_choices),
@@ -60,9 +76,10 @@ def space_of(kernel: Kernel, device: Cpu | Gpu) -> Space | None:
     """The design space that `kernel` belongs to on `device`; None if its schedule has no choice."""
     if isinstance(device, Gpu):
         return _ON_GPU.get(type(kernel))
-    if device.amx and isinstance(kernel, Dense) and cpu_amx.takes(kernel):
+    amx = (cpu_amx, cpu_amx_float) if device.amx else ()
+    if isinstance(kernel, Dense) and any(schedule.takes(kernel) for schedule in amx):
         return None
-    return _ON_CPU.get(type(kernel))
+    return _ON_CPU[device.arch].get(type(kernel))
 
 
 def choices(kernel: Kernel, device: Cpu | Gpu) -> Sequence[Choice]:

@@ -67,7 +67,7 @@ class Artifact:
         plan: as serialized in plan.bin.
         better_plans: those of the target's levels that gain by it, in plan-1.bin, plan-2.bin, ...
         arena: how activations share memory.
-        kernels: one record per compiled function, for the manifest.
+        kernels: one record per compiled function, for the manifest; none unless asked for.
         cuda_source: what NVRTC compiled, for a stand-in driver; "" on a CPU.
     """
 
@@ -165,6 +165,7 @@ def emit(
     std: tuple[float, float, float] | None,
     group_size: int | None = None,
     tuning: Tuning | None = None,
+    describe: bool = True,
 ) -> Artifact:
     """Writes `library`, plan.bin, weights.bin and, for a GPU, kernels.ptx and kernels.cubin.
 
@@ -174,6 +175,7 @@ def emit(
         mean, std: the normalization of the image input, if it is one.
         group_size: how many weights of four bits share a factor; None where none do.
         tuning: a tuning database's choices; without it the schedules' own rules choose.
+        describe: whether to say of each kernel what it costs, which takes a fifth of the time.
 
     Raises:
         CompileError: a kernel that cannot be compiled for the target.
@@ -250,7 +252,7 @@ def emit(
         arena=built[0][1],
         kernels=tuple(
             record
-            for number, level in enumerate(levels)
+            for number, level in enumerate(levels if describe else ())
             for record in _kernel_records(program, level, number, module, target)
         ),
         cuda_source="" if module is None else module.source,
@@ -319,6 +321,7 @@ def kernel_name(kernel: Kernel) -> str:
             if kernel.w == "float16":
                 operands = "f16" if kernel.x == "float16" else f"{operands}xf16"
             parts = [f"dense_{kernel.m}x{kernel.n}x{kernel.k}", operands]
+            parts += ["fixed"] * kernel.fixed_point
             added = f"add{kernel.residual_rows}_{_short(kernel.residual_dtype)}"
             epilogue = ["gelu"] * kernel.gelu + [added] * bool(kernel.residual_rows)
             parts += reversed(epilogue) if kernel.residual_first else epilogue
@@ -625,7 +628,8 @@ class _PlanBuilder:
 
     def _weight(self, kernel: Dense, array: Array, shape: tuple[int, ...]) -> int:
         """A matrix of weights: of four bits where they fit, as it is where they do not."""
-        if array.dtype not in (np.int8, np.int32):  # perhaps four to a word
+        # Four may be in a word; of a float matrix, int8 ones are digits.
+        if kernel.x == "float32" or array.dtype not in (np.int8, np.int32):
             return self._constant(array, shape)
         values = np.ascontiguousarray(array).view(np.int8).reshape(-1)
         if fits_int4(values):

@@ -202,10 +202,10 @@ class _Counter:
             return  # a GPU's barrier
         known = {
             codegen.llvm_lookup_intrinsic_id(f"llvm.x86.{name}"): name
-            for name in ("tdpbusd", "tileloadd64", "tilestored64")
+            for name in ("tdpbusd", "tdpbssd", "tileloadd64", "tilestored64")
         }
         match known.get(self.number(node.args[0])):
-            case "tdpbusd":
+            case "tdpbusd" | "tdpbssd":
                 self.counts["product"] += times * _TILE_OPERATIONS
             case "tileloadd64":
                 self.counts["load"] += times * _TILE_ROWS

@@ -35,6 +35,9 @@ class Dense:
     bias (n,) float32; with residual_rows: residual (residual_rows, n), `residual_dtype` as
     for DftFilter's k; with int8 out: quant (4,) float32, see `quant_args`, or
     (out_groups, 4) for that many equal groups of neighbouring columns; y (m, n).
+
+    With `fixed_point`, of float x, a schedule may round each row of x and each column of w to 24
+    bits of its largest number, rather than each number to 24 bits of its own.
     """
 
     m: int
@@ -48,6 +51,7 @@ class Dense:
     residual_first: bool = False
     out: Act = "float32"
     out_groups: int = 1
+    fixed_point: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ some 20 ms.
 import re
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import gfcompile.runtime.device
@@ -169,8 +170,18 @@ def link_library(
 
 def link_bench(cpu: Cpu, output: Path) -> None:
     """Writes the executable gfbench, which loads the library of the bundle it is given."""
+    output.write_bytes(_bench(cpu))
+    output.chmod(0o755)
+
+
+@cache
+def _bench(cpu: Cpu) -> bytes:
+    """gfbench: who tunes needs hundreds of them, all the same."""
     sources = (str(_RUNTIME / name) for name in _BENCH_SOURCES + _BENCH_SHARES)
-    _link(cpu, output, "-fPIE", "-pie", *sources, "-lm", "-ldl")
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "gfbench"
+        _link(cpu, output, "-fPIE", "-pie", *sources, "-lm", "-ldl")
+        return output.read_bytes()
 
 
 def link_static_bench(

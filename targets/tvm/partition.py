@@ -10,7 +10,7 @@ Views (Reshape and its kin) cost nothing: their output is another name for the s
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -189,6 +189,8 @@ class _Partitioner:
                 calls += self.calls[node]
                 run = []
         calls += self.leftover(run)
+        if any(tensor.dtype == "int8" for tensor in self.tensors.values()):
+            calls = [_in_fixed_point(call) for call in calls]
         return Program(
             inputs=inputs,
             outputs=outputs,
@@ -947,6 +949,13 @@ def _input(node: ir.Node, index: int) -> ir.Value:
 
 def _label(node: ir.Node) -> str:
     return node.name or str(node.outputs[0].name)
+
+
+def _in_fixed_point(call: Call) -> Call:
+    """A call beside int8 ones: who asked for these lets float products be as exact otherwise."""
+    if not isinstance(call.kernel, Dense) or call.kernel.x != "float32":
+        return call
+    return replace(call, kernel=replace(call.kernel, fixed_point=True))
 
 
 def _live(calls: list[Call], outputs: tuple[str, ...]) -> tuple[Call, ...]:

@@ -26,6 +26,7 @@ from gfcompile.targets.tvm.kernel import (
 )
 from gfcompile.targets.tvm.schedules import (
     cpu_amx,
+    cpu_amx_float,
     cpu_attention,
     cpu_conv,
     cpu_dense,
@@ -51,6 +52,8 @@ def _dense_cpu(
 ) -> Scheduled:
     if cpu.amx and cpu_amx.takes(kernel):
         return cpu_amx.schedule_dense(kernel, cpu, storage)
+    if cpu.amx and cpu_amx_float.takes(kernel):
+        return cpu_amx_float.schedule_dense(kernel, cpu, storage)
     return cpu_dense.schedule_dense(kernel, cpu, storage, choice)
 
 

@@ -12,9 +12,9 @@ from gfcompile.compile.bundle import Bundle
 from gfcompile.compile.pipeline import CompileConfig, compile_model
 from gfcompile.runtime.errors import UserError
 from gfcompile.targets.target import Target, find_target
-from gfcompile.targets.tvm.choices import choices, device_key, kernel_key, to_json
+from gfcompile.targets.tvm.choices import choices, device_key, kernel_key, space_of, to_json
 from gfcompile.targets.tvm.emit import kernel_name
-from gfcompile.targets.tvm.kernel import Dense
+from gfcompile.targets.tvm.kernel import Dense, Kernel
 from gfcompile.targets.tvm.tuning.database import Database, Entry, load, shipped
 
 
@@ -34,10 +34,12 @@ def tuned_database(path: Path, kernel: Dense, place: int) -> object:
     target = find_target("host")
     assert isinstance(target, Target)
     choice = choices(kernel, target.cpu)[place]
+    space = space_of(kernel, target.cpu)
+    assert space is not None
     entry = Entry(
         kernel=kernel_key(kernel),
         target=device_key(target.cpu),
-        schedule="cpu_dense/2",
+        schedule=space.schedule,
         choice=to_json(choice),
         how="static",
         unit="cycles",
@@ -106,7 +108,7 @@ def test_every_shipped_entry_is_in_the_space_of_a_kernel_of_today() -> None:
         assert Database([entry]).tuned([kernel], device), entry
 
 
-def eval_kernel(text: str) -> Dense:
+def eval_kernel(text: str) -> Kernel:
     from gfcompile.targets.tvm import kernel
 
     name, _, fields = text.rstrip(")").partition("(")
@@ -114,7 +116,7 @@ def eval_kernel(text: str) -> Dense:
     for field in fields.split(", "):
         key, _, value = field.partition("=")
         values[key] = {"True": True}.get(value, int(value) if value.isdigit() else value)
-    made: Dense = getattr(kernel, name)(**values)
+    made: Kernel = getattr(kernel, name)(**values)
     return made
 
 

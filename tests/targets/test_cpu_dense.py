@@ -78,6 +78,8 @@ def problem(kernel: Dense, cpu: Cpu, *, extreme: bool = False) -> Problem:
         value = x.astype(np.float64) @ w + bias
         # A sum of k products and the bias, in any order (Higham's gamma).
         bound = (k + 1) * EPS * (np.abs(x).astype(np.float64) @ np.abs(w) + np.abs(bias))
+        if kernel.fixed_point:
+            bound = np.maximum(bound, fixed_point_bound(x, w, bias))
     epilogue = ["gelu"] * kernel.gelu + ["residual"] * bool(kernel.residual_rows)
     for part in reversed(epilogue) if kernel.residual_first else epilogue:
         if part == "gelu":
@@ -97,6 +99,25 @@ def problem(kernel: Dense, cpu: Cpu, *, extreme: bool = False) -> Problem:
         args["quant"] = np.stack(quants) if kernel.out_groups > 1 else quants[0]
     args["y"] = poison((m, n), storage.dtype if kernel.out == "int8" else "float32")
     return Problem(args, value, bound)
+
+
+def fixed_point_bound(x: Array, w: Array, bias: Array) -> Array:
+    """How far from x @ w + bias it is with 24 bits for the largest number of a row and a column.
+
+    A row's numbers are rounded to a step, of which there are 0x7F7F00 in the largest one, and so
+    are a column's; four float32 operations make steps of x, which may move that. Of three digits
+    the product of the last ones, up to 2^14 each, is left out. Sums of products are exact until
+    they are put together, in ten float32 operations.
+    """
+    x, w = np.abs(x).astype(np.float64), np.abs(w).astype(np.float64)
+    x_step, w_step = (largest / 0x7F7F00 for largest in (x.max(1)[:, None], w.max(0)))
+    x_error = 0.5 * x_step + 4 * EPS * x
+    w_error = np.broadcast_to(0.5 * w_step, w.shape)
+    operands = x @ w_error + x_error @ (w + w_error)
+    left_out = len(w) * 2**14 * x_step * w_step
+    # Digits are at most half of one of the order above larger than what they stand for.
+    together = 10 * EPS * ((x + 2**15 * x_step) @ (w + 2**15 * w_step) + np.abs(bias))
+    return np.asarray(operands + left_out + together)
 
 
 def scheduled_for(kernel: Dense, cpu: Cpu) -> Scheduled:
@@ -147,6 +168,11 @@ def kernels() -> list[Dense]:
         Dense(m=197, n=176, k=64, x="int8", residual_rows=197),
         Dense(m=17, n=144, k=40, x="int8", out="int8", out_groups=3),
         Dense(m=9, n=24, k=32, gelu=True, residual_rows=1, residual_first=True),
+        # What it takes of float32: one tile of rows, rows and columns that overlap, groups.
+        Dense(m=9, n=16, k=64, fixed_point=True),
+        Dense(m=37, n=100, k=192, gelu=True, fixed_point=True),
+        Dense(m=17, n=72, k=128, out="int8", out_groups=3, fixed_point=True),
+        Dense(m=31, n=48, k=64, gelu=True, residual_rows=1, residual_first=True, fixed_point=True),
     ]
 
 
@@ -436,3 +462,76 @@ def test_amx_kernels_are_made_of_tiles() -> None:
         assert len(re.findall(rf"\b{once}\b", assembly)) == 1
     head = Dense(m=1, n=1000, k=384, x="int8")
     assert "config" not in scheduled_for(head, cpu).consts, "a row fills no tile"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tiles"),
+    [
+        (Dense(m=8, n=16, k=64, fixed_point=True), True),
+        (Dense(m=8, n=16, k=64), False),
+        (Dense(m=7, n=16, k=64, fixed_point=True), False),
+        (Dense(m=8, n=15, k=64, fixed_point=True), False),
+        (Dense(m=8, n=16, k=96, fixed_point=True), False),
+    ],
+    ids=str,
+)
+def test_amx_takes_float32_in_fixed_point_where_it_fills_tiles(kernel: Dense, tiles: bool) -> None:
+    assert ("config" in scheduled_for(kernel, CPUS["avx512_amx"]).consts) == tiles
+    assert scheduled_for(kernel, CPUS["avx512_vnni"]).temps == {}
+
+
+def test_fixed_point_is_nine_products_of_digits_less_the_smallest() -> None:
+    import tvm
+
+    cpu = CPUS["avx512_amx"]
+    step = scheduled_for(Dense(m=196, n=192, k=384, fixed_point=True), cpu).steps[-1]
+    module = tvm.IRModule({"main": step.func.with_attr("global_symbol", "main")})
+    assembly = tvm.compile(module, tvm_target(cpu)).mod.inspect_source("asm")
+    products, loads = (
+        len(re.findall(rf"\b{name}\b", assembly)) for name in ("tdpbssd", "tileloadd")
+    )
+    assert products > 0
+    assert products % 8 == 0
+    assert loads * 8 == products * 6, "each of six digits is loaded once"
+
+
+def test_digits_of_weights_are_within_half_a_step_of_them() -> None:
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((128, 16)).astype(np.float32)
+    w[:, 3] = 0
+    pack = scheduled_for(Dense(m=9, n=16, k=128, fixed_point=True), CPUS["avx512_amx"]).pack
+    digits = pack["w"]({"w": w}).reshape(3, 2, 16, 16, 4).astype(np.int64)  # k = 64a + b + 16d
+    digits = digits.transpose(0, 1, 4, 2, 3).reshape(3, 128, 16)
+    step = pack["scale"]({"w": w}).astype(np.float64) / 2**16
+    error = (digits[0] * 2**16 + digits[1] * 2**8 + digits[2]) * step - w
+    assert (np.abs(error) <= 0.5 * step * (1 + 1e-9)).all()
+    assert (error[:, 3] == 0).all()
+    assert (step <= np.maximum(np.abs(w).max(0), 1e-30) * 2.0**-23 * 1.005).all()
+
+
+@pytest.mark.parametrize("k", [192, 384, 1536])
+def test_fixed_point_is_as_exact_as_float32(k: int) -> None:
+    """Its errors, the largest and their root mean square, are not above those of float32."""
+    kernel = Dense(m=30, n=48, k=k, fixed_point=True)
+    case = problem(kernel, CPUS["avx512_amx"])
+
+    def errors(kernel: Dense) -> Array:
+        scheduled = scheduled_for(kernel, CPUS["avx512_amx"])
+        y = run_kernel(scheduled, case.args, CPUS["avx512_amx"])["y"]
+        error = y - case.value
+        return np.array([np.abs(error).max(), np.sqrt(np.mean(error**2))])
+
+    assert (errors(kernel) <= errors(replace(kernel, fixed_point=False))).all()
+
+
+def test_fixed_point_takes_any_row() -> None:
+    """Rows of zeros, of tiny numbers, with one large number, and sums that use all their bits."""
+    kernel = Dense(m=8, n=16, k=4096, fixed_point=True)
+    cpu = CPUS["avx512_amx"]
+    args = dict(problem(kernel, cpu).args)
+    x, w = args["x"].copy(), args["w"].copy()
+    x[0], x[1], x[2, 7], x[3], w[:, 5], w[:, 6] = 0, x[1] * 1e-20, 1e10, -1, 0, 1
+    y = run_kernel(scheduled_for(kernel, cpu), args | {"x": x, "w": w}, cpu)["y"]
+    error = np.abs(y - (x.astype(np.float64) @ w + args["bias"]))
+    assert (error <= fixed_point_bound(x, w, args["bias"])).all()
+    np.testing.assert_array_equal(y[0], args["bias"])

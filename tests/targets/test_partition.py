@@ -148,6 +148,17 @@ def test_a_float_bias_on_an_int8_product_is_still_right() -> None:
     check(model_of(graph, **constants), tolerance=1e-4)
 
 
+def test_a_float_product_beside_int8_ones_may_be_in_fixed_point() -> None:
+    beside = QDQ.replace("y = Add(m2, x4)", "f = Add(m2, x4)  y = MatMul(f, w3)")
+    program = check(model_of(beside, **qdq_constants(), w3=f32(4, 4)), tolerance=1e-4)
+    kernels = [call.kernel for call in program.calls if isinstance(call.kernel, Dense)]
+    assert [(kernel.x, kernel.fixed_point) for kernel in kernels] == [
+        ("int8", False),
+        ("int8", False),
+        ("float32", True),
+    ]
+
+
 def test_a_quantized_value_that_is_also_read_as_float_is_both() -> None:
     graph = """g (float[2,8] x) => (float[2,8] y, float[2,4] p) {
         q = QuantizeLinear(x, s, z)  y = DequantizeLinear(q, s, z)

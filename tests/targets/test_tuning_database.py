@@ -8,24 +8,35 @@ import pytest
 
 from gfcompile.runtime.errors import UserError
 from gfcompile.targets.target import Cpu, Target, find_target
-from gfcompile.targets.tvm.choices import choices, device_key, kernel_key, to_json
+from gfcompile.targets.tvm import choices as spaces
+from gfcompile.targets.tvm.choices import choices, device_key, kernel_key, space_of, to_json
 from gfcompile.targets.tvm.kernel import Dense
 from gfcompile.targets.tvm.tuning.database import Database, Entry, load, shipped
 
 KERNEL = Dense(m=196, n=384, k=1536)
 
 
-def pi4() -> Cpu:
-    target = find_target("raspberry-pi-4")
+def cpu(name: str) -> Cpu:
+    target = find_target(name)
     assert isinstance(target, Target)
     return target.cpu
+
+
+def pi4() -> Cpu:
+    return cpu("raspberry-pi-4")
+
+
+def schedule(on: Cpu) -> str:
+    space = space_of(KERNEL, on)
+    assert space is not None
+    return space.schedule
 
 
 def entry(**changes: object) -> Entry:
     found = Entry(
         kernel=kernel_key(KERNEL),
         target=device_key(pi4()),
-        schedule="cpu_dense/2",
+        schedule=schedule(pi4()),
         choice=to_json(choices(KERNEL, pi4())[3]),
         how="static",
         unit="instructions",
@@ -55,6 +66,20 @@ def test_entries_survive_the_file(tmp_path: Path) -> None:
 def test_an_entry_for_something_else_changes_nothing(other: str) -> None:
     database = Database([entry(**{other: "cpu_dense/0"})])
     assert database.tuned([KERNEL], pi4()) == {}
+
+
+def test_a_new_version_for_one_architecture_leaves_the_entries_of_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    v3 = cpu("x86-64-v3")
+    values = to_json(choices(KERNEL, v3)[3])
+    elsewhere = entry(target=device_key(v3), schedule=schedule(v3), choice=values)
+    database = Database([entry(), elsewhere])
+    assert database.find(KERNEL, pi4()) == entry()
+    newer = spaces._cpu_spaces(dense=10**6, dft_filter=1, attention=1, generic=1)
+    monkeypatch.setattr(spaces, "_ON_CPU", {**spaces._ON_CPU, "aarch64": newer})
+    assert database.find(KERNEL, pi4()) is None
+    assert database.find(KERNEL, v3) == elsewhere
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

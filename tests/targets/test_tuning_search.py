@@ -144,6 +144,37 @@ def test_a_candidate_with_other_numbers_is_never_kept(tmp_path: Path) -> None:
     assert "computes something else" in (tmp_path / "db.json.trials").read_text()
 
 
+class NoisyRunner(ModelRunner):
+    """Measures that all candidates are twice as fast as the default, but for every n-th time."""
+
+    how = "measured"
+    unit = "ms"
+
+    def __init__(self, builders: NamedBuilders, slow_every: int) -> None:
+        super().__init__(builders)
+        self._slow_every = slow_every
+        self._count = 0
+
+    def run(self, built: Built, inputs: bytes, *, runs: int, limit_s: float) -> Outcome:
+        outcome = super().run(built, inputs, runs=runs, limit_s=limit_s)
+        if self._builders.choices[built.folder] is None:
+            return outcome
+        self._count += 1
+        cost = 110.0 if self._count % self._slow_every == 0 else 50.0
+        return dataclasses.replace(outcome, cost=cost)
+
+
+@pytest.mark.parametrize(("slow_every", "kept"), [(3, False), (100, True)])
+def test_what_is_slower_now_and_then_is_never_kept(
+    tmp_path: Path, slow_every: int, kept: bool
+) -> None:
+    builders = NamedBuilders()
+    runner = NoisyRunner(builders, slow_every)
+    (finding,) = search(tmp_path / "db.json", runner, builders, trials=1)
+    assert (tmp_path / "db.json").exists() == kept
+    assert finding.ratio == (0.5 if kept else 1.0)
+
+
 def test_outputs_may_differ_by_rounding_alone() -> None:
     task = dense_task(target("raspberry-pi-5"))
     expected = np.linspace(-1, 1, 12 * 64, dtype=np.float32)

@@ -16,6 +16,7 @@ columns are set in steps of one row and four bytes, so nothing has to be padded:
 columns overlap at the end as those of `cpu_dense` do.
 """
 
+from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
@@ -42,12 +43,12 @@ from gfcompile.targets.tvm.schedules.math import Expr
 
 # One less than there are: a tile of sums, as the epilogue reads it, has to stay below 1 KB. A
 # product takes a cycle a row, so nothing is lost.
-_TILE_ROWS = 15
-_TILE_BYTES = 64  # of a row
+TILE_ROWS = 15
+TILE_BYTES = 64  # of a row
 # Tasks to split a kernel into. Setting the tiles up takes as long as a dozen products of them.
-_SLICES = 16
+SLICES = 16
 # With fewer rows, a tile does so little for its loads that VNNI is as fast.
-_LEAST_ROWS = 8
+LEAST_ROWS = 8
 # Accumulators are tiles 0 to 3, (row tile, vector); then those of x, then those of w.
 _X_TILE, _W_TILE = 4, 6
 _PAIR = 2  # of row tiles and of vectors: 2 x 2 accumulators for 2 + 2 loads
@@ -57,7 +58,7 @@ def takes(kernel: Dense) -> bool:
     """Whether AMX is worth while: VNNI does the rest."""
     group_columns = kernel.n // kernel.out_groups
     whole = kernel.k % 4 == 0 and group_columns >= 16
-    return kernel.x == "int8" and kernel.m >= _LEAST_ROWS and whole
+    return kernel.x == "int8" and kernel.m >= LEAST_ROWS and whole
 
 
 def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
@@ -65,8 +66,8 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
     product = product_of(kernel, cpu)
     m, k = kernel.m, kernel.k
     depth = _depth(k)
-    row_tiles = min(_PAIR, ceil(m / _TILE_ROWS))
-    row_steps = ceil(m / (row_tiles * _TILE_ROWS))
+    row_tiles = min(_PAIR, ceil(m / TILE_ROWS))
+    row_steps = ceil(m / (row_tiles * TILE_ROWS))
     tile_rows = ceil(m / (row_tiles * row_steps))
     block_rows = min(row_tiles * tile_rows, m)
     offset = block_rows - tile_rows  # of the second tile, which overlaps the first if it must
@@ -75,21 +76,21 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
     columns = Columns(kernel=kernel, product=product, tile=tile)
     lanes = product.lanes
     tasks = cut(kernel, product, row_steps, columns.tiles)
-    slices = min(_SLICES, tasks.count)
+    slices = min(SLICES, tasks.count)
     chunks = k // depth
     in_epilogue = chunks < tile_rows
     turns = row_tiles * tile_rows if in_epilogue else chunks
-    lines = ceil(k * columns.block / (_TILE_BYTES * tasks.passes * turns))
+    lines = ceil(k * columns.block / (TILE_BYTES * tasks.passes * turns))
 
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
         I.func_attr({"tirx.noalias": True})
         operands = declare(columns, (kernel.m, k), storage)
         x, w, bias, y = operands.x, operands.w, operands.bias, operands.y
-        config = I.arg("config", I.buffer((_TILE_BYTES,), "uint8"))
+        config = I.arg("config", I.buffer((TILE_BYTES,), "uint8"))
 
         def load_x(t: int, row: Expr, at: Expr) -> None:
-            _load(_X_TILE + t, x, [row + t * offset, at], k)
+            load_tile(_X_TILE + t, x, [row + t * offset, at], k)
 
         def prefetch(panel: Expr, turn: Expr) -> None:
             for v in range(paired):
@@ -102,7 +103,7 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
                 [registers(tile_rows * lanes, "int32") for _ in range(paired)]
                 for _ in range(row_tiles)
             ]
-            _tile("ldtilecfg", T.address_of(config[0]))
+            instruct("ldtilecfg", T.address_of(config[0]))
             with I.serial(part * tasks.count // slices, (part + 1) * tasks.count // slices) as task:
                 column_tile, start, steps = tasks.at(task)
                 group = column_tile // columns.group_tiles
@@ -115,23 +116,23 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
                     done = I.bind(tasks.pass_of(start, i) * turns)
                     for t in range(row_tiles):
                         for v in range(paired):
-                            _tile("tilezero", T.int8(_accumulator(t, v)))
+                            instruct("tilezero", T.int8(_accumulator(t, v)))
                     with I.serial(chunks) as chunk:
                         if not in_epilogue:
                             prefetch(panel, done + chunk)
                         for t in range(row_tiles):
                             load_x(t, row, chunk * depth)
                         for v in range(paired):
-                            _load(_W_TILE + v, w, [panel + v, chunk * (depth // 4), 0], _TILE_BYTES)
+                            at = [panel + v, chunk * (depth // 4), 0]
+                            load_tile(_W_TILE + v, w, at, TILE_BYTES)
                             for t in range(row_tiles):
-                                operand_tiles = T.int8(_X_TILE + t), T.int8(_W_TILE + v)
-                                _tile("tdpbusd", T.int8(_accumulator(t, v)), *operand_tiles)
+                                tiles = _accumulator(t, v), _X_TILE + t, _W_TILE + v
+                                instruct("tdpbusd", *map(T.int8, tiles))
                     for t in range(row_tiles):
                         for v in range(paired):
                             at = T.address_of(sums[t][v][0])
-                            _tile(
-                                "tilestored64", T.int8(_accumulator(t, v)), at, T.int64(4 * lanes)
-                            )
+                            number = T.int8(_accumulator(t, v))
+                            instruct("tilestored64", number, at, T.int64(TILE_BYTES))
                     for t in range(row_tiles):
                         with I.serial(tile_rows) as r:
                             if in_epilogue:
@@ -142,38 +143,37 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
                                     acc = sums[t][v][r * lanes + lane] + bias[place[1]]
                                     value = finish(kernel, operands, acc, *place, group)
                                     I.buffer_store(y, value, list(place))
-            _tile("tilerelease")
+            instruct("tilerelease")
     args = ("x", *operand_names(kernel), "config")
+    of_sums, of_x, of_w = (tile_rows, TILE_BYTES), (tile_rows, depth), (depth // 4, TILE_BYTES)
     return Scheduled(
         steps=(Step(func=builder.get(), args=args),),
         pack=packing(kernel, product, tile, storage, block=columns.block),
-        consts={"config": _config(tile_rows, depth)},
+        consts={"config": tile_config([of_sums] * _X_TILE + [of_x] * _PAIR + [of_w] * _PAIR)},
     )
 
 
 def _depth(k: int) -> int:
     """The k of a tile: the most that divides k, in groups of four."""
-    return max(depth for depth in range(4, _TILE_BYTES + 1, 4) if k % depth == 0)
+    return max(depth for depth in range(4, TILE_BYTES + 1, 4) if k % depth == 0)
 
 
 def _accumulator(row_tile: int, vector: int) -> int:
     return row_tile * _PAIR + vector
 
 
-def _load(tile: int, buffer: Any, at: list[Expr], stride: int) -> None:
-    _tile("tileloadd64", T.int8(tile), T.address_of(buffer[tuple(at)]), T.int64(stride))
+def load_tile(tile: int, buffer: Any, at: list[Expr], stride: int) -> None:
+    instruct("tileloadd64", T.int8(tile), T.address_of(buffer[tuple(at)]), T.int64(stride))
 
 
-def _tile(instruction: str, *args: Expr) -> None:
+def instruct(instruction: str, *args: Expr) -> None:
     I.evaluate(T.call_llvm_intrin("void", f"llvm.x86.{instruction}", *args))
 
 
-def _config(tile_rows: int, depth: int) -> Array:
-    """The operand of ldtilecfg (Intel SDM, volume 1, 18.3): palette 1, bytes a row, rows."""
-    config = np.zeros(_TILE_BYTES, np.uint8)
-    config[0] = 1
+def tile_config(tiles: Sequence[tuple[int, int]]) -> Array:
+    """The operand of ldtilecfg (Intel SDM, volume 1, 18.3) for tiles of so many rows and bytes."""
+    config = np.zeros(TILE_BYTES, np.uint8)
+    config[0] = 1  # palette
     row_bytes, rows = config[16:32].view(np.uint16), config[48:56]
-    row_bytes[:_X_TILE], rows[:_X_TILE] = _TILE_BYTES, tile_rows
-    row_bytes[_X_TILE:_W_TILE], rows[_X_TILE:_W_TILE] = depth, tile_rows
-    row_bytes[_W_TILE:], rows[_W_TILE:] = _TILE_BYTES, depth // 4
+    rows[:], row_bytes[:] = zip(*tiles, strict=True)
     return config

@@ -530,8 +530,14 @@ def operand_names(kernel: Dense) -> tuple[str, ...]:
     return (*names, "y")
 
 
-def declare(columns: Columns, x_shape: Sequence[int], storage: ActStorage) -> Operands:
-    """Declares the parameters of the PrimFunc under construction."""
+def declare(
+    columns: Columns, x_shape: Sequence[int], storage: ActStorage, bias_dtype: str = ""
+) -> Operands:
+    """Declares the parameters of the PrimFunc under construction.
+
+    Args:
+        bias_dtype: if not that of the accumulators.
+    """
     kernel, product = columns.kernel, columns.product
     n, rows, groups = kernel.n, kernel.residual_rows, kernel.out_groups
     w_shape = (
@@ -546,7 +552,7 @@ def declare(columns: Columns, x_shape: Sequence[int], storage: ActStorage) -> Op
         x=I.arg("x", I.buffer(x_shape, product.x_dtype)),
         w=I.arg("w", I.buffer(w_shape, product.w_dtype)),
         scale=I.arg("scale", I.buffer((n,))) if kernel.x == "int8" else None,
-        bias=I.arg("bias", I.buffer((padded,), product.acc_dtype)),
+        bias=I.arg("bias", I.buffer((padded,), bias_dtype or product.acc_dtype)),
         residual=I.arg("residual", I.buffer((rows, n), residual_dtype)) if rows else None,
         quant=I.arg("quant", I.buffer(quant_shape)) if kernel.out == "int8" else None,
         y=I.arg("y", I.buffer((kernel.m, n), storage.dtype_of(kernel.out))),

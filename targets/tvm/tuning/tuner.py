@@ -24,7 +24,11 @@ from gfcompile.targets.tvm.tuning.tasks import Task
 
 _BATCH = 8  # candidates that are built together, then measured in turn
 _ROUNDS = 3  # of turns
+# What takes so many times as long as the best, or as the default, gets no further turn.
+_OUT_OF_THE_RUNNING = 1.25
 _CONFIRMING_ROUNDS = 9
+# Of those, one at most may be slower than the default's: 98% sure that their median is not.
+_MOST_SLOWER = 1
 # What a finding has to gain: less is noise, or not worth an entry.
 _GAIN = {"measured": 0.98, "static": 0.99}
 _SLICE_MS = 40.0  # of running one candidate before it is the next one's turn
@@ -294,7 +298,8 @@ class Tuner:
         results = dict(zip(proposed, self._builders.build(jobs), strict=True))
         built = {c: b for c, b in results.items() if isinstance(b, Built)}
         failures = {c: b for c, b in results.items() if isinstance(b, CandidateError)}
-        ratios = self._compare(state, built, _ROUNDS, failures)
+        turns = self._compare(state, built, _ROUNDS, failures)
+        ratios = {choice: statistics.median(found) for choice, found in turns.items()}
         if ratios:
             best = min(ratios, key=lambda choice: ratios[choice])
             if ratios[best] < min(state.best, _GAIN[self._runner.how]):
@@ -326,7 +331,9 @@ class Tuner:
             if choice not in again:
                 del ratios[choice]
                 return
-            ratios[choice] = again[choice]
+            ratios[choice] = statistics.median(again[choice])
+            if sum(ratio >= 1 for ratio in again[choice]) > _MOST_SLOWER:
+                return
         if not self._runner.computes and not self._computes_the_same(state, choice, failures):
             del ratios[choice]
             return
@@ -363,24 +370,28 @@ class Tuner:
         built: Mapping[Choice, Built],
         rounds: int,
         failures: dict[Choice, CandidateError],
-    ) -> dict[Choice, float]:
-        """Relative costs of those that run and are right; the others are added to `failures`.
+    ) -> dict[Choice, list[float]]:
+        """Relative costs, by turn, of those that run and are right; `failures` gets the others.
 
         They take turns with the default, so that a device that slows down slows all of them.
         """
         measured = self._runner.how == "measured"
         inputs = state.task.inputs()
         ratios: dict[Choice, list[float]] = {choice: [] for choice in built}
+        running = list(built)
         for _ in range(rounds if measured else 1):
             default = state.default_cost * state.task.calls
             if measured:
                 default = self._run(state, state.default, inputs)
-            for choice in [c for c in built if c not in failures]:
+            for choice in running:
                 try:
                     ratios[choice].append(self._run(state, built[choice], inputs) / default)
                 except CandidateError as error:
                     failures[choice] = error
-        return {c: statistics.median(r) for c, r in ratios.items() if c not in failures}
+            medians = {c: statistics.median(ratios[c]) for c in running if c not in failures}
+            most = _OUT_OF_THE_RUNNING * min([1.0, *medians.values()])
+            running = [choice for choice, median in medians.items() if median <= most]
+        return {c: r for c, r in ratios.items() if c not in failures}
 
     def _run(self, state: _State, built: Built, inputs: bytes) -> float:
         outcome = self._runner.run(built, inputs, runs=state.runs, limit_s=state.limit_s)
