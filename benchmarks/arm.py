@@ -7,9 +7,11 @@ any machine, but it is no time: which instructions they are, and what memory cos
 One inference is what a process with two retires, less one with one. Ours run by gfbench; the peers
 run by their own arm64 wheels in an arm64 CPython, kept in the user's cache: LiteRT on our .tflite,
 ONNX Runtime on the graph that our kernels were compiled from, its int8 activations signed and
-unsigned. Where that Python cannot be made, they are left out, and a line says why. Of our hot loops
-llvm-mca says how many cycles they take on its model of the core, beside those that their
-multiplications alone take (see hot_loops.py). Exits with 1 if a bound is missed.
+unsigned. In float16, on the A76 alone, LiteRT has float16 weights, which it widens: its wheel
+offers no switch for XNNPACK's float16 kernels. Where that Python cannot be made, they are left out,
+and a line says why. Of our hot loops llvm-mca says how many cycles they take on its model of the
+core, beside those that their multiplications alone take (see hot_loops.py). Exits with 1 if a bound
+is missed.
 """
 
 import argparse
@@ -30,12 +32,17 @@ import onnx_ir
 from cpu import EXACT, Check, cosine, describe_machine
 from environments import LITERT_WHEELS, CannotBeMadeError, Environments
 from hot_loops import HotLoop, NoModelError, hot_loops
-from peers import SAME_GRAPH, UNSIGNED, Array, Precision, onnx_runtime, unsigned
+from peers import SAME_GRAPH, UNSIGNED, Array, onnx_runtime, unsigned
 
 from gfcompile.compile import tables
 from gfcompile.compile.bundle import Bundle
 from gfcompile.compile.cache import open_cache
-from gfcompile.compile.pipeline import CompileConfig, compile_model, lowered_graph
+from gfcompile.compile.pipeline import (
+    CompileConfig,
+    RequestedPrecision,
+    compile_model,
+    lowered_graph,
+)
 from gfcompile.compile.progress import SilentProgress
 from gfcompile.runtime.bench import BENCH_NAME
 from gfcompile.runtime.devices.qemu import QemuDevice
@@ -48,7 +55,12 @@ TARGETS: Mapping[str, str] = {
     "cortex-a72": "raspberry-pi-4",
     "cortex-a76": "raspberry-pi-5",
 }
-PRECISIONS: tuple[Precision, ...] = ("float32", "int8")
+Precision = RequestedPrecision
+PRECISIONS: Mapping[str, tuple[Precision, ...]] = {
+    "cortex-a53": ("float32", "int8"),
+    "cortex-a72": ("float32", "int8"),
+    "cortex-a76": ("float32", "float16", "int8"),  # the others have no float16 arithmetic
+}
 OURS, LITERT = "gfcompile", "LiteRT"
 # Of our instructions over those of the best peer; a peer counts if its logits are as exact.
 BOUNDS: Mapping[tuple[str, Precision], float] = {
@@ -159,7 +171,7 @@ def compare(cpus: Sequence[str], folder: Path, absent: dict[str, str]) -> list[R
     jobs = [
         job
         for cpu in cpus
-        for precision in PRECISIONS
+        for precision in PRECISIONS[cpu]
         for job in (our_job(cpu, precision, files), *peer_jobs(cpu, precision, files, absent))
     ]
     # Counts do not depend on what else runs, so all cores may be used.
@@ -215,13 +227,14 @@ def make_files(folder: Path) -> Files:
         expected=np.empty(0),
     )
     graphs = {}
-    for precision in PRECISIONS:
-        # The targets choose the same form for the filters, so this is the graph of all of them.
-        config = CompileConfig(model=MODEL, target=TARGETS["cortex-a76"], precision=precision)
-        with open_cache() as cache:
-            lowered = lowered_graph(config, cache, SilentProgress())
-        graphs[precision] = onnx_ir.to_proto(lowered.model)
-        files.onnx(precision).write_bytes(graphs[precision].SerializeToString())
+    for precision in PRECISIONS["cortex-a76"]:
+        if precision != "float16":
+            # The targets choose the same form for the filters, so this is the graph of all of them.
+            config = CompileConfig(model=MODEL, target=TARGETS["cortex-a76"], precision=precision)
+            with open_cache() as cache:
+                lowered = lowered_graph(config, cache, SilentProgress())
+            graphs[precision] = onnx_ir.to_proto(lowered.model)
+            files.onnx(precision).write_bytes(graphs[precision].SerializeToString())
         bundle = compiled("tflite", precision, folder / f"tflite-{precision}")
         shutil.copyfile(bundle.path / bundle.manifest.library, files.tflite(precision))
         transform = Transform.from_dict(dict(bundle.manifest.transform or {}))
@@ -265,10 +278,9 @@ def peer_jobs(
     except CannotBeMadeError as error:
         absent |= dict.fromkeys((LITERT, "ONNX Runtime"), str(error))
         return
-    contenders = {
-        LITERT: ("litert", files.tflite(precision), files.channels_last),
-        SAME_GRAPH: ("onnxruntime", files.onnx(precision), files.image),
-    }
+    contenders = {LITERT: ("litert", files.tflite(precision), files.channels_last)}
+    if precision != "float16":
+        contenders[SAME_GRAPH] = ("onnxruntime", files.onnx(precision), files.image)
     if precision == "int8":
         contenders[UNSIGNED] = ("onnxruntime", files.onnx("int8", signed=False), files.image)
     for name, (peer, model, image) in contenders.items():
@@ -319,7 +331,7 @@ def model_loops(cpus: Sequence[str], folder: Path, absent: dict[str, str]) -> li
         return [
             Modelled(cpu=cpu, precision=precision, loop=loop)
             for cpu in cpus
-            for precision in PRECISIONS
+            for precision in PRECISIONS[cpu]
             for library in bundle_folder(folder, cpu, precision).glob("*.so")
             for loop in hot_loops(library, cpu)
         ]

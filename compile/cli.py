@@ -597,7 +597,11 @@ def _compile_arguments(parser: argparse.ArgumentParser) -> None:
     precision = parser.add_mutually_exclusive_group()
     for flag, value, text in (
         ("--int8", "int8", "quantize to int8"),
-        ("--fp16", "float16", "store weights as float16 (model formats; coreml's default)"),
+        (
+            "--fp16",
+            "float16",
+            "float16 weights, and products where the CPU has such (ARM, model formats)",
+        ),
         ("--fp32", "float32", "store and compute in float32 (the default but for coreml)"),
     ):
         precision.add_argument(flag, dest="precision", action="store_const", const=value, help=text)

@@ -68,8 +68,8 @@ class CompileConfig:
         model: a name of the zoo (`gfcompile models`), or, for a module of one's own, any name.
         target: a name that `gfcompile targets` lists.
         precision: int8 quantizes weights and activations of every product; float16 stores weights
-            in half precision, for model formats alone; None is float16 for Core ML, float32
-            elsewhere.
+            in half precision and, on ARM's CPUs that have such arithmetic, multiplies in it; None
+            is float16 for Core ML, float32 elsewhere.
         checkpoint: trained weights; None for random ones drawn from `seed`. A quantized checkpoint
             brings its scales along.
         image_size, num_classes: None for those of the checkpoint, or as published.
@@ -261,10 +261,11 @@ class _Job:
             if not config.tuning_db.is_file():
                 raise UserError(f"--tuning-db {config.tuning_db}: no such file; make one by tune")
         if isinstance(target, Target):
-            if self.precision == "float16":
+            if self.precision == "float16" and not target.has_float16:
                 raise UserError(
-                    f"--fp16 is for model formats such as tflite; {target.name} has float32 and "
-                    "--int8"
+                    f"--fp16: {_why_no_float16(target)}; {target.name} has float32 and --int8 "
+                    "(--fp16 is for ARM's CPUs from ARMv8.2 on, such as arm64, android-arm64 and "
+                    "raspberry-pi-5, and for model formats)"
                 )
         elif target.integer_only and self.precision != "int8":
             raise UserError(f"{target.name} takes integer operators alone: add --int8")
@@ -575,6 +576,15 @@ class _Loaded:
     float_layers: tuple[str, ...] = ()
     pruning: Pruning | None = None
     spec: ModelSpec | None = None  # of a model of the zoo
+
+
+def _why_no_float16(target: Target) -> str:
+    """What keeps a target's kernels from float16."""
+    if target.gpu is not None:
+        return f"gfcompile's kernels for the GPU ({target.gpu.arch}) compute in float32 or integers"
+    if target.cpu.arch == "x86_64":
+        return "on x86-64 only AVX512-FP16 computes in float16, which gfcompile has no kernels for"
+    return f"this CPU ({target.cpu.mcpu}) has no float16 arithmetic"
 
 
 class _Dump:

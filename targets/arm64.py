@@ -29,6 +29,19 @@ ARMV8 = Cpu(
     int8_gops=2.0 * 8,
     qemu_cpu="cortex-a53",
 )
+# Armv8.2-A with float16 arithmetic, but without the dot product, which came later. 4 Cortex-A75 and
+# 4 A55 of a Snapdragon 845.
+ARMV8_FLOAT16 = replace(
+    ARMV8,
+    mcpu="cortex-a55",
+    features=("-dotprod", "-rcpc"),
+    float16=True,
+    cores=4,
+    clock_ghz=2.8,
+    fp32_gflops=2.8 * 16,
+    int8_gops=2.8 * 32,
+    qemu_cpu="cortex-a76",
+)
 # Armv8.2-A with the dot product: Cortex-A55 and what stands beside it. 4 Cortex-A76 and 4 A55.
 ARMV8_DOTPROD = replace(
     ARMV8,
@@ -61,6 +74,7 @@ def in_one_library(*cpus: Cpu) -> tuple[Cpu, ...]:
 
 
 _LEAST, *_BETTER = in_one_library(ARMV8, ARMV8_DOTPROD, ARMV8_I8MM)
+_FLOAT16 = in_one_library(ARMV8_FLOAT16)
 
 ARM64 = register_target(
     Target(
@@ -68,6 +82,7 @@ ARM64 = register_target(
         description="any 64-bit ARM Linux, by its best of NEON, sdot, smmla (8 Cortex-A53, LPDDR3)",
         cpu=_LEAST,
         levels=tuple(_BETTER),
+        float16_levels=_FLOAT16,
         bandwidth_gb_s=7.5,  # 32 bit at 1866 MT/s
         int8_compute=INT8_BEST,
         int8_note="a quarter of the weights' memory; sdot and smmla where the CPU has them",

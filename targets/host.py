@@ -6,7 +6,7 @@ import platform
 from pathlib import Path
 
 from gfcompile.runtime.errors import UserError
-from gfcompile.targets.arm64 import ARMV8_I8MM
+from gfcompile.targets.arm64 import ARMV8_FLOAT16, ARMV8_I8MM, in_one_library
 from gfcompile.targets.raspberry_pi import (
     CORTEX_A53,
     CORTEX_A72,
@@ -62,6 +62,8 @@ def host_target() -> Target:
         )
 
     cpu = here(level)
+    features = cpu_flags() if cpu.arch == "aarch64" else set()
+    halves = "asimdhp" in features and not cpu.float16
     name = _field(cpuinfo, "model name") or f"{cpu.arch} CPU"
     compute = {
         ("x86_64", "vnni"): INT8_VNNI,
@@ -77,6 +79,7 @@ def host_target() -> Target:
         # The kernel may refuse AMX's tiles to a process: then it runs without.
         cpu=here(AVX512_VNNI) if cpu.amx else cpu,
         levels=(cpu,) if cpu.amx else (),
+        float16_levels=in_one_library(here(ARMV8_FLOAT16)) if halves else (),
         bandwidth_gb_s=51.2 if cpu.vector_bytes == 64 else 38.4 if cpu.vector_bytes == 32 else 12.8,
         int8_compute=compute,
         int8_note=f"a quarter of the weights' memory; products at up to {times}x fp32's rate",

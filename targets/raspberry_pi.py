@@ -44,6 +44,7 @@ CORTEX_A76 = Cpu(
     vector_bytes=16,
     vector_registers=32,
     int8_dot="sdot",
+    float16=True,
     cores=4,
     clock_ghz=2.4,
     fp32_gflops=2.4 * 16,

@@ -1,6 +1,6 @@
 """What the compiler knows of a device, and the registry of devices by name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from gfcompile.runtime.errors import UserError
@@ -19,6 +19,7 @@ class Cpu:
         vector_registers: how many of them.
         int8_dot: the instruction that multiplies 4 int8 pairs into an int32, if there is one.
         i8mm: whether it multiplies 2 x 8 with 8 x 2 int8 at once (Arm's smmla).
+        float16: whether it multiplies and adds vectors of float16 (Arm's FEAT_FP16).
         amx: whether it multiplies tiles of uint8 with int8 (x86 AMX), once the kernel allows it.
         shares_weights: whether a library has its kernels beside those for other CPUs, so that
             packed weights have to lie alike for all of them.
@@ -37,6 +38,7 @@ class Cpu:
     vector_registers: int
     int8_dot: Literal["vnni", "sdot"] | None
     i8mm: bool = False
+    float16: bool = False
     amx: bool = False
     shares_weights: bool = False
     in_order: bool = False
@@ -118,14 +120,28 @@ class Target(_Named):
         cpu: the CPU that the library runs on; the least one, where there are `levels`.
         levels: better CPUs of its kind, from worse to better, that the library has kernels for as
             well; it takes the best that it finds itself on.
+        float16_levels: the same for kernels in float16. Those for a CPU without float16 arithmetic
+            widen what is stored so.
         gpu: the GPU that the kernels run on; None where they run on the CPU.
         bandwidth_gb_s: peak memory bandwidth.
     """
 
     cpu: Cpu
     levels: tuple[Cpu, ...] = ()
+    float16_levels: tuple[Cpu, ...] = ()
     gpu: Gpu | None = None
     bandwidth_gb_s: float
+
+    @property
+    def has_float16(self) -> bool:
+        """Whether a CPU that it is for, or a level of it, has float16 arithmetic."""
+        return self.gpu is None and (self.cpu.float16 or bool(self.float16_levels))
+
+    def for_float16(self) -> "Target":
+        """The target with the levels that kernels in float16 are for."""
+        assert self.has_float16, f"{self.name} has no float16 arithmetic"
+        cpu = replace(self.cpu, shares_weights=bool(self.float16_levels))
+        return replace(self, cpu=cpu, levels=self.float16_levels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +183,8 @@ def peaks(target: Target) -> Peaks:
         )
     return Peaks(
         float32_gflops=target.cpu.fp32_gflops,
-        float16_gflops=target.cpu.fp32_gflops,  # float16 is storage here, never arithmetic
+        # Twice the lanes; elsewhere float16 is storage, never arithmetic.
+        float16_gflops=target.cpu.fp32_gflops * (2 if target.cpu.float16 else 1),
         int8_gops=target.cpu.int8_gops,
         bandwidth_gb_s=target.bandwidth_gb_s,
         cores=target.cpu.cores,

@@ -36,10 +36,12 @@ _X86_LEVELS = {
 }
 _ARM_CORES = {"a53": CORTEX_A53, "a72": CORTEX_A72, "a76": CORTEX_A76, "carmel": CARMEL}
 CPUS: Mapping[str, Cpu] = {**_X86_LEVELS, **_ARM_CORES}
-# Those that share a library, and so the layout of its weights.
+# Those that share a library, and so the layout of its weights: of int8, of float16.
 ARM_LEVELS: Mapping[str, Cpu] = dict(
     zip(("armv8", "dotprod", "i8mm"), (ARM64.cpu, *ARM64.levels), strict=True)
 )
+_HALVES = ARM64.for_float16()
+HALF_LEVELS: Mapping[str, Cpu] = {"armv8": _HALVES.cpu, "float16": _HALVES.levels[0]}
 
 _HARNESS = Path(__file__).with_suffix(".c")
 _TYPE_CODES = {"i": 0, "u": 1, "f": 2}

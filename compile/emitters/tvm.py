@@ -11,8 +11,10 @@ from gfcompile.compile.verify import verify
 from gfcompile.runtime.bundle import TensorSpec
 from gfcompile.targets.target import Cpu, Gpu, Target, peaks
 from gfcompile.targets.tvm.emit import Tuned, Tuning, emit
+from gfcompile.targets.tvm.halves import in_halves
 from gfcompile.targets.tvm.kernel import Kernel, SelectTokens
 from gfcompile.targets.tvm.partition import Program, partition
+from gfcompile.targets.tvm.schedules.cpu_dot import HalfNeon
 from gfcompile.targets.tvm.tuning import database
 
 if TYPE_CHECKING:
@@ -32,8 +34,13 @@ def emit_plan(
         UserError: a tuning database that is none.
     """
     graph, transform = request.graph, request.transform
+    int8, half = request.precision == "int8", request.precision == "float16"
+    if half:
+        target = target.for_float16()
     with request.progress.stage("compile the kernels"):
         program = partition(graph.model)
+        if half:
+            program = in_halves(program)
         library = f"lib{request.model}.so"
         artifact = emit(
             program,
@@ -63,11 +70,18 @@ def emit_plan(
         )
     inputs = [program.tensors[name] for name in program.inputs]
     outputs = [program.tensors[name] for name in program.outputs]
-    int8 = request.precision == "int8"
+    storage, compute = "float32", "float32"
+    if int8:
+        storage, compute = _storage(graph, artifact.plan.packed_bytes), target.int8_compute
+    elif half:
+        storage, compute = (
+            "float16 weights, and activations that products read",
+            _half_compute(target),
+        )
     return Emission(
         kind="gfrt",
-        storage=_storage(graph, artifact.plan.packed_bytes) if int8 else "float32",
-        compute=target.int8_compute if int8 else "float32",
+        storage=storage,
+        compute=compute,
         arch=target.cpu.arch,
         inputs=tuple(TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in inputs),
         outputs=tuple(TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in outputs),
@@ -90,6 +104,12 @@ def emit_plan(
             ),
         },
     )
+
+
+def _half_compute(target: Target) -> str:
+    """What products compute in, by the float16 arithmetic that CPUs have."""
+    elsewhere = "" if target.cpu.float16 else " where the CPU has float16 arithmetic, else float32"
+    return f"products in float16, {HalfNeon.span} at a time, these sums in float32{elsewhere}"
 
 
 def _pruning(pruning: Pruning | None, program: Program) -> Mapping[str, Any]:

@@ -49,7 +49,8 @@ typedef enum gfrt_dtype {
     GFRT_UINT16 = 4,
     GFRT_INT64 = 5,
     GFRT_BOOL = 6,
-    GFRT_INT16 = 7
+    GFRT_INT16 = 7,
+    GFRT_FLOAT16 = 8
 } gfrt_dtype;
 
 #define GFRT_MAX_DIMS 6

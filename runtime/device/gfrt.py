@@ -114,8 +114,9 @@ def _check_file(bundle: Path, name: str, entry: Any) -> None:
 # ---- the library ----
 
 _VERIFY = 1  # GFRT_VERIFY
-DTYPES = ("float32", "int8", "uint8", "int32", "uint16", "int64", "bool", "int16")
-_FORMATS = ("f", "b", "B", "i", "H", "q", "?", "h")  # of the struct module
+DTYPES = ("float32", "int8", "uint8", "int32", "uint16", "int64", "bool", "int16", "float16")
+# Of the struct module; a memoryview has no float16, so without NumPy its bits are shown.
+_FORMATS = ("f", "b", "B", "i", "H", "q", "?", "h", "H")
 
 
 class _Info(ctypes.Structure):

@@ -52,7 +52,7 @@ static const struct {
 } DL_TYPES[] = {
     [GFRT_FLOAT32] = {2, 32}, [GFRT_INT8] = {0, 8},   [GFRT_UINT8] = {1, 8}, [GFRT_INT32] = {0, 32},
     [GFRT_UINT16] = {1, 16},  [GFRT_INT64] = {0, 64}, [GFRT_BOOL] = {6, 8},
-    [GFRT_INT16] = {0, 16},
+    [GFRT_INT16] = {0, 16},   [GFRT_FLOAT16] = {2, 16},
 };
 
 /* ---- models ---- */

@@ -53,7 +53,7 @@ static size_t item_bytes(uint32_t dtype) {
     static const uint8_t bytes[] = {
         [GFRT_FLOAT32] = 4, [GFRT_INT8] = 1,  [GFRT_UINT8] = 1, [GFRT_INT32] = 4,
         [GFRT_UINT16] = 2,  [GFRT_INT64] = 8, [GFRT_BOOL] = 1,
-        [GFRT_INT16] = 2,
+        [GFRT_INT16] = 2,   [GFRT_FLOAT16] = 2,
     };
     return dtype < sizeof bytes ? bytes[dtype] : 0;
 }

@@ -61,8 +61,11 @@ class Cost:
 def costs(kernel: Kernel, scheduled: Scheduled, target: Target) -> tuple[Cost, ...]:
     """The cost of each of the kernel's functions on `target`, in their order."""
     flops = _flops(kernel, scheduled, target)
-    int8 = isinstance(kernel, Dense | Attention) and kernel.x == "int8"
-    arithmetic: Arithmetic = "int8" if int8 else "float32"
+    arithmetic: Arithmetic = "float32"
+    if isinstance(kernel, Dense | Attention) and kernel.x == "int8":
+        arithmetic = "int8"
+    elif target.cpu.float16 and "float16" in (getattr(kernel, "w", ""), getattr(kernel, "x", "")):
+        arithmetic = "float16"
     private = _private_scratch(scheduled)
     return tuple(
         Cost(flops=count, bytes=_bytes(step, private), arithmetic=arithmetic)

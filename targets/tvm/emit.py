@@ -311,10 +311,14 @@ def _gains_nothing(below: _Level, device: Cpu | Gpu, scheduled: Mapping[Kernel, 
 
 def kernel_name(kernel: Kernel) -> str:
     """A C identifier that says what the kernel computes; equal kernels have equal names."""
-    suffix = "_i8" if getattr(kernel, "out", "float32") == "int8" else ""
+    out = getattr(kernel, "out", "float32")
+    suffix = "" if out == "float32" else f"_{_short(out)}"
     match kernel:
         case Dense():
-            parts = [f"dense_{kernel.m}x{kernel.n}x{kernel.k}", _short(kernel.x)]
+            operands = _short(kernel.x)
+            if kernel.w == "float16":
+                operands = "f16" if kernel.x == "float16" else f"{operands}xf16"
+            parts = [f"dense_{kernel.m}x{kernel.n}x{kernel.k}", operands]
             added = f"add{kernel.residual_rows}_{_short(kernel.residual_dtype)}"
             epilogue = ["gelu"] * kernel.gelu + [added] * bool(kernel.residual_rows)
             parts += reversed(epilogue) if kernel.residual_first else epilogue
@@ -336,9 +340,9 @@ def kernel_name(kernel: Kernel) -> str:
         case DftFilter() | CircularFilter():
             form = "dft" if isinstance(kernel, DftFilter) else "circular"
             shape = f"{kernel.batch}x{kernel.h}x{kernel.w}x{kernel.c}"
-            stored = getattr(kernel, "x", "float32")
-            stored = kernel.k_dtype if stored == "float32" else stored
-            return f"{form}_filter_{shape}_{_short(stored)}"
+            operands = _short(kernel.k_dtype) if kernel.x != "int8" else "i8"
+            operands += "_x16" if kernel.x == "float16" else ""
+            return f"{form}_filter_{shape}_{operands}"
         case Patchify():
             grid = f"{kernel.batch}x{kernel.grid_h}x{kernel.grid_w}"
             patch = f"{kernel.channels}x{kernel.patch_h}x{kernel.patch_w}"

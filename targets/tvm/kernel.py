@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
-Act = Literal["float32", "int8"]
+Act = Literal["float32", "float16", "int8"]
 Half = Literal["float32", "float16"]  # of a constant: how it is stored
 
 
@@ -25,9 +25,12 @@ class Dense:
 
     The epilogue, in this order: plus `bias`, times `scale` (int8 only), GELU (exact, erf form),
     plus `residual` (row r % residual_rows of it; with `residual_first` before the GELU), quantized
-    when `out` is int8.
+    when `out` is int8, rounded when it is float16.
 
-    Arguments: x (m, k); w, raw layout (k, n) float32 or int8; with int8 x: scale (n,) float32,
+    With float16 w, a CPU that has float16 arithmetic rounds x to it, and adds up a few products at
+    a time in it; these sums, and the epilogue, are float32. Any other CPU widens w.
+
+    Arguments: x (m, k); w, raw layout (k, n), `w` or int8; with int8 x: scale (n,) float32,
     and bias (n,) int32, which already holds minus zero point times column sums; with float x:
     bias (n,) float32; with residual_rows: residual (residual_rows, n), `residual_dtype` as
     for DftFilter's k; with int8 out: quant (4,) float32, see `quant_args`, or
@@ -38,6 +41,7 @@ class Dense:
     n: int
     k: int
     x: Act = "float32"
+    w: Half = "float32"
     gelu: bool = False
     residual_rows: int = 0
     residual_dtype: Half = "float32"
@@ -97,17 +101,20 @@ class LayerNorm:
 
 @dataclass(frozen=True, kw_only=True)
 class DftFilter:
-    """irfft2(rfft2(x) * K), both orthonormal, per channel: (batch, h, w, c) float32.
+    """irfft2(rfft2(x) * K), both orthonormal, per channel: (batch, h, w, c).
+
+    With float16 x, a CPU that has float16 arithmetic computes in it.
 
     Arguments: x; k_re, k_im (h, w // 2 + 1, c), `k_dtype` float32 or float16 (the bits of a
-    float16 travel as uint16); y as x. The half spectrum stands for its Hermitian completion;
-    k's first and, for even w, last column are already Hermitian along h.
+    float16 travel as uint16); y as x, but float32. The half spectrum stands for its Hermitian
+    completion; k's first and, for even w, last column are already Hermitian along h.
     """
 
     batch: int
     h: int
     w: int
     c: int
+    x: Half = "float32"
     k_dtype: Half = "float32"
 
 
@@ -173,12 +180,14 @@ class Attention:
     Of x (batch * tokens, 3 * heads * dim), columns (part, head, channel), parts q, k, v:
     y[head] = softmax(scale * q @ k.T) @ v, heads side by side again.
 
+    float16 x is multiplied as by a `Dense` with float16 w; the softmax is float32.
+
     With int8 x, exactly as the QDQ graph: s = (q - q_zero) . (k - k_zero) in integers, times
     `s_scale` in float (which holds both scales and the attention's own); softmax in float;
     p = rint(softmax * 256) - 128, at most 127; then (p + 128) . (v - v_zero) in integers, times
     `o_scale`, quantized when `out` is int8.
 
-    Arguments: x (batch * tokens, 3 * heads * dim), float32 or int8; params (5,) float32: s_scale,
+    Arguments: x (batch * tokens, 3 * heads * dim); params (5,) float32: s_scale,
     q_zero, k_zero, v_zero, o_scale (with float x only s_scale is used); quant (4,) if `out` is
     int8; y (batch * tokens, heads * dim).
     """
@@ -300,6 +309,10 @@ class ActStorage:
     dtype: Literal["int8", "uint8"] = "int8"
     offset: int = 0
     saturates: bool = False
+
+    def dtype_of(self, act: Act) -> str:
+        """The dtype that activations are stored in."""
+        return self.dtype if act == "int8" else act
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ ALIGNMENT = 64  # of every tensor: TVM's kernels assume it
 MAX_DIMS = 6
 MAX_ARGS = 32
 
-DType = Literal["float32", "int8", "uint8", "int32", "uint16", "int64", "bool", "int16"]
+DType = Literal["float32", "int8", "uint8", "int32", "uint16", "int64", "bool", "int16", "float16"]
 Space = Literal["arena", "weights"]
 Device = Literal["cpu", "cuda"]
 Arch = Literal["x86_64", "aarch64"]
@@ -37,6 +37,7 @@ _ITEM_BYTES: dict[DType, int] = {
     "int64": 8,
     "bool": 1,
     "int16": 2,
+    "float16": 2,
 }
 
 _MAGIC = b"GFRTPLAN"

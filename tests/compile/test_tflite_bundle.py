@@ -152,7 +152,7 @@ def test_trace_shows_the_integers_of_the_graph(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "precision", "options", "message"),
     [
-        ("host", "float16", TfliteOptions(), "--fp16 is for model formats"),
+        ("host", "float16", TfliteOptions(), "--fp16 is for ARM's CPUs|AVX512-FP16"),
         ("host", "int8", TfliteOptions(interface="int8"), "are for tflite, not for"),
         ("tflite", "float32", TfliteOptions(interface="int8"), "--interface int8 needs --int8"),
         ("tflite-int-only", "float32", TfliteOptions(), "integer operators alone: add --int8"),

@@ -23,7 +23,9 @@ def any_plan(draw: st.DrawFn) -> Plan:
         PlanTensor(
             name=name,
             dtype=draw(
-                st.sampled_from(["float32", "int8", "uint8", "int32", "uint16", "int64", "int16"])
+                st.sampled_from(
+                    ["float32", "int8", "uint8", "int32", "uint16", "int64", "int16", "float16"]
+                )
             ),
             shape=draw(st.lists(st.integers(1, 9), max_size=4).map(tuple)),
             offset=64 * draw(st.integers(0, 1000)),

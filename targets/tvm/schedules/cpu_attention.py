@@ -56,8 +56,8 @@ from gfcompile.targets.tvm.schedules.math import (
     exp,
     exp2,
     float32,
-    quantize,
     round_to_int32,
+    stored,
 )
 
 # Below every score: what stands in the columns that only fill up a vector.
@@ -66,6 +66,9 @@ _MASKED = -3e38
 _SOFTMAX_VECTORS = 4
 # An exponential, in vector instructions.
 _EXP = 15
+# Of float16 scores so many products are added up in float16, as an exponential of them follows:
+# 57 dB of a softmax's result are left, where 64 at a time would leave 48.
+_SCORE_SPAN = 16
 # Tiles that the model calls slower than this, compared with its best, are not worth measuring.
 _WORTH_MEASURING = 1.3
 
@@ -101,7 +104,7 @@ def schedule_attention(
 ) -> Scheduled:
     """Attention for `cpu`: keys and values into place, then everything else."""
     # A sum of products less a bias, which passes through float32 exactly.
-    assert kernel.x == "float32" or kernel.dim <= 256
+    assert kernel.x != "int8" or kernel.dim <= 256
     plan = _plan(kernel, cpu, storage, choice)
     heads = kernel.batch * kernel.heads
 
@@ -117,9 +120,9 @@ def schedule_attention(
         temps["k_bias"] = ("int32", (heads, plan.score_columns))
     if plan.p_offset:
         temps["v_bias"] = ("int32", (heads, plan.value_columns))
-    if kernel.x == "int8":
+    if plan.stores_p:
         temps["p"] = scratch_of_workers(plan.product.x_dtype, plan.p_columns)
-    if plan.widens:
+    if plan.converts_queries:
         columns = plan.score_groups * plan.product.group
         temps["q"] = scratch_of_workers(plan.product.x_dtype, columns)
     biases = tuple(name for name in ("k_bias", "v_bias") if name in temps)
@@ -208,6 +211,16 @@ class _Plan:
     def widens(self) -> bool:
         """Whether all operands are int16, zero points already subtracted."""
         return self.product.x_dtype == "int16"
+
+    @property
+    def converts_queries(self) -> bool:
+        """Whether queries are multiplied in another dtype than x has."""
+        return self.widens or (self.kernel.x == "float16" and self.product.x_dtype != "float16")
+
+    @property
+    def stores_p(self) -> bool:
+        """Whether what v is multiplied by has another dtype than the scores."""
+        return self.product.x_dtype != "float32"
 
     @property
     def sums_keys(self) -> bool:
@@ -327,10 +340,10 @@ def _buffers(plan: _Plan, temps: Any, names: Sequence[str]) -> dict[str, Buffer]
     kernel, storage = plan.kernel, plan.storage
     rows, width = kernel.batch * kernel.tokens, kernel.heads * kernel.dim
     types = {
-        "x": (storage.dtype if kernel.x == "int8" else "float32", (rows, 3 * width)),
+        "x": (storage.dtype_of(kernel.x), (rows, 3 * width)),
         "params": ("float32", (5,)),
         "quant": ("float32", (4,)),
-        "y": (storage.dtype if kernel.out == "int8" else "float32", (rows, width)),
+        "y": (storage.dtype_of(kernel.out), (rows, width)),
     } | temps
     return {name: I.arg(name, I.buffer(types[name][1], types[name][0])) for name in names}
 
@@ -392,7 +405,7 @@ def _as_weights(
 
 
 def _lay_out_keys(plan: _Plan, load: Callable[..., Expr], k: Buffer, task: Expr) -> None:
-    """Groups of channels move as units: a transposition of 32-bit words, unless they are 16 bytes.
+    """Groups of channels move as units: a transposition of words, unless they are 16 bytes.
 
     The last tokens are read again for columns beyond them, whose scores nothing reads.
     """
@@ -406,7 +419,7 @@ def _lay_out_keys(plan: _Plan, load: Callable[..., Expr], k: Buffer, task: Expr)
         with I.serial(tokens) as token, I.serial(dim // group) as unit:
             store(load(token, unit * group, group), unit, token, group)
     elif group < 16 and dim % (4 * group) == 0:
-        word = "float32" if group == 1 else "int32"
+        word = plan.product.w_dtype if group == 1 else "int32"
         with I.serial(ceil(tokens / 4)) as block, I.serial(dim // (4 * group)) as units:
             rows = [
                 load(tirx.min(block * 4 + i, tokens - 1), units * (4 * group), 4 * group)
@@ -563,12 +576,12 @@ class _RowTile:
     def score(self) -> None:
         """s = q @ k.T, masked where there are no tokens."""
         plan, product = self.plan, self.plan.product
-        queries = self._widened_queries() if plan.widens else self._queries()
+        queries = self._converted_queries() if plan.converts_queries else self._queries()
         bias: View | _Filled = _Filled(0)
         if plan.sums_keys:
             bias = View(self.buffers["k_bias"], lambda at: [self.task, at])
         k = plan.score_groups * product.group
-        for segment, first, sums in self._products(plan.scores, queries, "k", bias, k):
+        for segment, first, sums in self._products(plan.scores, queries, "k", bias, k, _SCORE_SPAN):
             for r in range(plan.rows):
                 for at in range(0, segment.vectors * product.columns, product.lanes):
                     with I.vectorized(product.lanes) as lane:
@@ -581,7 +594,7 @@ class _RowTile:
                         )
 
     def softmax(self) -> Buffer:
-        """s into exponentials or, for int8, into p.
+        """s into exponentials or, where p is apart, into p.
 
         Returns:
             For each row, what its p @ v is to be multiplied by (float) or lessened by (int8).
@@ -589,6 +602,7 @@ class _RowTile:
         # One pass over all rows after the other: each row of a pass ends in a long chain of
         # dependent operations, which the next row hides.
         s, exact = self.buffers["s"], self.plan.kernel.x == "int8"
+        halves = self.buffers.get("p") if not exact else None
         factors = registers(self.plan.rows, "float32")
 
         def score(r: Expr, at: Expr) -> Expr:
@@ -598,7 +612,10 @@ class _RowTile:
             return exp2((s[self.worker, r, at] - factors[r]) * scale)
 
         def keep_exponential(r: Expr, at: Expr, value: Expr) -> None:
-            I.buffer_store(s, value, [self.worker, r, at])
+            if halves is None:
+                I.buffer_store(s, value, [self.worker, r, at])
+            else:
+                I.buffer_store(halves, tirx.Cast("float16", value), [self.worker, r, at])
 
         self._reduce_rows(
             float32(_MASKED),
@@ -628,8 +645,8 @@ class _RowTile:
             return round_to_int32(tirx.min(s[self.worker, r, at] * factors[r], float32(255)))
 
         def keep(r: Expr, at: Expr, value: Expr) -> None:
-            stored = tirx.Cast(dtype, value + self.plan.p_offset)
-            I.buffer_store(p, stored, [self.worker, r, at])
+            moved = tirx.Cast(dtype, value + self.plan.p_offset)
+            I.buffer_store(p, moved, [self.worker, r, at])
 
         self._reduce_rows(
             tirx.const(0, "int32"),
@@ -646,14 +663,14 @@ class _RowTile:
         params, quant = self.buffers["params"], self.buffers.get("quant")
 
         def finish(acc: Expr, r: int) -> Expr:
-            if kernel.x == "float32":
+            if kernel.x != "int8":
                 value = acc * finals[r]
             else:
                 exact = acc if plan.widens else acc - finals[r]
                 value = tirx.Cast("float32", exact) * params[4]
-            return value if quant is None else quantize(value, quant, plan.storage)
+            return stored(value, kernel.out, quant, plan.storage)
 
-        p = View(self.buffers["p" if kernel.x == "int8" else "s"], lambda r, k: [self.worker, r, k])
+        p = View(self.buffers["p" if plan.stores_p else "s"], lambda r, k: [self.worker, r, k])
         bias: View | _Filled = _Filled(0)
         if plan.p_offset:
             bias = View(self.buffers["v_bias"], lambda at: [self.task, at])
@@ -673,10 +690,12 @@ class _RowTile:
     def _queries(self) -> View:
         return View(self.buffers["x"], lambda r, k: [self.row + r, self.column + k])
 
-    def _widened_queries(self) -> View:
-        """The queries as int16, less their zero point."""
+    def _converted_queries(self) -> View:
+        """The queries as the product has them; int16 ones less their zero point."""
         x, q, dim = self.buffers["x"], self.buffers["q"], self.plan.kernel.dim
-        zero = tirx.Cast("int16", _zero_point(self.buffers["params"], 1, self.plan.storage))
+        dtype, zero = self.plan.product.x_dtype, None
+        if self.plan.widens:
+            zero = tirx.Cast(dtype, _zero_point(self.buffers["params"], 1, self.plan.storage))
         width = min(16, dim & -dim)
         with (
             I.serial(self.plan.rows) as r,
@@ -684,8 +703,9 @@ class _RowTile:
             I.vectorized(width) as lane,
         ):
             value = x[self.row + r, self.column + i * width + lane]
+            converted = tirx.Cast(dtype, value)
             at = [self.worker, r, i * width + lane]
-            I.buffer_store(q, tirx.Cast("int16", value) - zero, at)
+            I.buffer_store(q, converted if zero is None else converted - zero, at)
         return View(q, lambda r, k: [self.worker, r, k])
 
     def _products(
@@ -695,6 +715,7 @@ class _RowTile:
         weights: str,
         bias: View | _Filled,
         k: int,
+        span: int = 0,
     ) -> Iterator[tuple[_Segment, Expr, list[Buffer]]]:
         """For each segment, within the loop over its panels: their first column, and sums."""
         product = self.plan.product
@@ -703,11 +724,8 @@ class _RowTile:
             tile = Tile(rows=self.plan.rows, vectors=segment.vectors)
             with I.serial(segment.panels) as panel:
                 first = I.bind((segment.first + panel * segment.vectors) * product.columns)
-                yield (
-                    segment,
-                    first,
-                    tile_sums(left, columns, bias, 0, panel, first, k, product, tile),
-                )
+                sums = tile_sums(left, columns, bias, 0, panel, first, k, product, tile, span=span)
+                yield segment, first, sums
 
     def _reduce_rows(
         self,

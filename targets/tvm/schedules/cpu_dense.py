@@ -50,7 +50,7 @@ from gfcompile.targets.tvm.schedules.math import (
     gelu,
     gelu_to_quantize,
     half_to_float,
-    quantize,
+    stored,
 )
 
 __all__ = [
@@ -156,7 +156,7 @@ def schedule_dense(
     steps = []
     temps: dict[str, tuple[str, tuple[int, ...]]] = {}
     x = "x"
-    x_dtype = storage.dtype if kernel.x == "int8" else "float32"
+    x_dtype = storage.dtype_of(kernel.x)
     panels = None
     if product.rows > 1:
         x = "x_pairs"
@@ -166,7 +166,7 @@ def schedule_dense(
         panels = Panels(m=kernel.m, k=kernel.k, rows=tile.rows, chunk=product.chunk)
         x = "x_panels"
         temps[x] = (product.x_dtype, panels.shape)
-        steps.append(Step(func=_panel_rows(panels, product.x_dtype), args=("x", x)))
+        steps.append(Step(func=_panel_rows(panels, x_dtype, product.x_dtype), args=("x", x)))
     elif k != kernel.k or x_dtype != product.x_dtype:
         x = "x_groups"
         temps[x] = (product.x_dtype, (kernel.m, k))
@@ -380,24 +380,29 @@ class Panels:
         return View(buffer, lambda r, k: [panel, k // self.chunk, r, k % self.chunk])
 
 
-def _panel_rows(panels: Panels, dtype: str) -> Any:
-    """x (m, k) as panels, what is added to its rows as zeros."""
+def _panel_rows(panels: Panels, source: str, dtype: str) -> Any:
+    """x (m, k) as panels of `dtype`, what is added to its rows as zeros."""
     m, k, rows, chunk = panels.m, panels.k, panels.rows, panels.chunk
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("panel_rows")
         I.func_attr({"tirx.noalias": True})
-        x = I.arg("x", I.buffer((m, k), dtype))
+        x = I.arg("x", I.buffer((m, k), source))
         y = I.arg("y", I.buffer(panels.shape, dtype))
+
+        def converted(value: Expr) -> Expr:
+            return value if source == dtype else tirx.Cast(dtype, value)
+
         with I.parallel(panels.shape[0]) as panel:
             row = I.bind(panels.first_row(panel))
             if k >= chunk:
                 with I.serial(k // chunk) as i:
                     for r in range(rows):
                         with I.vectorized(chunk) as lane:
-                            I.buffer_store(y, x[row + r, i * chunk + lane], [panel, i, r, lane])
+                            value = converted(x[row + r, i * chunk + lane])
+                            I.buffer_store(y, value, [panel, i, r, lane])
             for at in range(k // chunk * chunk, panels.chunks * chunk):
                 with I.serial(rows) as r:
-                    value = x[row + r, at] if at < k else tirx.const(0, dtype)
+                    value = converted(x[row + r, at]) if at < k else tirx.const(0, dtype)
                     I.buffer_store(y, value, [panel, at // chunk, r, at % chunk])
     return builder.get()
 
@@ -515,7 +520,6 @@ def declare(columns: Columns, x_shape: Sequence[int], storage: ActStorage) -> Op
     )
     padded = n + max(0, columns.block - columns.in_group)
     residual_dtype = "uint16" if kernel.residual_dtype == "float16" else "float32"
-    y_dtype = storage.dtype if kernel.out == "int8" else "float32"
     quant_shape = (groups, 4) if groups > 1 else (4,)
     return Operands(
         x=I.arg("x", I.buffer(x_shape, product.x_dtype)),
@@ -524,7 +528,7 @@ def declare(columns: Columns, x_shape: Sequence[int], storage: ActStorage) -> Op
         bias=I.arg("bias", I.buffer((padded,), product.acc_dtype)),
         residual=I.arg("residual", I.buffer((rows, n), residual_dtype)) if rows else None,
         quant=I.arg("quant", I.buffer(quant_shape)) if kernel.out == "int8" else None,
-        y=I.arg("y", I.buffer((kernel.m, n), y_dtype)),
+        y=I.arg("y", I.buffer((kernel.m, n), storage.dtype_of(kernel.out))),
         storage=storage,
     )
 
@@ -537,7 +541,7 @@ def finish(
     value = acc
     if operands.scale is not None:
         value = tirx.Cast("float32", acc) * operands.scale[column]
-    activation = gelu_to_quantize if kernel.out == "int8" else gelu
+    activation = gelu if kernel.out == "float32" else gelu_to_quantize
     if kernel.gelu and not kernel.residual_first:
         value = activation(value)
     if rows:
@@ -545,11 +549,9 @@ def finish(
         value = value + (half_to_float(addend) if kernel.residual_dtype == "float16" else addend)
     if kernel.gelu and kernel.residual_first:
         value = activation(value)
-    if kernel.out != "int8":
-        return value
     quant = operands.quant
     of_group = [quant[group, i] for i in range(4)] if kernel.out_groups > 1 else quant
-    return quantize(value, of_group, operands.storage)
+    return stored(value, kernel.out, of_group, operands.storage)
 
 
 def tile_sums(
@@ -564,15 +566,20 @@ def tile_sums(
     tile: Tile,
     *,
     unroll: int = 1,
+    span: int = 0,
     each_turn: Callable[[Expr, int], None] | None = None,
 ) -> list[Buffer]:
     """Builds bias + x @ w for one tile: a buffer of columns for each row, all in registers.
 
     Args:
         unroll: chunks of k in the inner loop.
+        span: whole chunks of k, shorter than the product's own span where it has one.
         each_turn: builds what else is to be done now and then; it gets which time it is, of how
             many.
     """
+    if product.span:
+        span = span or product.span
+        return _sums_by_span(x, w, bias, row, panel, column, k, product, tile, span)
     rows, vectors, lanes = product.operands(tile), tile.vectors, product.lanes
     dtype = f"{product.acc_dtype}x{lanes}"
     partial = lanes // product.columns  # accumulators that make a vector of sums at the end
@@ -633,6 +640,69 @@ def tile_sums(
             addend = bias.vload([column + v * product.columns], dtype)
             for i, total in enumerate(totals):
                 store(sums, total + addend, r * product.rows + i, v // partial)
+    return sums
+
+
+def _sums_by_span(
+    x: Buffer,
+    w: Buffer,
+    bias: Buffer,
+    row: Expr,
+    panel: Expr,
+    column: Expr,
+    k: int,
+    product: Product,
+    tile: Tile,
+    span: int,
+) -> list[Buffer]:
+    """As `tile_sums`, of sums over `span` k each.
+
+    Those are in registers, the totals on the stack. The loop over k is one over spans, which are
+    whole chunks, and in it one over their chunks.
+    """
+    rows, vectors, wide = tile.rows, tile.vectors, product.columns
+    places = [(r, v, T.ramp(v * wide, 1, wide)) for r in range(rows) for v in range(vectors)]
+    sums = [registers(vectors * wide, product.acc_dtype) for _ in range(rows)]
+    part = [registers(vectors * wide, product.x_dtype) for _ in range(rows)]
+
+    def multiply(k: Expr, steps: int) -> None:
+        loaded = [product.load_x(x, row + r, k, steps) for r in range(rows)]
+        for step in range(steps):
+            weights = [product.load_w(w, panel, k + step, v) for v in range(vectors)]
+            for r, v, at in places:
+                value = product.multiply(part[r][at], loaded[r][step], weights[v])
+                I.buffer_store(part[r], value, [at])
+
+    def add_up(build_products: Callable[[], None]) -> None:
+        for r, _, at in places:
+            I.buffer_store(part[r], T.broadcast(tirx.const(0, product.x_dtype), wide), [at])
+        build_products()
+        for r, _, at in places:
+            total = tirx.Cast(f"{product.acc_dtype}x{wide}", part[r][at])
+            I.buffer_store(sums[r], sums[r][at] + total, [at])
+
+    def whole(first: Expr, length: int) -> None:
+        with I.serial(length // product.chunk) as chunk:
+            multiply(first + chunk * product.chunk, product.chunk)
+
+    for v in range(vectors):
+        start = I.bind(bias.vload([column + v * wide], f"{product.acc_dtype}x{wide}"))
+        for r in range(rows):
+            I.buffer_store(sums[r], start, [T.ramp(v * wide, 1, wide)])
+    spans, rest = divmod(k, span)
+    if spans:
+        with I.serial(spans) as i:
+            add_up(lambda: whole(i * span, span))
+
+    def remainder() -> None:
+        chunks = rest // product.chunk * product.chunk
+        if chunks:
+            whole(spans * span, chunks)
+        for step in range(chunks, rest):
+            multiply(spans * span + step, 1)
+
+    if rest:
+        add_up(remainder)
     return sums
 
 
@@ -840,7 +910,7 @@ def epilogue_vectors(columns: int, lanes: int, out: str) -> Iterator[tuple[int, 
     """Where the vectors of an epilogue start, and how wide they are; the last ones may overlap."""
     at = 0
     while at < columns:
-        width = min(columns - at, 16) if out == "int8" else lanes
+        width = lanes if out == "float32" else min(columns - at, 16 if out == "int8" else 2 * lanes)
         width = min(max(_power_of_two(width), lanes), _power_of_two(columns))
         at = min(at, columns - width)
         yield at, width

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tvm import tirx
 from tvm.script import tirx as T
 
 from gfcompile.targets.spectral import cosine_matrix, sine_matrix
@@ -83,8 +84,8 @@ class _Blocks:
         return pack
 
 
-def _cut(batch: int, c: int, vectors: int, cpu: Cpu) -> _Blocks:
-    lanes = fitting_lanes(c, cpu.float_lanes)
+def _cut(batch: int, c: int, vectors: int, cpu: Cpu, lanes: int = 0) -> _Blocks:
+    lanes = fitting_lanes(c, lanes or cpu.float_lanes)
     vectors = min(vectors, c // lanes)
     per_image = ceil_div(c, lanes * vectors)
     tasks = batch * per_image
@@ -187,12 +188,18 @@ class FilterTile:
     vectors: int
 
 
-def _dft_tile(cpu: Cpu) -> FilterTile:
+def _in_halves(kernel: DftFilter, cpu: Cpu) -> bool:
+    return kernel.x == "float16" and cpu.float16
+
+
+def _dft_tile(kernel: DftFilter, cpu: Cpu) -> FilterTile:
     """The fastest of seven or eight tiles on grids of 7 to 56.
 
     AVX-512 and AVX2 by time, NEON by instructions: 0.36 per multiply-add in the inner loop, which
     broadcasts matrix elements by lane. 14 x 14 x 384 takes 0.05 ms with AVX-512.
     """
+    if _in_halves(kernel, cpu):  # blocks of 16 channels as elsewhere
+        return FilterTile(rows=6, columns=4, vectors=2)
     if cpu.arch == "aarch64":
         return FilterTile(rows=6, columns=4, vectors=4)
     if cpu.vector_registers >= 32:
@@ -207,7 +214,7 @@ def dft_filter_choices(kernel: DftFilter, cpu: Cpu) -> Sequence[FilterTile]:
 
     Blocks stay as wide as they are: constants are packed by them, and shared by several CPUs.
     """
-    default = _dft_tile(cpu)
+    default = _dft_tile(kernel, cpu)
     # Sums, and a vector of each column; what is longer than a part is no tile.
     most_rows = max(part.count for n in (kernel.h, kernel.w) for part in _parts(n))
     tiles = [
@@ -225,16 +232,18 @@ def schedule_dft_filter(
 ) -> Scheduled:
     """The filter by separable real DFTs: along w, along h, times K, back along h, along w."""
     h, w, c = kernel.h, kernel.w, kernel.c
-    tile = choice or _dft_tile(cpu)
-    blocks = _cut(kernel.batch, c, tile.vectors, cpu)
+    tile = choice or _dft_tile(kernel, cpu)
+    dtype = "float16" if _in_halves(kernel, cpu) else "float32"
+    most_lanes = cpu.vector_bytes // np.dtype(dtype).itemsize
+    blocks = _cut(kernel.batch, c, tile.vectors, cpu, most_lanes)
     vectors, lanes = blocks.vectors, blocks.lanes
     rows = min(h, tile.columns // tile.vectors)  # of the grid, transformed together
     # Transforms along h work in place, so their tiles must not overlap: the spectrum is padded.
     tiles = ceil_div(w * vectors, tile.columns)
     padded = tiles * tile.columns
     line = max(w * rows * vectors, h * tile.columns)
-    spectrum_shape = (blocks.workers, apart(h, padded * lanes), padded, lanes)
-    line_shape = (blocks.workers, apart(line, lanes), lanes)
+    spectrum_shape = (blocks.workers, apart(h, padded * lanes, dtype), padded, lanes)
+    line_shape = (blocks.workers, apart(line, lanes, dtype), lanes)
     k_shape = (blocks.per_image, h, w // 2 + 1, blocks.width)
     consts = {
         "w_bases": _bases(w, inverse=False),
@@ -242,14 +251,16 @@ def schedule_dft_filter(
         "h_bases": _bases(h, inverse=False),
         "h_bases_back": _bases(h, inverse=True, mirrored=True),
     }
-    along_w = _RealDft(n=w, columns=rows * vectors, most_rows=tile.rows, lanes=lanes)
-    along_h = _RealDft(n=h, columns=tile.columns, most_rows=tile.rows, lanes=lanes)
+    consts = {name: bases.astype(dtype) for name, bases in consts.items()}
+    along_w = _RealDft(n=w, columns=rows * vectors, most_rows=tile.rows, lanes=lanes, dtype=dtype)
+    along_h = _RealDft(n=h, columns=tile.columns, most_rows=tile.rows, lanes=lanes, dtype=dtype)
 
     def grid(buffer: Any, b: Expr, i: Expr, c0: Expr) -> "_View":
         """Columns are the vectors of `rows` rows of the image, positions go along w."""
         return _View(
             buffer,
             lambda j, v: (b, i + v // vectors, j, span(c0 + v % vectors * lanes, lanes)),
+            dtype,
         )
 
     def spectrum_rows(buffer: Any, worker: Expr, i: Expr) -> "_View":
@@ -265,26 +276,31 @@ def schedule_dft_filter(
         return _View(buffer, lambda u, k: (worker, u, k * vectors + v, span(0, lanes)))
 
     def constant(buffer: Any, block: Expr, v: Expr) -> Callable[[Expr, Expr], Expr]:
+        if dtype == "float16" and kernel.k_dtype == "float16":
+            in_vector = f"float16x{lanes}" if lanes > 1 else "float16"
+            return lambda u, k: T.reinterpret(
+                in_vector, buffer[block, u, k, span(v * lanes, lanes)]
+            )
         return lambda u, k: _loaded(buffer, (block, u, k), v * lanes, lanes, kernel.k_dtype, cpu)
 
     @T.prim_func(s_tir=True)
     def dft_filter(
-        x: T.Buffer((kernel.batch, h, w, c), "float32"),
+        x: T.Buffer((kernel.batch, h, w, c), kernel.x),
         k_re: T.Buffer(k_shape, _stored(kernel.k_dtype)),
         k_im: T.Buffer(k_shape, _stored(kernel.k_dtype)),
-        w_bases: T.Buffer(consts["w_bases"].shape, "float32"),
-        w_bases_back: T.Buffer(consts["w_bases"].shape, "float32"),
-        h_bases: T.Buffer(consts["h_bases"].shape, "float32"),
-        h_bases_back: T.Buffer(consts["h_bases"].shape, "float32"),
-        spectrum: T.Buffer(spectrum_shape, "float32"),
-        line: T.Buffer(line_shape, "float32"),
+        w_bases: T.Buffer(consts["w_bases"].shape, dtype),
+        w_bases_back: T.Buffer(consts["w_bases"].shape, dtype),
+        h_bases: T.Buffer(consts["h_bases"].shape, dtype),
+        h_bases_back: T.Buffer(consts["h_bases"].shape, dtype),
+        spectrum: T.Buffer(spectrum_shape, dtype),
+        line: T.Buffer(line_shape, dtype),
         y: T.Buffer((kernel.batch, h, w, c), "float32"),
     ):
         T.func_attr({"tirx.noalias": True})
         for worker in T.parallel(blocks.workers):
             for i, j in T.grid(h, padded - w * vectors):
                 for lane in T.vectorized(lanes):
-                    spectrum[worker, i, w * vectors + j, lane] = T.float32(0)
+                    spectrum[worker, i, w * vectors + j, lane] = tirx.const(0, dtype)
             for turn in T.serial(blocks.tasks_per_worker):
                 task: T.let = worker * blocks.tasks_per_worker + turn
                 if task < blocks.tasks:
@@ -334,23 +350,34 @@ def schedule_dft_filter(
     return Scheduled(
         steps=(Step(func=dft_filter, args=args),),
         pack={name: blocks.packed(name) for name in ("k_re", "k_im")},
-        temps={"spectrum": ("float32", spectrum_shape), "line": ("float32", line_shape)},
+        temps={"spectrum": (dtype, spectrum_shape), "line": (dtype, line_shape)},
         consts=consts,
     )
 
 
 @dataclass(frozen=True)
 class _View:
-    """A buffer seen as positions by columns, each a vector: `at` gives the index of one."""
+    """A buffer seen as positions by columns, each a vector: `at` gives the index of one.
+
+    `dtype` is what values are computed in, where the buffer may have another one.
+    """
 
     buffer: Any
     at: Callable[[Expr, Expr], Index]
+    dtype: str = ""
 
     def load(self, position: Expr, column: Expr) -> Expr:
-        return self.buffer[self.at(position, column)]
+        return self._cast(self.buffer[self.at(position, column)], self.dtype)
 
     def store(self, position: Expr, column: Expr, value: Expr) -> None:
+        value = self._cast(value, str(self.buffer.dtype))
         T.buffer_store(self.buffer, value, list(self.at(position, column)))
+
+    def _cast(self, value: Expr, dtype: str) -> Expr:
+        have, _, lanes = str(value.ty.dtype).partition("x")
+        if not self.dtype or have == dtype:
+            return value
+        return T.Cast(f"{dtype}x{lanes}" if lanes else dtype, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,6 +392,7 @@ class _RealDft:
     columns: int
     most_rows: int
     lanes: int
+    dtype: str
 
     def part(self, line: Any, worker: Expr) -> _View:
         """A worker's scratch."""
@@ -446,14 +474,14 @@ class _RealDft:
         with T.serial(ceil_div(count, rows)) as t:
             m = T.bind(T.min(t * rows, count - rows))
             # A buffer of 1 KB or more would be allocated at run time: one for each column is not.
-            sums = [T.alloc_buffer((rows, self.lanes), "float32") for _ in range(self.columns)]
+            sums = [T.alloc_buffer((rows, self.lanes), self.dtype) for _ in range(self.columns)]
             tile = [
                 (r, j, (r, span(0, self.lanes))) for r in range(rows) for j in range(self.columns)
             ]
             # From 0 on: a lone first product would be fused with one sum or another, as the tile
             # has it, and results would depend on that.
             for _, j, at in tile:
-                T.buffer_store(sums[j], splat(0.0, self.lanes), list(at))
+                T.buffer_store(sums[j], splat(0.0, self.lanes, self.dtype), list(at))
             with T.serial(count) as i:
                 for r, j, at in tile:
                     term = bases[part.first + i, m + r] * load(i, j)

@@ -15,7 +15,7 @@ from gfcompile.targets.tvm.schedules.cpu_tiling import (
     splat,
     sum_of_lanes,
 )
-from gfcompile.targets.tvm.schedules.math import quantize
+from gfcompile.targets.tvm.schedules.math import stored
 from gfcompile.targets.tvm.schedules.params import keep_params
 
 Expr = Any  # tvm.tirx.Expr, or a number where TVM accepts one
@@ -32,10 +32,6 @@ def schedule_layer_norm(kernel: LayerNorm, cpu: Cpu, storage: ActStorage) -> Sch
     width = next(
         lanes * vectors for vectors in (4, 2, 1) if n % (lanes * vectors) == 0 or vectors == 1
     )
-    out_dtype = storage.dtype if kernel.out == "int8" else "float32"
-
-    def finished(value: Expr, quant: Any) -> Expr:
-        return quantize(value, quant, storage) if kernel.out == "int8" else value
 
     def element(x: Any, row: Expr) -> Callable[[Expr], Expr]:
         return lambda j: x[row, j]
@@ -49,7 +45,7 @@ def schedule_layer_norm(kernel: LayerNorm, cpu: Cpu, storage: ActStorage) -> Sch
         gamma: T.Buffer((n,), "float32"),
         beta: T.Buffer((n,), "float32"),
         quant: T.Buffer((4,), "float32"),
-        y: T.Buffer((kernel.rows, n), out_dtype),
+        y: T.Buffer((kernel.rows, n), storage.dtype_of(kernel.out)),
     ):
         T.func_attr({"tirx.noalias": True})
         for row in row_loop(kernel.rows, n):
@@ -59,8 +55,11 @@ def schedule_layer_norm(kernel: LayerNorm, cpu: Cpu, storage: ActStorage) -> Sch
             for v in T.serial(ceil_div(n, width)):
                 j: T.let = T.min(v * width, n - width)
                 for lane in T.vectorized(width):
-                    y[row, j + lane] = finished(
-                        (x[row, j + lane] - mean) * scale * gamma[j + lane] + beta[j + lane], quant
+                    y[row, j + lane] = stored(
+                        (x[row, j + lane] - mean) * scale * gamma[j + lane] + beta[j + lane],
+                        kernel.out,
+                        quant,
+                        storage,
                     )
 
     args = ("x", "gamma", "beta", *(("quant",) if kernel.out == "int8" else ()), "y")

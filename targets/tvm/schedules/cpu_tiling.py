@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from tvm import tirx
 from tvm.script import tirx as T
 
 Expr = Any  # tvm.tirx.Expr, or a number where TVM accepts one
@@ -20,9 +21,9 @@ def span(start: Expr, lanes: int) -> Expr:
     return start if lanes == 1 else T.ramp(start, 1, lanes)
 
 
-def splat(value: float, lanes: int) -> Expr:
-    """A float32 constant in every lane."""
-    constant = T.float32(value)
+def splat(value: float, lanes: int, dtype: str = "float32") -> Expr:
+    """A constant in every lane."""
+    constant = tirx.const(value, dtype)
     return constant if lanes == 1 else T.broadcast(constant, lanes)
 
 

@@ -11,7 +11,7 @@ from gfcompile.targets.tvm.schedules.cpu_tiling import (
     fitting_lanes,
     row_loop,
 )
-from gfcompile.targets.tvm.schedules.math import quantize
+from gfcompile.targets.tvm.schedules.math import stored
 from gfcompile.targets.tvm.schedules.params import keep_params
 
 Expr = Any  # tvm.tirx.Expr, or a number where TVM accepts one
@@ -26,13 +26,12 @@ def schedule_patchify(kernel: Patchify, cpu: Cpu, storage: ActStorage) -> Schedu
     grid_h, grid_w, patch_h, patch_w = kernel.grid_h, kernel.grid_w, kernel.patch_h, kernel.patch_w
     channels, columns = kernel.channels, kernel.channels * patch_h * patch_w
     lanes = fitting_lanes(patch_w, _PATCH_VECTORS * cpu.float_lanes)
-    finished = _finish(kernel.out, storage)
 
     @T.prim_func(s_tir=True)
     def patchify(
         x: T.Buffer((kernel.batch, channels, grid_h * patch_h, grid_w * patch_w), "float32"),
         quant: T.Buffer((4,), "float32"),
-        y: T.Buffer((kernel.batch * grid_h * grid_w, columns), _out_dtype(kernel.out, storage)),
+        y: T.Buffer((kernel.batch * grid_h * grid_w, columns), storage.dtype_of(kernel.out)),
     ):
         T.func_attr({"tirx.noalias": True})
         for patch_row in row_loop(kernel.batch * grid_h, grid_w * columns):
@@ -45,20 +44,15 @@ def schedule_patchify(kernel: Patchify, cpu: Cpu, storage: ActStorage) -> Schedu
                         y[
                             patch_row * grid_w + gx,
                             (channel * patch_h + dy) * patch_w + dx + lane,
-                        ] = finished(
-                            x[b, channel, gy * patch_h + dy, gx * patch_w + dx + lane], quant
+                        ] = stored(
+                            x[b, channel, gy * patch_h + dy, gx * patch_w + dx + lane],
+                            kernel.out,
+                            quant,
+                            storage,
                         )
 
     args = ("x", *(("quant",) if kernel.out == "int8" else ()), "y")
     return Scheduled(steps=(Step(func=keep_params(patchify, args), args=args),))
-
-
-def _finish(out: str, storage: ActStorage) -> Any:
-    return (lambda v, quant: quantize(v, quant, storage)) if out == "int8" else (lambda v, _: v)
-
-
-def _out_dtype(out: str, storage: ActStorage) -> str:
-    return storage.dtype if out == "int8" else "float32"
 
 
 def schedule_token_mean(kernel: TokenMean, cpu: Cpu, storage: ActStorage) -> Scheduled:
@@ -68,13 +62,12 @@ def schedule_token_mean(kernel: TokenMean, cpu: Cpu, storage: ActStorage) -> Sch
     vectors = min(_MEAN_VECTORS, n // lanes)
     width = lanes * vectors
     blocks = ceil_div(n, width)
-    finished = _finish(kernel.out, storage)
 
     @T.prim_func(s_tir=True)
     def token_mean(
         x: T.Buffer((kernel.batch, tokens, n), "float32"),
         quant: T.Buffer((4,), "float32"),
-        y: T.Buffer((kernel.batch, n), _out_dtype(kernel.out, storage)),
+        y: T.Buffer((kernel.batch, n), storage.dtype_of(kernel.out)),
     ):
         T.func_attr({"tirx.noalias": True})
         for task in row_loop(kernel.batch * blocks, tokens * width):
@@ -90,8 +83,8 @@ def schedule_token_mean(kernel: TokenMean, cpu: Cpu, storage: ActStorage) -> Sch
                         sums[v, lane] = sums[v, lane] + x[b, token, j + v * lanes + lane]
             for v in T.unroll(vectors):
                 for lane in T.vectorized(lanes):
-                    y[b, j + v * lanes + lane] = finished(
-                        sums[v, lane] * T.float32(1 / tokens), quant
+                    y[b, j + v * lanes + lane] = stored(
+                        sums[v, lane] * T.float32(1 / tokens), kernel.out, quant, storage
                     )
 
     args = ("x", *(("quant",) if kernel.out == "int8" else ()), "y")

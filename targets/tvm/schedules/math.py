@@ -11,7 +11,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
-from gfcompile.targets.tvm.kernel import ActStorage
+from gfcompile.targets.tvm.kernel import Act, ActStorage
 
 Expr = Any  # tvm.tirx.Expr, or a number where TVM accepts one
 
@@ -156,6 +156,13 @@ def quantize(v: Expr, quant: Any, storage: ActStorage) -> Expr:
         return _quantize_saturating(v * quant[0], quant[3])
     shift = tirx.Cast("int32", quant[3]) + tirx.const(storage.offset, "int32")
     return tirx.Cast(storage.dtype, round_to_int32(clip(v * quant[0], quant[1], quant[2]), shift))
+
+
+def stored(v: Expr, out: Act, quant: Any, storage: ActStorage) -> Expr:
+    """A float32 as a kernel with that `out` stores it; `quant` is used for int8 alone."""
+    if out == "int8":
+        return quantize(v, quant, storage)
+    return v if out == "float32" else tirx.Cast(out, v)
 
 
 def _quantize_saturating(steps: Expr, zero_point: Expr) -> Expr:
