@@ -54,7 +54,6 @@ def test_a_cpu_takes_float16_arithmetic_if_it_has_it_and_widens_otherwise(
     for cpu, level, decibels in (
         ("cortex-a53", 0, 60),
         ("cortex-a72", 0, 60),
-        ("cortex-a55", 1, 50),
         ("cortex-a76", 1, 50),
     ):
         taken, values = logits(bundle.path, cpu, tmp_path / "out")

@@ -21,10 +21,10 @@ def span(start: Expr, lanes: int) -> Expr:
     return start if lanes == 1 else T.ramp(start, 1, lanes)
 
 
-def splat(value: float, lanes: int, dtype: str = "float32") -> Expr:
-    """A constant in every lane."""
-    constant = tirx.const(value, dtype)
-    return constant if lanes == 1 else T.broadcast(constant, lanes)
+def splat(value: Expr, lanes: int, dtype: str = "float32") -> Expr:
+    """A scalar in every lane; a number becomes one of `dtype`."""
+    scalar = tirx.const(value, dtype) if isinstance(value, int | float) else value
+    return scalar if lanes == 1 else T.broadcast(scalar, lanes)
 
 
 def fitting_lanes(extent: int, lanes: int) -> int:
