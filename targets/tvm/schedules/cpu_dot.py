@@ -324,7 +324,7 @@ class WideningNeon(Product):
     operations = (3, 0)
     by_lane = True  # in that a row's sixteen k are one register, not in the multiplication
     temporaries = 2
-    unroll = 2
+    unroll = 4
     vector_step = 4
 
     @property
@@ -353,6 +353,7 @@ class WideningNeonFours(WideningNeon):
 
     # Of what ld4 brings, nothing is loaded later; with fewer to spare, LLVM spills.
     temporaries = 4
+    unroll = 2
 
     @property
     def cell(self) -> tuple[int, int]:
