@@ -404,12 +404,12 @@ def hottest_loop(kernel: Dense, cpu: Cpu, instruction: str) -> list[str]:
 @pytest.mark.parametrize(
     ("cpu", "kernel", "instruction"),
     [
-        pytest.param("a53", Dense(m=196, n=384, k=96), "fmla", id="in order"),
-        pytest.param("a76", Dense(m=196, n=384, k=96), "fmla", id="float32"),
-        pytest.param("a76", Dense(m=196, n=96, k=384, x="int8"), "sdot", id="sdot"),
+        pytest.param("a53", Dense(m=196, n=384, k=384), "fmla", id="in order"),
+        pytest.param("a76", Dense(m=196, n=384, k=384), "fmla", id="float32"),
+        pytest.param("a76", Dense(m=196, n=384, k=384, x="int8"), "sdot", id="sdot"),
         pytest.param(
             "a76",
-            Dense(m=196, n=384, k=96, x="int8", gelu=True, out="int8"),
+            Dense(m=196, n=384, k=384, x="int8", gelu=True, out="int8"),
             "fcvtns",
             id="epilogue",
         ),

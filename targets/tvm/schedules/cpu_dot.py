@@ -368,7 +368,7 @@ class WideningNeon(Product):
     operations = (3, 0)
     by_lane = True  # in that a row's sixteen k are one register, not in the multiplication
     temporaries = 2
-    unroll = 2
+    unroll = 4
     vector_step = 4
 
     @property
@@ -397,6 +397,7 @@ class WideningNeonFours(WideningNeon):
 
     # Of what ld4 brings, nothing is loaded later; with fewer to spare, LLVM spills.
     temporaries = 4
+    unroll = 2
 
     @property
     def cell(self) -> tuple[int, int]:
