@@ -34,6 +34,7 @@ from gfcompile.targets.tvm.kernel import (
     Step,
     TokenMean,
 )
+from gfcompile.targets.tvm.schedules import cpu_amx_float
 
 Arithmetic = Literal["float32", "float16", "int8"]
 
@@ -62,7 +63,8 @@ def costs(kernel: Kernel, scheduled: Scheduled, target: Target) -> tuple[Cost, .
     """The cost of each of the kernel's functions on `target`, in their order."""
     flops = _flops(kernel, scheduled, target)
     arithmetic: Arithmetic = "float32"
-    if isinstance(kernel, Dense | Attention) and kernel.x == "int8":
+    int8 = isinstance(kernel, Dense | Attention) and kernel.x == "int8"
+    if int8 or _in_digits(kernel, target):
         arithmetic = "int8"
     elif target.cpu.float16 and "float16" in (getattr(kernel, "w", ""), getattr(kernel, "x", "")):
         arithmetic = "float16"
@@ -77,10 +79,18 @@ def _flops(kernel: Kernel, scheduled: Scheduled, target: Target) -> Sequence[int
     if isinstance(kernel, DftFilter) and target.gpu is not None:
         return _dft_on_gpu(kernel)
     count = _operations(kernel)
+    if count is not None and _in_digits(kernel, target):
+        count *= cpu_amx_float.PRODUCTS
     if count is None:
         return [_counted(step) for step in scheduled.steps]
     # What comes before the last function only lays operands out.
     return [*[0] * (len(scheduled.steps) - 1), count]
+
+
+def _in_digits(kernel: Kernel, target: Target) -> bool:
+    """Whether it is a float32 product that is computed in int8 digits."""
+    amx = target.gpu is None and target.cpu.amx
+    return amx and isinstance(kernel, Dense) and cpu_amx_float.takes(kernel)
 
 
 def _operations(kernel: Kernel) -> int | None:

@@ -20,7 +20,7 @@ from gfcompile.targets.tvm.kernel import (
     Softmax,
 )
 from gfcompile.targets.tvm.schedule import act_storage, schedule
-from gfcompile.targets.x86 import X86_64_V4
+from gfcompile.targets.x86 import X86_64, X86_64_V4
 
 
 def costs_of(kernel: Kernel, target: Target = RASPBERRY_PI_4):
@@ -39,6 +39,16 @@ def test_a_product_is_two_operations_per_weight_and_row_and_moves_its_operands_o
 def test_an_int8_product_is_bound_by_the_peak_of_int8() -> None:
     last = costs_of(Dense(m=28, n=32, k=32, x="int8", out="int8"))[-1]
     assert (last.flops, last.arithmetic) == (2 * 28 * 32 * 32, "int8")
+
+
+def test_a_float_product_in_digits_is_eight_of_int8() -> None:
+    kernel = Dense(m=28, n=32, k=64, fixed_point=True)
+    amx = replace(X86_64_V4, cpu=X86_64.levels[-1])
+    digits, product = costs_of(kernel, amx)
+    assert (digits.flops, product.flops) == (0, 8 * 2 * 28 * 32 * 64)
+    assert product.arithmetic == "int8"
+    (without,) = costs_of(kernel, X86_64_V4)
+    assert (without.flops, without.arithmetic) == (2 * 28 * 32 * 64, "float32")
 
 
 @pytest.mark.parametrize("target", [RASPBERRY_PI_4, JETSON_TX2], ids=lambda t: t.name)

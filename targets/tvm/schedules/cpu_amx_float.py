@@ -81,6 +81,7 @@ _X_TILE, _W_TILE = _ORDERS, _ORDERS + 1
 # For each digit of x those of w that it is multiplied by. Products of one order are apart: one
 # waits for the one before it in its accumulator three times as long as it takes.
 _PARTNERS = ((0, 1, 2), (2, 0, 1), (1, 0))
+PRODUCTS = sum(map(len, _PARTNERS))
 # Order 2 has three products, of 2^14 at most, for each k.
 _MOST_K = 2**31 // (3 << 14)
 
