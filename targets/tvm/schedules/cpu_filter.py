@@ -21,6 +21,7 @@ from gfcompile.targets.tvm.kernel import (
     Scheduled,
     Step,
 )
+from gfcompile.targets.tvm.schedules.cpu_dense import prefetch_line
 from gfcompile.targets.tvm.schedules.cpu_tiling import (
     apart,
     ceil_div,
@@ -267,6 +268,12 @@ def schedule_dft_filter(
     def constant(buffer: Any, block: Expr, v: Expr) -> Callable[[Expr, Expr], Expr]:
         return lambda u, k: _loaded(buffer, (block, u, k), v * lanes, lanes, kernel.k_dtype, cpu)
 
+    def ask_for_next(x: Any, b: Expr, i: Expr, c0: Expr) -> None:
+        """Asks for these rows of the next block: another core has half of them in its cache."""
+        if cpu.arch == "x86_64":
+            with T.serial(rows) as row, T.serial(w) as j:
+                prefetch_line(x, [b, i + row, j, c0 + blocks.width])
+
     @T.prim_func(s_tir=True)
     def dft_filter(
         x: T.Buffer((kernel.batch, h, w, c), "float32"),
@@ -293,6 +300,7 @@ def schedule_dft_filter(
                     c0: T.let = blocks.start(block)
                     for g in T.serial(ceil_div(h, rows)):
                         i0: T.let = T.min(g * rows, h - rows)
+                        ask_for_next(x, b, i0, c0)
                         along_w.forward(
                             grid(x, b, i0, c0),
                             spectrum_rows(spectrum, worker, i0),
