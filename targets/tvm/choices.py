@@ -64,7 +64,7 @@ def _cpu_spaces(
 
 # What changes on ARM leaves what was measured on x86, and the other way round.
 _ON_CPU: Mapping[str, Mapping[type, Space]] = {
-    "x86_64": _cpu_spaces(dense=2, dft_filter=2, attention=1, generic=1),
+    "x86_64": _cpu_spaces(dense=2, dft_filter=3, attention=1, generic=1),
     "aarch64": _cpu_spaces(dense=2, dft_filter=2, attention=1, generic=1),
 }
 _ON_GPU: dict[type, Space] = {

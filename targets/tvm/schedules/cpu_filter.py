@@ -22,6 +22,7 @@ from gfcompile.targets.tvm.kernel import (
     Scheduled,
     Step,
 )
+from gfcompile.targets.tvm.schedules.cpu_dense import prefetch_line
 from gfcompile.targets.tvm.schedules.cpu_tiling import (
     apart,
     ceil_div,
@@ -284,6 +285,12 @@ def schedule_dft_filter(
     def spectrum_parts(buffer: Any, worker: Expr, v: Expr) -> "_View":
         return _View(buffer, lambda u, k: (worker, u, k * vectors + v, span(0, lanes)))
 
+    def ask_for_next(x: Any, b: Expr, i: Expr, c0: Expr) -> None:
+        """Asks for these rows of the next block: another core has half of them in its cache."""
+        if cpu.arch == "x86_64":
+            with T.serial(rows) as row, T.serial(w) as j:
+                prefetch_line(x, [b, i + row, j, c0 + blocks.width])
+
     def forward_w(
         x: Any, spectrum: Any, bases: Any, line: Any, worker: Expr, b: Expr, c0: Expr
     ) -> None:
@@ -293,6 +300,7 @@ def schedule_dft_filter(
             return
         with T.serial(ceil_div(h, rows)) as g:
             i = T.bind(T.min(g * rows, h - rows))
+            ask_for_next(x, b, i, c0)
             source, target = grid(x, b, i, c0), spectrum_rows(spectrum, worker, i)
             along_w.forward(source, target, bases, along_w.part(line, worker))
 
