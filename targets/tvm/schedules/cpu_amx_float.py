@@ -18,8 +18,8 @@ for each k
 besides what rounding the steps makes, 2^-22 of the sum at most. A loop in float32 rounds the sum
 of all k before each. As roundings are independent of one another, errors grow with the root of the
 number of k, those of the loop with the number: for 192 and 384 k of a pruning model's predictors
-they are 0.7 and 0.5 times as large. Without order 3, six products, they would be 1.6 and 1.0 times
-as large.
+they are 0.6 to 0.9 and 0.5 times as large. Without order 3, six products, they would be 1.4 to 2.2
+and 1.0 times as large.
 
 Random digits keep the tiles' multipliers as busy as can be. Where vectors finish one tile while the
 next is multiplied, nothing is gained: a core's clock then falls by a tenth for half a millisecond.
