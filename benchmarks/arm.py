@@ -9,9 +9,9 @@ run by their own arm64 wheels in an arm64 CPython, kept in the user's cache: Lit
 ONNX Runtime on the graph that our kernels were compiled from, its int8 activations signed and
 unsigned, and in float32 MNN on that graph and ncnn on the module, both converted here, which needs
 the environment of requirements-peers.txt. In float16, on the A76 alone, LiteRT has float16 weights
-and widens them. What fails is left out, and a line says why. Of our hot loops llvm-mca says how many
-cycles they take on its model of the core, beside those that their multiplications alone take (see
-hot_loops.py). Exits with 1 if a bound is missed.
+and widens them. What fails is left out, and a line says why. Of our hot loops llvm-mca says how
+many cycles they take on its model of the core, beside those that their multiplications alone take
+(see hot_loops.py). Exits with 1 if a bound is missed.
 """
 
 import argparse

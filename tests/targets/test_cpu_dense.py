@@ -25,10 +25,12 @@ from tvm.sym import Analyzer
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.kernel import Array, Dense, Scheduled, quant_args
 from gfcompile.targets.tvm.schedule import schedule
+from gfcompile.targets.tvm.schedules import neon_epilogue
 from gfcompile.targets.tvm.schedules.cpu_dense import (
     DenseChoice,
     act_storage,
     choose_tile,
+    counts_steps,
     cut,
     epilogue_vectors,
 )
@@ -87,7 +89,8 @@ def problem(kernel: Dense, cpu: Cpu, *, extreme: bool = False) -> Problem:
             bound = 1.13 * bound + (0.5 * 5e-7 + 4 * EPS) * np.abs(value)
             value = 0.5 * value * (1 + np.vectorize(erf)(value / np.sqrt(2)))
             if kernel.out == "int8":
-                bound = bound + GELU_TO_QUANTIZE_ERROR
+                in_steps = counts_steps(kernel, storage)
+                bound = bound + (neon_epilogue.GELU_ERROR if in_steps else GELU_TO_QUANTIZE_ERROR)
         else:
             stored = np.dtype(kernel.residual_dtype)
             residual = rng.standard_normal((kernel.residual_rows, n)).astype(stored)

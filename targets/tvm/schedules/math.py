@@ -33,8 +33,8 @@ _TAIL_FOURTH_ROOT = (  # 1 - Phi(a) to 4.5e-8
     5.9026789843562896e-05,
     -3.4447666522518e-06,
 )
-COARSE_TAIL_LIMIT = 5.1
-TAIL_EIGHTH_ROOT = (  # a (1 - Phi(a)) to 1.5e-6
+_COARSE_TAIL_LIMIT = 5.1
+_TAIL_EIGHTH_ROOT = (  # a (1 - Phi(a)) to 1.5e-6
     0.917003333568573,
     -0.09149029850959778,
     -0.03172305226325989,
@@ -89,7 +89,7 @@ def gelu_to_quantize(v: Expr) -> Expr:
     For results that are rounded to steps of int8, some ten thousand times wider: one in as many
     falls to the other side. Of a model whose ranges outliers have widened, that one is noticed.
     """
-    return _gelu(v, TAIL_EIGHTH_ROOT, 3, COARSE_TAIL_LIMIT, _by_pairs)
+    return _gelu(v, _TAIL_EIGHTH_ROOT, 3, _COARSE_TAIL_LIMIT, _by_pairs)
 
 
 def _gelu(
