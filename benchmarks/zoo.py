@@ -25,6 +25,7 @@ from cpu import PACKAGES, describe_machine
 
 from gfcompile.compile import tables
 from gfcompile.compile.models import model_names, model_spec
+from gfcompile.quantize.files import write_atomically
 from gfcompile.runtime.bundle import read_manifest
 
 BUNDLES = ("tflite:int8", "coreml:fp16")
@@ -139,9 +140,8 @@ def _write(path: Path, results: Sequence[Result]) -> None:
         "versions": {package: metadata.version(package) for package in PACKAGES},
         "results": [asdict(result) for result in results],
     }
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    new.replace(path)
+    text = json.dumps(report, indent=2) + "\n"
+    write_atomically(path, lambda new: new.write_text(text, encoding="utf-8"))
 
 
 def _bundle(text: str) -> str:
