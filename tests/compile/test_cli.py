@@ -488,17 +488,17 @@ def test_run_as_json_is_json(run: Callable[..., Run]) -> None:
 
 @pytest.mark.slow
 def test_compiled_model_classifies_a_photo_and_is_compiled_once(
-    run: Callable[..., Run], tmp_path: Path
+    run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole way, nothing stood in for: compile, compile again from the cache, classify."""
     compile_it = ["--model", "gfnet_ti", "--target", "host", "--int8", "--image-size", "64"]
     code, out, err = run(*compile_it, "--output", "first")
     assert code == 0, err
     assert "int8 activations differ" in out
-    started = time.perf_counter()
+    # The second has to come from the cache.
+    monkeypatch.delattr(pipeline, "write_bundle")
     code, _, err = run(*compile_it, "--output", "second")
     assert code == 0, err
-    assert time.perf_counter() - started < 10
     first, second = (
         {p.relative_to(tmp_path / name): p.read_bytes() for p in files if p.is_file()}
         for name, files in ((n, (tmp_path / n).rglob("*")) for n in ("first", "second"))

@@ -167,20 +167,14 @@ def test_another_kind_of_bundle(mine: Toy) -> None:
     refused(mine.folder, "a bundle of kind 'other' does not run on this machine")
 
 
-def test_the_runtime_imports_no_heavy_package_and_fast() -> None:
+def test_the_runtime_imports_numpy_and_the_standard_library_alone() -> None:
+    """What makes it start at once on a board; how soon, the machine decides."""
     code = (
-        "import sys, time; start = time.process_time(); import gfcompile.runtime;"
-        "print(time.process_time() - start);"
-        "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+        "import sys; before = set(sys.modules); import gfcompile.runtime;"
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
     )
-    seconds = []
-    for _ in range(5):
-        result = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        )
-        lines = result.stdout.splitlines()
-        seconds.append(float(lines[0]))
-        loaded = set(lines[1].split())
-        assert not loaded & {"torch", "tvm", "onnx", "onnxruntime", "PIL", "coremltools"}
-    # Time of the processor, the quickest of five: other work on the machine only adds to it.
-    assert min(seconds) < 0.150
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    loaded = set(result.stdout.split())
+    assert loaded - sys.stdlib_module_names == {"gfcompile", "numpy"}
