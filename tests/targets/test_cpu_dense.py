@@ -190,12 +190,12 @@ def test_every_instruction_set_computes_the_reference(cpu: str, kernel: Dense) -
     "kernel",
     [
         Dense(m=9, n=8, k=32),
-        Dense(m=31, n=28, k=96, gelu=True, residual_rows=31),
-        Dense(m=20, n=26, k=64, out="int8"),
-        Dense(m=18, n=30, k=64, out="int8", out_groups=3),
+        Dense(m=35, n=30, k=96, gelu=True, residual_rows=35),
+        Dense(m=26, n=30, k=64, out="int8"),
+        Dense(m=18, n=45, k=64, out="int8", out_groups=3),
         Dense(m=4, n=4, k=128, x="int8"),
-        Dense(m=10, n=22, k=256, x="int8", gelu=True, residual_rows=10),
-        Dense(m=13, n=24, k=384, x="int8", gelu=True, out="int8"),
+        Dense(m=11, n=23, k=256, x="int8", gelu=True, residual_rows=11),
+        Dense(m=14, n=24, k=384, x="int8", gelu=True, out="int8"),
         Dense(m=8, n=36, k=128, x="int8", out="int8", out_groups=3),
     ],
     ids=str,
@@ -203,6 +203,12 @@ def test_every_instruction_set_computes_the_reference(cpu: str, kernel: Dense) -
 def test_loops_for_a_core_that_issues_in_order_compute_the_reference(kernel: Dense) -> None:
     assert cpu_in_order.takes(kernel, CPUS["a53"])
     check(kernel, CPUS["a53"], threads=2)
+
+
+def test_a_core_that_issues_in_order_computes_little_twice() -> None:
+    few_rows, few_columns = Dense(m=10, n=96, k=64), Dense(m=90, n=10, k=64)
+    for kernel in (few_rows, few_columns, Dense(m=90, n=96, k=65)):
+        assert not cpu_in_order.takes(kernel, CPUS["a53"])
 
 
 def test_int8_loops_for_a_core_that_issues_in_order_are_exact() -> None:

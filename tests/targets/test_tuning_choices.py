@@ -74,7 +74,7 @@ def test_whatever_is_chosen_results_are_the_same_bits(cpu: str, kernel: Kernel) 
 
 def test_loops_that_are_assembly_leave_no_choice() -> None:
     on = device("raspberry-pi-3")
-    kernel = Dense(m=13, n=97, k=128)
+    kernel = Dense(m=18, n=97, k=128)
     assert not choices(kernel, on)
     assert choices(dataclasses.replace(kernel, k=130), on)
 
