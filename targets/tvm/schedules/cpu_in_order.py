@@ -312,12 +312,11 @@ def _int8_loop() -> Loop:
     before += [f"ld1 {_registers(_int8_x(0), 4, '16b')}, [x0]", f"add x0, x0, #{round_bytes}"]
     before.append(f"ldp q{_INT8_W_AT}, q{_INT8_W_AT + 1}, [{by_ldp}]")
     sums = rows * _INT8.vectors
-    before += [f"movi v{i}.2d, #0" for i in range(sums)]
-    # Of four sums of a column's lanes one vector of columns; those of row r end in v(4 r).
+    # The first lane begins with the column's bias, the others with 0.
+    before += [f"ldr s{i}, [{_BIAS}, #{4 * (i % _INT8.vectors)}]" for i in range(sums)]
+    # The four lanes of each of four sums become one vector of four columns.
     after = [f"addp v{i}.4s, v{i}.4s, v{i + 1}.4s" for i in range(0, sums, 2)]
-    after += [f"addp v{i}.4s, v{i}.4s, v{i + 2}.4s" for i in range(0, sums, 4)]
-    after.append(f"ldr q{_PARTS_AT}, [{_BIAS}]")
-    after += [f"add v{i // 4}.4s, v{i}.4s, v{_PARTS_AT}.4s" for i in range(0, sums, 4)]
+    after += [f"addp v{i // 4}.4s, v{i}.4s, v{i + 2}.4s" for i in range(0, sums, 4)]
     after.append(f"st1 {_registers(0, 4, '4s')}, [{_SUMS}]")
     return Loop(
         name="gf_in_order_int8",
