@@ -26,6 +26,8 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 # A crop takes at least this share of the image, and is at most this much wider than high.
 _LEAST_AREA = 0.35
 _MOST_ASPECT = 4 / 3
+# Crops that are kept, of all images together, when each epoch sees the same ones.
+_MOST_KEPT_BYTES = 256 << 20
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -173,6 +175,7 @@ class Images:
     on_corrupt: Callable[[str], None] = lambda _: None
     threads: int = 4
     corrupt: dict[int, str] = field(default_factory=dict)
+    _kept: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def evaluate(self, batch_size: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
@@ -244,18 +247,26 @@ class Images:
     ) -> FloatArray | None:
         if index in self.corrupt:
             return None
-        path = self.files.paths[index]
         try:
-            image = open_image(path)
             if rng is None:
-                pixels = crop(image, self.transform)
+                pixels = self._centre(index)
             else:
+                image = open_image(self.files.paths[index])
                 pixels = _random_crop(image, self.transform, rng, augment)
         except UserError as error:
             self._passed_over(index, str(error))
             return None
         values: FloatArray = normalize(pixels, self.transform)[0]
         return values
+
+    def _centre(self, index: int) -> npt.NDArray[np.uint8]:
+        """An image as evaluation sees it; decoded once, while there is room for it."""
+        pixels = self._kept.get(index)
+        if pixels is None:
+            pixels = crop(open_image(self.files.paths[index]), self.transform)
+            if (len(self._kept) + 1) * pixels.nbytes <= _MOST_KEPT_BYTES:
+                self._kept[index] = pixels
+        return pixels
 
     def _passed_over(self, index: int, reason: str) -> None:
         with self._lock:
