@@ -26,8 +26,6 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 # A crop takes at least this share of the image, and is at most this much wider than high.
 _LEAST_AREA = 0.35
 _MOST_ASPECT = 4 / 3
-# Crops that are kept, of all images together, when each epoch sees the same ones.
-_MOST_KEPT_BYTES = 256 << 20
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -167,6 +165,7 @@ class Images:
         max_corrupt: how many unreadable images are passed over before it is an error.
         on_corrupt: told of each one, once.
         threads: how many decode.
+        room: bytes for crops that are the same in each epoch, to be decoded once.
     """
 
     files: LabelledImages
@@ -174,6 +173,7 @@ class Images:
     max_corrupt: int = 10
     on_corrupt: Callable[[str], None] = lambda _: None
     threads: int = 4
+    room: int = 256 << 20
     corrupt: dict[int, str] = field(default_factory=dict)
     _kept: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -264,7 +264,7 @@ class Images:
         pixels = self._kept.get(index)
         if pixels is None:
             pixels = crop(open_image(self.files.paths[index]), self.transform)
-            if (len(self._kept) + 1) * pixels.nbytes <= _MOST_KEPT_BYTES:
+            if (len(self._kept) + 1) * pixels.nbytes <= self.room:
                 self._kept[index] = pixels
         return pixels
 
