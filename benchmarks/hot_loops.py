@@ -19,7 +19,8 @@ _ITERATIONS = 100
 _LEAST_PRODUCTS = 32
 _LEAST_REUSE = 3
 _MULTIPLIES = re.compile(r"fmla|sdot|smmla|smlal2?|smull2?|sadalp")
-_LOAD = re.compile(r"ld[rp1]\b.*\[(?!sp\b)")  # what was spilled to the stack excuses nothing
+_LOAD = re.compile(r"ld[rp1-4]\b.*(?=\[(?!sp\b))")  # what was spilled excuses nothing
+_REGISTER = re.compile(r"\b[qv]\d+")
 _INSTRUCTION = re.compile(r"^\s*([0-9a-f]+):\s+(\S+)\s*([^<\n]*)")
 _BRANCH = re.compile(r"b\.\w+|cbn?z|tbn?z")
 
@@ -61,7 +62,8 @@ def hot_loops(library: Path, cpu: str) -> list[HotLoop]:
     found = []
     for body in dict.fromkeys(_innermost_loops(_disassembly(library))):
         products = [line for line in body if _MULTIPLIES.match(line)]
-        loaded = sum(2 if line.startswith("ldp") else 1 for line in body if _LOAD.match(line))
+        loads = filter(None, map(_LOAD.match, body))
+        loaded = sum(len(_REGISTER.findall(load[0])) for load in loads)
         if len(products) >= max(_LEAST_PRODUCTS, _LEAST_REUSE * loaded):
             loop = HotLoop(
                 products=len(products),

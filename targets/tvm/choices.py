@@ -18,6 +18,7 @@ from gfcompile.targets.tvm.schedules import (
     cpu_attention,
     cpu_dense,
     cpu_filter,
+    cpu_in_order,
     gpu_dense,
 )
 from gfcompile.targets.tvm.schedules.generic import GeneratedSchedule
@@ -78,6 +79,8 @@ def space_of(kernel: Kernel, device: Cpu | Gpu) -> Space | None:
         return _ON_GPU.get(type(kernel))
     amx = (cpu_amx, cpu_amx_float) if device.amx else ()
     if isinstance(kernel, Dense) and any(schedule.takes(kernel) for schedule in amx):
+        return None
+    if isinstance(kernel, Dense) and cpu_in_order.takes(kernel, device):
         return None
     return _ON_CPU[device.arch].get(type(kernel))
 

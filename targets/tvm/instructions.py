@@ -21,6 +21,7 @@ from tvm.s_tir import SBlockRealize
 from tvm.target import codegen
 
 from gfcompile.targets.target import Cpu, Gpu, Target
+from gfcompile.targets.tvm.schedules import cpu_in_order
 
 Kind = Literal["product", "arithmetic", "convert", "special", "load", "store"]
 
@@ -179,6 +180,9 @@ class _Counter:
             case ir_expr.Call() if _is_tile_instruction(node):
                 self.tile(node, times)
                 return
+            case ir_expr.Call() if str(getattr(node.op, "name", "")) == "tirx.call_extern":
+                self.loop(node, times)
+                return
             case ir_expr.Call():
                 self.call(node, times, lanes)
         for child in children:
@@ -195,6 +199,13 @@ class _Counter:
             self.counts["special"] += times * lanes * _lanes_and_bytes(node.ty)[0]
             return
         self.add("special" if name in _ROOTS else "arithmetic", node.ty, times, lanes)
+
+    def loop(self, node: Any, times: float) -> None:
+        """A call of a loop over k that is assembly."""
+        loop = cpu_in_order.LOOPS[node.args[0].value]
+        rounds = times * self.number(node.args[-1])
+        self.counts[loop.kind] += rounds * loop.products
+        self.counts["load"] += rounds * loop.loads
 
     def tile(self, node: Any, times: float) -> None:
         """An instruction on whole tiles of AMX; smaller ones count as full ones."""

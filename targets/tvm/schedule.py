@@ -31,6 +31,7 @@ from gfcompile.targets.tvm.schedules import (
     cpu_conv,
     cpu_dense,
     cpu_filter,
+    cpu_in_order,
     cpu_norm,
     cpu_quant,
     cpu_select,
@@ -54,6 +55,8 @@ def _dense_cpu(
         return cpu_amx.schedule_dense(kernel, cpu, storage)
     if cpu.amx and cpu_amx_float.takes(kernel):
         return cpu_amx_float.schedule_dense(kernel, cpu, storage)
+    if cpu_in_order.takes(kernel, cpu):
+        return cpu_in_order.schedule_dense(kernel, cpu, storage)
     return cpu_dense.schedule_dense(kernel, cpu, storage, choice)
 
 

@@ -2,6 +2,7 @@
 
 import re
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import erf
 from pathlib import Path
@@ -25,7 +26,7 @@ from tvm.sym import Analyzer
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.kernel import Array, Dense, Scheduled, quant_args
 from gfcompile.targets.tvm.schedule import schedule
-from gfcompile.targets.tvm.schedules import neon_epilogue
+from gfcompile.targets.tvm.schedules import cpu_in_order, neon_epilogue
 from gfcompile.targets.tvm.schedules.cpu_dense import (
     DenseChoice,
     act_storage,
@@ -183,6 +184,72 @@ def kernels() -> list[Dense]:
 @pytest.mark.parametrize("cpu", CPUS)
 def test_every_instruction_set_computes_the_reference(cpu: str, kernel: Dense) -> None:
     check(kernel, CPUS[cpu], threads=2)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        Dense(m=9, n=8, k=32),
+        Dense(m=35, n=30, k=96, gelu=True, residual_rows=35),
+        Dense(m=26, n=30, k=64, out="int8"),
+        Dense(m=18, n=45, k=64, out="int8", out_groups=3),
+        Dense(m=4, n=4, k=128, x="int8"),
+        Dense(m=11, n=23, k=256, x="int8", gelu=True, residual_rows=11),
+        Dense(m=14, n=24, k=384, x="int8", gelu=True, out="int8"),
+        Dense(m=8, n=36, k=128, x="int8", out="int8", out_groups=3),
+    ],
+    ids=str,
+)
+def test_loops_for_a_core_that_issues_in_order_compute_the_reference(kernel: Dense) -> None:
+    assert cpu_in_order.takes(kernel, CPUS["a53"])
+    check(kernel, CPUS["a53"], threads=2)
+
+
+def test_a_core_that_issues_in_order_computes_little_twice() -> None:
+    few_rows, few_columns = Dense(m=10, n=96, k=64), Dense(m=90, n=10, k=64)
+    for kernel in (few_rows, few_columns, Dense(m=90, n=96, k=65)):
+        assert not cpu_in_order.takes(kernel, CPUS["a53"])
+
+
+def test_int8_loops_for_a_core_that_issues_in_order_are_exact() -> None:
+    kernel = Dense(m=4, n=16, k=256, x="int8")
+    y = check(kernel, CPUS["a53"], extreme=True)
+    expected = problem(kernel, CPUS["a53"], extreme=True).value
+    np.testing.assert_array_equal(y, expected.astype(np.float32))
+
+
+def bytes_read(lines: Sequence[str], pointers: dict[str, int]) -> Iterator[int]:
+    """Of x and w, what these instructions read; `pointers` are moved on as they say."""
+    for line in lines:
+        mnemonic, operands = line.split(" ", 1)
+        if moved := re.fullmatch(r"(x\d+), (x\d+|\$\d)(?:, #(\d+))?", operands):
+            target, source, distance = moved.groups()
+            pointers[target] = pointers[source] + int(distance or 0)
+        elif mnemonic.startswith("ld"):
+            base, offset = re.findall(r"\[(\S+?)(?:, #(\d+))?\]", operands)[0]
+            if base != "$3":  # the bias
+                start = pointers[base] + int(offset or 0)
+                yield from range(start, start + 16 * len(re.findall(r"\b[vq]\d+", operands)))
+
+
+@pytest.mark.parametrize("loop", cpu_in_order.LOOPS.values(), ids=lambda loop: loop.name)
+def test_loops_for_a_core_that_issues_in_order_read_all_once_and_little_more(
+    loop: cpu_in_order.Loop,
+) -> None:
+    rounds, x, w = 3, 1 << 20, 1 << 21
+    pointers = {"$1": x, "$2": w, "$4": rounds}
+    read = [*bytes_read(loop.before, pointers)]
+    for _ in range(rounds):
+        read += bytes_read([line for line in loop.round if "subs" not in line], pointers)
+    item = 4 if "float" in loop.name else 1
+    k = rounds * loop.depth * item
+    for start, columns in ((x, loop.tile.rows), (w, loop.columns)):
+        size = columns * k
+        mine = sorted(at - start for at in read if start <= at < start + (1 << 20))
+        assert mine[:size] == list(range(size))
+        assert size < len(mine) <= size + cpu_in_order.SPARE
+        assert mine[-1] < size + cpu_in_order.SPARE
+    assert len(read) == sum(at >= x for at in read), "nothing before x"
 
 
 @pytest.mark.parametrize("kernel", [k for k in kernels() if k.x == "int8"], ids=str)
@@ -407,7 +474,7 @@ def hottest_loop(kernel: Dense, cpu: Cpu, instruction: str) -> list[str]:
 @pytest.mark.parametrize(
     ("cpu", "kernel", "instruction"),
     [
-        pytest.param("a53", Dense(m=196, n=384, k=384), "fmla", id="in order"),
+        pytest.param("a53", Dense(m=196, n=384, k=388), "fmla", id="in order"),
         pytest.param("a76", Dense(m=196, n=384, k=384), "fmla", id="float32"),
         pytest.param("a76", Dense(m=196, n=384, k=384, x="int8"), "sdot", id="sdot"),
         pytest.param(

@@ -8,7 +8,7 @@ import pytest
 from gfcompile.runtime.roofline import KernelCost, estimate
 from gfcompile.targets.arm64 import ARM64
 from gfcompile.targets.jetson import JETSON_TX2, JETSON_XAVIER
-from gfcompile.targets.raspberry_pi import RASPBERRY_PI_4
+from gfcompile.targets.raspberry_pi import RASPBERRY_PI_3, RASPBERRY_PI_4
 from gfcompile.targets.target import Target, all_targets, peaks
 from gfcompile.targets.tvm.instructions import Instructions, count_instructions, issue_us
 from gfcompile.targets.tvm.kernel import (
@@ -47,6 +47,15 @@ def test_integer_products_are_counted_as_operations(target: Target) -> None:
     kernel = Dense(m=196, n=384, k=96, x="int8", out="int8")
     # Rows of the last tile that the matrix does not have are computed as well.
     assert 2 * MACS <= counted(kernel, target).counts["product"] < 1.05 * 2 * MACS
+
+
+def test_loops_that_are_assembly_count_as_well() -> None:
+    floats = Dense(m=18, n=32, k=64)
+    counts = counted(floats, RASPBERRY_PI_3).counts
+    assert counts["arithmetic"] == 18 * 32 * 64 / 4
+    assert counts["load"] == 8 * 17 * 64 / 4, "for each k of a tile, 9 numbers of x and 8 of w"
+    integers = Dense(m=8, n=32, k=256, x="int8")
+    assert counted(integers, RASPBERRY_PI_3).counts["product"] == 2 * 8 * 32 * 256
 
 
 def test_a_gpu_issues_one_instruction_per_mac_and_thread() -> None:

@@ -72,6 +72,13 @@ def test_whatever_is_chosen_results_are_the_same_bits(cpu: str, kernel: Kernel) 
         np.testing.assert_array_equal(result, results[0])
 
 
+def test_loops_that_are_assembly_leave_no_choice() -> None:
+    on = device("raspberry-pi-3")
+    kernel = Dense(m=18, n=97, k=128)
+    assert not choices(kernel, on)
+    assert choices(dataclasses.replace(kernel, k=130), on)
+
+
 @pytest.mark.parametrize("name", ["x86-64-v4", "x86-64", "raspberry-pi-3", "raspberry-pi-5"])
 @pytest.mark.parametrize("kernel", [DENSE, INT8, FILTER, ATTENTION], ids=lambda k: type(k).__name__)
 def test_the_rules_own_choice_leads_its_space(name: str, kernel: Kernel) -> None:

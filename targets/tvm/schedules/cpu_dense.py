@@ -62,14 +62,20 @@ __all__ = [
     "act_storage",
     "choose_tile",
     "clamped",
+    "counts_steps",
     "cut",
+    "declare",
     "dense_choices",
     "epilogue_width",
     "fits_registers",
+    "operand_names",
     "packing",
+    "packing_steps",
     "prefetch_line",
     "registers",
     "schedule_dense",
+    "store",
+    "store_steps",
     "tile_cycles",
     "tile_sums",
 ]
@@ -176,11 +182,11 @@ def schedule_dense(
     steps.append(Step(func=func, args=(x, *operand_names(kernel))))
     pack = dict(packing(kernel, product, tile, storage, block=columns.block))
     if counts_steps(kernel, storage):
-        pack |= _packing_steps(kernel)
+        pack |= packing_steps(kernel)
     return Scheduled(steps=tuple(steps), pack=pack, temps=temps)
 
 
-def _packing_steps(kernel: Dense) -> Mapping[str, Callable[[Mapping[str, Array]], Array]]:
+def packing_steps(kernel: Dense) -> Mapping[str, Callable[[Mapping[str, Array]], Array]]:
     """How scales become those of a kernel that counts in steps of its result."""
 
     def pack_scale(raw: Mapping[str, Array]) -> Array:
@@ -490,9 +496,10 @@ def _dense(
                 each_turn=read_ahead if reads_ahead else None,
             )
             if counts_steps(kernel, storage):
-                _store_steps(kernel, operands, product, sums, operand, runs, group)
+                held = _held(sums, product.lanes, runs)
+                store_steps(kernel, operands, product, held, len(sums), operand, runs, group)
             else:
-                _store(kernel, operands, product, sums, operand, runs, group)
+                store(kernel, operands, product, sums, operand, runs, group)
     return builder.get()
 
 
@@ -531,16 +538,21 @@ def operand_names(kernel: Dense) -> tuple[str, ...]:
 
 
 def declare(
-    columns: Columns, x_shape: Sequence[int], storage: ActStorage, bias_dtype: str = ""
+    columns: Columns,
+    x_shape: Sequence[int],
+    storage: ActStorage,
+    bias_dtype: str = "",
+    w_shape: Sequence[int] = (),
 ) -> Operands:
     """Declares the parameters of the PrimFunc under construction.
 
     Args:
         bias_dtype: if not that of the accumulators.
+        w_shape: if not that of blocks.
     """
     kernel, product = columns.kernel, columns.product
     n, rows, groups = kernel.n, kernel.residual_rows, kernel.out_groups
-    w_shape = (
+    blocks_shape = (
         *(groups * columns.group_blocks, ceil(kernel.k / product.depth)),
         columns.per_block * product.columns * product.depth,
     )
@@ -550,7 +562,7 @@ def declare(
     quant_shape = (groups, quant_args) if groups > 1 else (quant_args,)
     return Operands(
         x=I.arg("x", I.buffer(x_shape, product.x_dtype)),
-        w=I.arg("w", I.buffer(w_shape, product.w_dtype)),
+        w=I.arg("w", I.buffer(w_shape or blocks_shape, product.w_dtype)),
         scale=I.arg("scale", I.buffer((n,))) if kernel.x == "int8" else None,
         bias=I.arg("bias", I.buffer((padded,), bias_dtype or product.acc_dtype)),
         residual=I.arg("residual", I.buffer((rows, n), residual_dtype)) if rows else None,
@@ -581,7 +593,7 @@ def finish(
     return stored(value, kernel.out, of_group, operands.storage)
 
 
-def _store(
+def store(
     kernel: Dense,
     operands: Operands,
     product: Product,
@@ -596,45 +608,44 @@ def _store(
         for place, width, column in runs:
             for at, vector in epilogue_vectors(width, product.lanes, kernel.out):
                 with I.vectorized(vector) as lane:
-                    acc = row_sums[place + at + lane]
+                    acc = row_sums[(place + at + lane,)]
                     to = (row, column + at + lane)
                     value = finish(kernel, operands, acc, *to, group)
                     I.buffer_store(operands.y, value, list(to))
 
 
-def _store_steps(
+def store_steps(
     kernel: Dense,
     operands: Operands,
     product: Product,
-    sums: Sequence[Buffer],
+    sums: Buffer,
+    rows: int,
     operand: Expr,
     runs: Sequence[tuple[int, int, Expr]],
     group: Expr,
 ) -> None:
-    """As `_store`, where values are counted in steps, row after row in a loop.
+    """As `store`, where values are counted in steps, row after row in a loop.
 
     Written out, so many rows would keep each other from the registers: LLVM works on all of them at
     once, and stores and loads twice as much as this does.
+
+    Args:
+        sums: of all `rows` rows, one after the other, in memory.
     """
     lanes = neon_epilogue.LANES
     vector = f"int32x{lanes}"
     width = runs[-1][0] + runs[-1][1]
-    held = registers(len(sums) * width, "int32")
-    for r, row_sums in enumerate(sums):
-        for at in range(0, width, lanes):
-            value = row_sums.vload([at], vector)
-            I.buffer_store(held, value, [T.ramp(r * width + at, 1, lanes)])
     steps = neon_epilogue.Steps(operands.quant, (group,) if kernel.out_groups > 1 else ())
     scales = {
         place + at: I.bind(operands.scale.vload([column + at], f"float32x{lanes}"))
         for place, run_width, column in runs
         for at in range(0, run_width, lanes)
     }
-    with I.serial(len(sums)) as r:
+    with I.serial(rows) as r:
         row = I.bind(_row(operand, r, kernel.m, product))
 
         def value_at(place: int) -> Expr:
-            acc = held.vload([r * width + place], vector)
+            acc = sums.vload([r * width + place], vector)
             value = I.bind(tirx.Cast(f"float32x{lanes}", acc) * scales[place])
             return steps.gelu(value) if kernel.gelu else value
 
@@ -644,6 +655,17 @@ def _store_steps(
                 stored = steps.stored(two)
                 to = T.ramp(column + at, 1, lanes * len(two))
                 I.buffer_store(operands.y, stored, [row, to])
+
+
+def _held(sums: Sequence[Buffer], lanes: int, runs: Sequence[tuple[int, int, Expr]]) -> Buffer:
+    """A tile's sums as `store_steps` takes them."""
+    width = runs[-1][0] + runs[-1][1]
+    held = registers(len(sums) * width, "int32")
+    for r, row_sums in enumerate(sums):
+        for at in range(0, width, lanes):
+            value = row_sums.vload([at], f"int32x{lanes}")
+            I.buffer_store(held, value, [T.ramp(r * width + at, 1, lanes)])
+    return held
 
 
 def tile_sums(
