@@ -385,7 +385,7 @@ def train_float(
     """A model trained from random weights by the usual means."""
     family: Any = {"gfnet": gfnet, "dynamicvit": dynamicvit}[spec.family]
     module: nn.Module = family.build(spec, family.random_weights(spec, seed))
-    optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.01, fused=True)
     steps = epochs * -(-len(images) // 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)

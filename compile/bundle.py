@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +128,9 @@ def _entries(folder: Path) -> dict[str, FileEntry]:
 
 def _put_in_place(made: Path, output: Path) -> None:
     interruption.check()
-    sync_files([path for path in made.rglob("*") if path.is_file()])
+    written = [path for path in made.rglob("*") if path.is_file()]
+    sync_files(written)
+    _forget(written)
     try:
         made.rename(output)  # where nothing is, or an empty folder
     except OSError:
@@ -137,6 +139,17 @@ def _put_in_place(made: Path, output: Path) -> None:
         if not _exchange(made, output):
             _replace(made, output)
     sync_files([output])
+
+
+def _forget(files: Iterable[Path]) -> None:
+    """Takes files out of the page cache.
+
+    There they are in pieces as small as they were written in. Whoever maps weights wants huge ones,
+    and gets them when they are read from the disk.
+    """
+    for path in files:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _replace(made: Path, output: Path) -> None:

@@ -165,6 +165,7 @@ class Images:
         max_corrupt: how many unreadable images are passed over before it is an error.
         on_corrupt: told of each one, once.
         threads: how many decode.
+        room: bytes for crops that are the same in each epoch, to be decoded once.
     """
 
     files: LabelledImages
@@ -172,7 +173,9 @@ class Images:
     max_corrupt: int = 10
     on_corrupt: Callable[[str], None] = lambda _: None
     threads: int = 4
+    room: int = 256 << 20
     corrupt: dict[int, str] = field(default_factory=dict)
+    _kept: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def evaluate(self, batch_size: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
@@ -244,18 +247,26 @@ class Images:
     ) -> FloatArray | None:
         if index in self.corrupt:
             return None
-        path = self.files.paths[index]
         try:
-            image = open_image(path)
             if rng is None:
-                pixels = crop(image, self.transform)
+                pixels = self._centre(index)
             else:
+                image = open_image(self.files.paths[index])
                 pixels = _random_crop(image, self.transform, rng, augment)
         except UserError as error:
             self._passed_over(index, str(error))
             return None
         values: FloatArray = normalize(pixels, self.transform)[0]
         return values
+
+    def _centre(self, index: int) -> npt.NDArray[np.uint8]:
+        """An image as evaluation sees it; decoded once, while there is room for it."""
+        pixels = self._kept.get(index)
+        if pixels is None:
+            pixels = crop(open_image(self.files.paths[index]), self.transform)
+            if (len(self._kept) + 1) * pixels.nbytes <= self.room:
+                self._kept[index] = pixels
+        return pixels
 
     def _passed_over(self, index: int, reason: str) -> None:
         with self._lock:

@@ -218,6 +218,7 @@ class Loop:
                 for chosen in task.groups()
             ],
             lr=config.lr,
+            fused=True,
         )
         self.steps_per_epoch = images.steps(config.batch_size)
         self.total = config.epochs * self.steps_per_epoch
@@ -427,12 +428,20 @@ def _partners(count: int, device: torch.device) -> Tensor:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Deterministic kernels; torch's own random state is left as it was."""
+    """Deterministic kernels; torch's own random state is left as it was.
+
+    New tensors are not filled with NaN, as torch does then: no kernel reads what none has written,
+    and it takes a tenth of the time.
+    """
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic  # its attribute is not declared
+    fills = settings.fill_uninitialized_memory
     with torch.random.fork_rng():
         torch.use_deterministic_algorithms(True, warn_only=True)
+        settings.fill_uninitialized_memory = False
         try:
             yield
         finally:
+            settings.fill_uninitialized_memory = fills
             torch.use_deterministic_algorithms(before, warn_only=warn_only)

@@ -152,16 +152,14 @@ class VisionTransformer(nn.Module):
 
     def _decide(self, image: Tensor) -> TrainingOutput:
         x = self._embed(image)
-        batch, tokens, _ = x.shape
-        policy = torch.ones(batch, tokens, 1, dtype=x.dtype, device=x.device)
-        decisions = []
+        alive = torch.ones_like(x[:, 1:, :1])
+        policy, decisions = None, []
         for index, block in enumerate(self.blocks):
             if index in self.prune_before:
                 predictor = self.score_predictor[self.prune_before.index(index)]
-                alive = policy[:, 1:]
-                decision = alive * predictor(x[:, 1:], alive)
-                policy = torch.cat([policy[:, :1], decision], dim=1)
-                decisions.append(decision.squeeze(-1))
+                alive = alive * predictor(x[:, 1:], alive)
+                policy = torch.cat([torch.ones_like(x[:, :1, :1]), alive], dim=1)
+                decisions.append(alive.squeeze(-1))
             x = block(x, policy)
         logits, answers = self._answer(x)
         return TrainingOutput(logits, answers, decisions[-1].detach(), tuple(decisions))

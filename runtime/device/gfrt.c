@@ -66,6 +66,7 @@ static void *expand_weights(const gfi_plan *plan, const uint8_t *stored) {
                          MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (weights == MAP_FAILED)
         return NULL;
+    madvise(weights, (size_t)header->weights_bytes, MADV_HUGEPAGE);
     memcpy(weights, stored, plain);
     for (size_t i = 0; i < header->packed_bytes; i++) {
         int half = stored[plain + i / 2] >> (i % 2 * 4) & 15;
@@ -102,6 +103,9 @@ static gfrt_status map_weights(gfrt_model *model, uint32_t flags) {
         if (stored == MAP_FAILED) {
             stored = NULL;
             result = gfi_fail(GFRT_NO_MEMORY, "%s cannot be mapped: %s", path, strerror(errno));
+        } else {
+            /* What is not in memory yet is read in huge pages, where the file system has them. */
+            madvise(stored, size, MADV_HUGEPAGE);
         }
     }
     close(file);

@@ -11,6 +11,7 @@
 #include "gfrt_internal.h"
 
 #define MAX_THREADS 256
+#define HUGE_PAGE ((size_t)2 << 20) /* where a page has 4 KB */
 
 /* DLPack's tensor (dlpack.h, version 1). */
 typedef struct {
@@ -150,6 +151,32 @@ static void fill_tensor(const gfrt_model *model, const cpu_context *state, const
     };
 }
 
+/* Whether an arena is to be made of huge pages: not one that is small beside them. */
+static bool is_huge(size_t arena) { return arena >= HUGE_PAGE / 4 && arena <= SIZE_MAX / 2; }
+
+static size_t mapped_bytes(size_t arena) {
+    return is_huge(arena) ? (arena + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE : arena;
+}
+
+/* Memory for activations, in huge pages if the kernel has some to give: the weights, which all pass
+ * by in every inference, take the place of small pages in the TLB. */
+static char *map_arena(size_t arena) {
+    size_t size = mapped_bytes(arena), spare = is_huge(arena) ? HUGE_PAGE : 0;
+    void *mapped =
+        mmap(NULL, size + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED)
+        return NULL;
+    if (!spare)
+        return mapped;
+    size_t before = (HUGE_PAGE - (uintptr_t)mapped % HUGE_PAGE) % HUGE_PAGE;
+    char *aligned = (char *)mapped + before;
+    if (before > 0)
+        munmap(mapped, before);
+    munmap(aligned + size, spare - before);
+    madvise(aligned, size, MADV_HUGEPAGE);
+    return aligned;
+}
+
 static void cpu_destroy(gfrt_context *context) {
     cpu_context *state = context->state;
     if (!state)
@@ -157,7 +184,7 @@ static void cpu_destroy(gfrt_context *context) {
     if (state->pool)
         gfi_pool_destroy(state->pool);
     if (state->arena)
-        munmap(state->arena, (size_t)context->model->plan.header->arena_bytes);
+        munmap(state->arena, mapped_bytes((size_t)context->model->plan.header->arena_bytes));
     free(state->tensors);
     free(state->args);
     free(state);
@@ -179,8 +206,7 @@ static gfrt_status cpu_create(gfrt_context *context, uint32_t threads) {
     state->tensors = calloc(header->tensors + 1u, sizeof *state->tensors);
     state->args = calloc(header->args + 1u, sizeof *state->args);
     size_t arena = (size_t)header->arena_bytes;
-    void *mapped = mmap(NULL, arena, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    state->arena = mapped == MAP_FAILED ? NULL : mapped;
+    state->arena = map_arena(arena);
     gfrt_status status = GFRT_OK;
     if (!state->tensors || !state->args || !state->arena)
         status = gfi_fail(GFRT_NO_MEMORY, "no memory for the %zu bytes of activations", arena);

@@ -22,7 +22,7 @@ PAGE_BYTES = 16384
 
 _LIBC = """
     __errno __sched_cpucount abort calloc clock_gettime close fclose fopen fread free fseek ftell
-    getauxval lseek malloc memchr memcmp memcpy memmove memset mmap mprotect munmap open
+    getauxval lseek madvise malloc memchr memcmp memcpy memmove memset mmap mprotect munmap open
     posix_memalign pthread_cond_broadcast pthread_cond_destroy pthread_cond_init pthread_cond_signal
     pthread_cond_wait pthread_create pthread_getspecific pthread_join pthread_key_create
     pthread_key_delete pthread_mutex_destroy pthread_mutex_init pthread_mutex_lock

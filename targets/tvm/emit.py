@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -252,8 +253,10 @@ def emit(
         arena=built[0][1],
         kernels=tuple(
             record
-            for number, level in enumerate(levels if describe else ())
-            for record in _kernel_records(program, level, number, module, target)
+            for number, (level, builder) in enumerate(
+                zip(levels, builders, strict=True) if describe else ()
+            )
+            for record in _kernel_records(builder.uses, level, number, module, target)
         ),
         cuda_source="" if module is None else module.source,
         better_plans=tuple(plans[1:]),
@@ -441,11 +444,12 @@ def _workspace_bytes(functions: Mapping[Kernel, Sequence[_Function]]) -> int:
 
 
 def _kernel_records(
-    program: Program, level: _Level, number: int, module: cuda.CudaModule | None, target: Target
+    uses: Mapping[str, int],
+    level: _Level,
+    number: int,
+    module: cuda.CudaModule | None,
+    target: Target,
 ) -> tuple[Mapping[str, Any], ...]:
-    uses: dict[Kernel, int] = {}
-    for call in program.calls:
-        uses[call.kernel] = uses.get(call.kernel, 0) + 1
     records = []
     if isinstance(level.device, Cpu):
         target = dataclasses.replace(target, cpu=level.device, levels=())
@@ -457,7 +461,7 @@ def _kernel_records(
             known = KernelCost(**dataclasses.asdict(cost), issue_us=issued_us)
             record: dict[str, Any] = {
                 "name": function.name,
-                "calls": uses[kernel],
+                "calls": uses[function.name],
                 **dataclasses.asdict(cost),
                 "issue_us": issued_us,
             }
@@ -496,8 +500,28 @@ class _PlanBuilder:
         self._grouped: dict[int, PlanGrouped] = {}  # by offset in `packed`
         self._rows: dict[Kernel, GroupedRows | None] = {}
         self.index_of: dict[str, int] = {}
+        self.uses: Counter[str] = Counter()  # calls of each function
         self._tensors: list[PlanTensor] = []
         self._offsets: Mapping[str, int] = {}
+        self._prepared: list[int] = []  # for each call, the one whose temporaries it reads
+        calls = program.calls
+        for position, call in enumerate(calls):
+            shares = position > 0 and self._shares_temps(calls[position - 1], call)
+            self._prepared.append(self._prepared[-1] if shares else position)
+
+    def _shares_temps(self, before: Call, call: Call) -> bool:
+        """Whether a product finds its x as the one before it has laid it out.
+
+        That is what the first step does, if it does that alone; those after it only read it.
+        """
+        first, *rest = self.scheduled[call.kernel].steps
+        return (
+            isinstance(call.kernel, Dense)
+            and call.kernel == before.kernel
+            and call.reads["x"] == before.reads["x"]
+            and bool(rest)
+            and set(first.args) == {"x", *self.scheduled[call.kernel].temps}
+        )
 
     def build(self) -> tuple[tuple[PlanStep, ...], Arena]:
         arena = plan_arena(self._lifetimes())
@@ -528,7 +552,7 @@ class _PlanBuilder:
         first = dict.fromkeys(self.program.inputs, 0)
         last: dict[str, int] = {}
         sizes = {name: self._size(name) for name in self.program.tensors}
-        temporaries = []
+        temporaries = {}
         for i, call in enumerate(self.program.calls):
             for name in call.writes.values():
                 first.setdefault(name, i)
@@ -537,11 +561,12 @@ class _PlanBuilder:
                 last[name] = i
             for temp, (dtype, shape) in self.scheduled[call.kernel].temps.items():
                 size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-                name = _temp_name(i, temp)
-                temporaries.append(Lifetime(name=name, size_bytes=size, first=i, last=i))
+                made = self._prepared[i]
+                name = _temp_name(made, temp)
+                temporaries[name] = Lifetime(name=name, size_bytes=size, first=made, last=i)
         for name in self.program.outputs:
             last[name] = len(self.program.calls)
-        return temporaries + [
+        return [*temporaries.values()] + [
             Lifetime(name=name, size_bytes=sizes[name], first=first[name], last=last.get(name, 0))
             for name in first
         ]
@@ -558,7 +583,9 @@ class _PlanBuilder:
             **{name: pack(call.constants) for name, pack in plan.pack.items()},
         }
         steps = []
-        for function in self.functions[call.kernel]:
+        made = self._prepared[position]
+        for function in self.functions[call.kernel][made < position :]:
+            self.uses[function.name] += 1
             operands = {}
             outputs = []
             params = function.func.params
@@ -572,7 +599,7 @@ class _PlanBuilder:
                 elif arg in call.reads:
                     operands[arg] = self._activation(call.reads[arg], shape, dtype)
                 elif arg in plan.temps:
-                    name = _temp_name(position, arg)
+                    name = _temp_name(made, arg)
                     operands[arg] = self._place(name, dtype, shape, "arena", self._offsets[name])
                 else:
                     array = constants[arg]

@@ -424,6 +424,15 @@ def test_masked_attention_equals_attention_without_the_dropped_tokens() -> None:
     torch.testing.assert_close(found.sum(-1), torch.ones(2, 3, 8, dtype=torch.float64))
 
 
+def test_gradients_of_masked_attention_reach_scores_and_policy() -> None:
+    """Against finite differences, dropped tokens included."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, 3, 5, 5, generator=generator, dtype=torch.float64)
+    policy = torch.tensor([[1, 0, 0.5, 1, 0], [0, 0.25, 1, 1, 0]], dtype=torch.float64)[..., None]
+    inputs = (scores.requires_grad_(), policy.requires_grad_())
+    assert torch.autograd.gradcheck(masked_softmax, inputs)
+
+
 @pytest.mark.parametrize("spec", [DEIT, LVVIT], ids=lambda spec: spec.name)
 def test_training_computes_what_dropping_the_same_patches_would(
     spec: ModelSpec, monkeypatch: pytest.MonkeyPatch

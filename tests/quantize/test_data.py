@@ -92,6 +92,19 @@ def test_without_augmentation_an_epoch_is_the_evaluation_images_in_another_order
     assert tuple(labels) == data.files.labels
 
 
+def test_without_augmentation_images_are_decoded_once_while_there_is_room(tmp_path: Path) -> None:
+    files = read_images(folder_of(tmp_path, a=2, b=2), classes=2)
+    one_crop = 16 * 16 * 3
+    kept, some = images(files), images(files, room=2 * one_crop)
+    first = [pixels.copy() for pixels in kept.sample(4)]
+    some.sample(4)
+    for path in files.paths:
+        path.unlink()
+    np.testing.assert_array_equal(kept.sample(4), first)
+    np.testing.assert_array_equal(some.sample(4), first[:2])
+    assert sorted(some.corrupt) == [2, 3]
+
+
 def test_epochs_differ_and_each_depends_on_the_seed_alone(image_folder: Path) -> None:
     def epoch(number: int, seed: int = 0, **options: int) -> list[bytes]:
         data = images(read_images(image_folder, classes=3))

@@ -1,6 +1,7 @@
 """gfrt.py as a board uses it: one file beside the bundle, with the standard library alone."""
 
 import ast
+import hashlib
 import subprocess
 import sys
 import threading
@@ -59,6 +60,13 @@ def test_it_runs_without_numpy_and_site_packages(toy: Toy, tmp_path: Path) -> No
     assert [int(i) for i in top] == list(np.argsort(-expected[0], kind="stable")[:5])
 
 
+@pytest.mark.parametrize("size", [0, 1000, 3 << 20])
+def test_files_of_any_size_are_hashed(tmp_path: Path, size: int) -> None:
+    content = np.random.default_rng(size).bytes(size)
+    (tmp_path / "weights.bin").write_bytes(content)
+    assert gfrt._digest(tmp_path / "weights.bin", size) == hashlib.sha256(content).hexdigest()
+
+
 def test_it_is_python_3_6() -> None:
     """JetPack 4.6 has Python 3.6: its grammar, and no name that came with a later one."""
     tree = ast.parse((RUNTIME / "gfrt.py").read_text(), feature_version=(3, 6))
@@ -71,10 +79,12 @@ def test_it_is_python_3_6() -> None:
         )
     }
     assert imported == {
+        "contextlib",
         "ctypes",
         "hashlib",
         "json",
         "math",
+        "mmap",
         "numpy",
         "pathlib",
         "platform",

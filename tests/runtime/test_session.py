@@ -70,6 +70,37 @@ def test_every_number_of_threads_gives_the_same_bits(toy: Toy) -> None:
                     np.testing.assert_array_equal(trace[name], values)
 
 
+def in_huge_pages() -> set[tuple[int, int, str]]:
+    """Start, size and file of the memory that this process asks huge pages for."""
+    found = set()
+    start, size, file = 0, 0, ""
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        words = line.split()
+        if words[0] == "VmFlags:" and "hg" in words:
+            found.add((start, size, file))
+        elif not words[0].endswith(":"):
+            start, end = (int(word, 16) for word in words[0].split("-"))
+            size, file = end - start, words[5] if len(words) > 5 else ""
+    return found
+
+
+def test_memory_is_in_huge_pages_where_it_fills_a_good_part_of_one(
+    toy: Toy, tmp_path: Path
+) -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this kernel has no transparent huge pages")
+    huge = 2 << 20
+    larger = toy.with_plan(tmp_path / "larger", arena_bytes=huge // 2)
+    before = in_huge_pages()
+    image = toy_images()
+    with load(toy.folder) as small, load(larger.folder) as large:
+        added = in_huge_pages() - before
+        files = {file for _, _, file in added if file}
+        assert files == {str(each.folder.resolve() / "weights.bin") for each in (toy, larger)}
+        assert [(start % huge, size) for start, size, file in added if not file] == [(0, huge)]
+        np.testing.assert_array_equal(large.run(image), small.run(image))
+
+
 def test_several_threads_run_a_session_each(toy: Toy, other_toy: Toy) -> None:
     """Two models in one process, eight contexts, at the same time."""
     images = toy_images(8)

@@ -1,0 +1,71 @@
+"""The steps that a program becomes, run by the device runtime."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gfcompile.runtime.device import gfrt
+from gfcompile.targets.tvm.emit import emit
+from gfcompile.targets.tvm.kernel import Array, Dense
+from gfcompile.targets.tvm.partition import Call, Program, Tensor
+from gfcompile.targets.x86 import X86_64
+
+ROWS, COLUMNS, DEPTH = 5, 16, 18  # without an instruction for int8, x is laid out as int16 first
+
+
+def products_of(*operands: str) -> Program:
+    """Products of int8, one of each operand, with weights of their own."""
+    rng = np.random.default_rng(1)
+
+    def call(i: int, x: str) -> Call:
+        return Call(
+            kernel=Dense(m=ROWS, n=COLUMNS, k=DEPTH, x="int8"),
+            label=f"product{i}",
+            reads={"x": x},
+            writes={"y": f"y{i}"},
+            constants={
+                "w": rng.integers(-127, 128, (DEPTH, COLUMNS)).astype(np.int8),
+                "scale": np.ones(COLUMNS, np.float32),
+                "bias": rng.integers(-999, 999, COLUMNS).astype(np.int32),
+            },
+        )
+
+    inputs = tuple(dict.fromkeys(operands))
+    outputs = tuple(f"y{i}" for i in range(len(operands)))
+    tensors = {x: Tensor(name=x, dtype="int8", shape=(ROWS, DEPTH), scale=1.0) for x in inputs}
+    tensors |= {y: Tensor(name=y, dtype="float32", shape=(ROWS, COLUMNS)) for y in outputs}
+    calls = tuple(call(i, x) for i, x in enumerate(operands))
+    return Program(inputs=inputs, outputs=outputs, tensors=tensors, calls=calls)
+
+
+def run(bundle: Path, inputs: list[Array]) -> list[Array]:
+    with gfrt.Model(str(bundle), verify=False) as model, model.context() as context:
+        return [np.array(y) for y in context.run(*inputs)]
+
+
+@pytest.mark.parametrize(
+    ("operands", "layouts"),
+    [(("a", "a", "a"), 1), (("a", "b", "b"), 2), (("a", "b", "a"), 3)],
+)
+def test_neighbours_that_multiply_the_same_lay_it_out_once(
+    operands: tuple[str, ...], layouts: int, tmp_path: Path
+) -> None:
+    program = products_of(*operands)
+    target = replace(X86_64, levels=())
+    made = emit(program, target, tmp_path, library="libproducts.so", mean=None, std=None)
+    layout, product = made.kernels
+    assert (layout["calls"], product["calls"]) == (layouts, len(operands))
+    steps = [step.kernel for step in made.plan.steps]
+    assert (steps.count(layout["name"]), len(steps)) == (layouts, layouts + len(operands))
+
+    manifest = {"format_version": gfrt.MANIFEST_FORMAT, "library": "libproducts.so", "files": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    rng = np.random.default_rng(2)
+    given = {x: rng.integers(-128, 128, (ROWS, DEPTH)).astype(np.int8) for x in program.inputs}
+    for call, y in zip(program.calls, run(tmp_path, list(given.values())), strict=True):
+        # Integers below 2^24, and a scale of 1: float32 has them exactly.
+        w, bias = (call.constants[name].astype(np.int64) for name in ("w", "bias"))
+        np.testing.assert_array_equal(y, given[call.reads["x"]].astype(np.int64) @ w + bias)
