@@ -92,7 +92,8 @@ def convolution(kernel: Conv, a: Mapping[str, Array], dtype: torch.dtype = torch
 
 
 def _layer_norm(kernel: LayerNorm, a: Mapping[str, Array]) -> Array:
-    x = torch.from_numpy(a["x"].reshape(kernel.rows, kernel.n))
+    of_images = a["x"].reshape(kernel.images, -1, kernel.n)[:, kernel.leading :]
+    x = torch.from_numpy(of_images.reshape(kernel.rows, kernel.n))
     gamma, beta = torch.from_numpy(a["gamma"]), torch.from_numpy(a["beta"])
     y = torch.nn.functional.layer_norm(x, (kernel.n,), gamma, beta, kernel.eps)
     return _finish(y.numpy(), kernel.out, a)

@@ -342,7 +342,8 @@ def kernel_name(kernel: Kernel) -> str:
         case LayerNorm():
             # Layers that differ in eps alone are rare, but must not share a name.
             eps = re.sub(r"\W", "_", f"{kernel.eps:.6g}")
-            return f"layer_norm_{kernel.rows}x{kernel.n}_eps{eps}{suffix}"
+            skips = f"_skips{kernel.leading}of{kernel.images}" if kernel.leading else ""
+            return f"layer_norm_{kernel.rows}x{kernel.n}_eps{eps}{skips}{suffix}"
         case DftFilter() | CircularFilter():
             form = "dft" if isinstance(kernel, DftFilter) else "circular"
             shape = f"{kernel.batch}x{kernel.h}x{kernel.w}x{kernel.c}"

@@ -94,13 +94,28 @@ class Conv:
 class LayerNorm:
     """Layer normalization over the last axis of (rows, n).
 
-    Arguments: x (rows, n) float32, gamma (n,), beta (n,), quant (4,) if `out` is int8, y.
+    With `leading` l, x has l rows more before those of each of `images` images; they are skipped.
+
+    Arguments: x (rows + images * leading, n) float32, gamma (n,), beta (n,), quant (4,) if `out` is
+    int8, y (rows, n).
     """
 
     rows: int
     n: int
     eps: float
     out: Act = "float32"
+    images: int = 1
+    leading: int = 0
+
+    @property
+    def x_rows(self) -> int:
+        return self.rows + self.images * self.leading
+
+    def x_row(self, row: Any) -> Any:
+        """The row of x that becomes `row` of y, either of them an index of TIR."""
+        if self.leading == 0 or self.images == 1:
+            return row + self.leading
+        return row + (row // (self.rows // self.images) + 1) * self.leading
 
 
 @dataclass(frozen=True, kw_only=True)

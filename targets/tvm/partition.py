@@ -747,9 +747,16 @@ class _Partitioner:
             return
         eps = node.attributes.get_float("epsilon", 1e-5)
         rows, n = math.prod(shape[:-1]), shape[-1]
+        images, leading = 1, 0
+        cut = x.producer()
+        if cut is not None and len(x.consumers()) == 1 and not x.is_graph_output():
+            leading = _rows_cut_off(cut)
+            if leading:
+                self.claimed.add(cut)
+                images, x = shape[0], _input(cut, 0)
         self.add(
             [node],
-            lambda out: LayerNorm(rows=rows, n=n, eps=eps, out=out),
+            lambda out: LayerNorm(rows=rows, n=n, eps=eps, out=out, images=images, leading=leading),
             {"x": self.tensor(x)},
             {"gamma": gamma.reshape(-1), "beta": beta.reshape(-1)},
         )
@@ -930,6 +937,20 @@ def _integer_filter(source: ir.Node, kernel: ir.Value) -> dict[str, Array] | Non
         "scale": np.asarray(np.float32(x_scale) * scale, np.float32),
         "zero_point": np.array([x_zero_point], np.float32),
     }
+
+
+def _rows_cut_off(node: ir.Node) -> int:
+    """How many rows a Slice takes off the front of each image's; 0 if it does not do just that."""
+    if not is_standard(node, "Slice"):
+        return 0
+    bounds = [constant(value) for value in node.inputs[1:]]
+    before, after = (shape_of(value) for value in (_input(node, 0), node.outputs[0]))
+    if len(before) != 3 or len(bounds) < 3 or any(b is None or b.size != 1 for b in bounds):
+        return 0
+    start, end, axis, *step = (int(b.reshape(-1)[0]) for b in bounds if b is not None)
+    if axis not in (1, -2) or end < before[1] or step not in ([], [1]):
+        return 0
+    return before[1] - after[1] if start > 0 else 0
 
 
 def _stored(value: ir.Value, array: Array) -> tuple[Half, Array]:

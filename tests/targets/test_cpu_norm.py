@@ -1,12 +1,16 @@
 """LayerNorm's CPU kernel against torch in float64, on every instruction set at hand."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 from run_kernel import CPUS, run_kernel
 
-from gfcompile.targets.tvm.kernel import ActStorage, LayerNorm, quant_args
+from gfcompile.targets.tvm.kernel import Act, ActStorage, LayerNorm, quant_args
+from gfcompile.targets.tvm.schedule import act_storage
 from gfcompile.targets.tvm.schedules.cpu_norm import schedule_layer_norm
 
 Floats = npt.NDArray[np.float32]
@@ -47,6 +51,24 @@ def test_layer_norm_equals_torch(name: str) -> None:
     after = run_kernel(schedule_layer_norm(kernel, CPUS[name], ActStorage()), arguments, CPUS[name])
     expected = _reference(arguments, 1e-6)
     np.testing.assert_allclose(after["y"], expected, rtol=0, atol=_tolerance(arguments, 384))
+
+
+@pytest.mark.parametrize("out", ["float32", "int8"])
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("name", ["avx512", "a76"])
+def test_leading_rows_of_each_image_are_skipped(name: str, images: int, out: Act) -> None:
+    cpu, storage = CPUS[name], act_storage(CPUS[name])
+    arguments: dict[str, Any] = {**_arguments(images * 5, 64)}
+    kept = arguments["x"].reshape(images, 5, 64)[:, 2:].reshape(-1, 64)
+    whole = LayerNorm(rows=images * 3, n=64, eps=1e-6, out=out)
+    y = np.zeros(kept.shape, storage.dtype_of(out))
+    arguments |= {"y": y, "quant": quant_args(0.02, 3)}
+    skips = replace(whole, images=images, leading=2)
+    results = [
+        run_kernel(schedule_layer_norm(kernel, cpu, storage), {**arguments, "x": x}, cpu)["y"]
+        for kernel, x in ((skips, arguments["x"]), (whole, kept))
+    ]
+    np.testing.assert_array_equal(*results)
 
 
 @pytest.mark.parametrize("n", [1, 3, 17, 96, 131])

@@ -13,17 +13,19 @@ KERNELS = [
     LayerNorm(rows=5, n=45, eps=1e-5),
     LayerNorm(rows=7, n=1500, eps=1e-6),  # longer than a warp's registers hold
     LayerNorm(rows=9, n=2001, eps=1e-6, out="int8"),
+    LayerNorm(rows=10, n=64, eps=1e-6, images=2, leading=3),
 ]
 
 
 def norm_case(kernel: LayerNorm) -> Case:
     rng = np.random.default_rng(0)
     args: dict[str, Array] = {
-        "x": rng.standard_normal((kernel.rows, kernel.n), np.float32) * 2 + 5,
+        "x": rng.standard_normal((kernel.x_rows, kernel.n), np.float32) * 2 + 5,
         "gamma": rng.standard_normal(kernel.n, np.float32),
         "beta": rng.standard_normal(kernel.n, np.float32),
     }
-    x = args["x"].astype(np.float64)
+    of_images = args["x"].astype(np.float64).reshape(kernel.images, -1, kernel.n)
+    x = of_images[:, kernel.leading :].reshape(kernel.rows, kernel.n)
     centred = x - x.mean(axis=1, keepdims=True)
     scale = 1 / np.sqrt((centred**2).mean(axis=1, keepdims=True) + kernel.eps)
     expected = centred * scale * args["gamma"] + args["beta"]

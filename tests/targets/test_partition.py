@@ -141,6 +141,41 @@ def test_a_qdq_chain_is_three_kernels_with_int8_between_them() -> None:
     assert (q.dtype, q.scale, q.zero_point) == ("int8", pytest.approx(0.03), 7)
 
 
+def norm_of_a_slice(*bounds: int, rest: str = "") -> ir.Model:
+    """Of (2, 6, 8) the slice [start:end] along an axis, normalized; `rest` may read it too."""
+    start, end, axis, step = bounds
+    shape = list(
+        np.zeros((2, 6, 8))[(slice(None),) * (axis % 3) + (slice(start, end, step),)].shape
+    )
+    graph = f"""g (float[2,6,8] x) => (float{shape} y) {{
+        c = Slice(x, start, end, axis, step)
+        n = LayerNormalization <axis=-1, epsilon=1e-6> (c, gamma, beta)
+        y = {rest or "Identity(n)"} }}"""
+    names = ("start", "end", "axis", "step")
+    constants = {name: np.array([b], np.int64) for name, b in zip(names, bounds, strict=True)}
+    return model_of(graph, **constants, gamma=f32(shape[-1]), beta=f32(shape[-1]))
+
+
+@pytest.mark.parametrize("bounds", [(1, 6, 1, 1), (2, 2**31 - 1, -2, 1)])
+def test_a_layer_norm_skips_rows_that_are_cut_off_the_front(bounds: tuple[int, ...]) -> None:
+    program = check(norm_of_a_slice(*bounds), tolerance=1e-4)
+    rows, eps = 2 * (6 - bounds[0]), pytest.approx(1e-6)
+    norm = LayerNorm(rows=rows, n=8, eps=eps, images=2, leading=bounds[0])
+    assert [call.kernel for call in program.calls] == [norm]
+
+
+@pytest.mark.parametrize(
+    "bounds", [(0, 5, 1, 1), (1, -1, 1, 1), (1, 8, 2, 1), (1, 2, 0, 1), (1, 6, 1, 2)]
+)
+def test_any_other_slice_is_a_copy(bounds: tuple[int, ...]) -> None:
+    assert classes(partition(norm_of_a_slice(*bounds))) == [Generic, LayerNorm]
+
+
+def test_rows_that_something_else_reads_too_are_a_copy() -> None:
+    program = partition(norm_of_a_slice(1, 6, 1, 1, rest="Add(n, c)"))
+    assert classes(program) == [Generic, LayerNorm, Generic]
+
+
 def test_a_float_bias_on_an_int8_product_is_still_right() -> None:
     constants = qdq_constants()
     graph = QDQ.replace("b = DequantizeLinear <axis=0> (bq, bs)", "b = Identity(bf)")

@@ -45,7 +45,7 @@ def schedule_layer_norm(kernel: LayerNorm, cpu: Cpu, storage: ActStorage) -> Sch
 
     @T.prim_func(s_tir=True)
     def layer_norm(
-        x: T.Buffer((kernel.rows, n), "float32"),
+        x: T.Buffer((kernel.x_rows, n), "float32"),
         gamma: T.Buffer((n,), "float32"),
         beta: T.Buffer((n,), "float32"),
         quant: T.Buffer((quant_args,), "float32"),
@@ -53,17 +53,19 @@ def schedule_layer_norm(kernel: LayerNorm, cpu: Cpu, storage: ActStorage) -> Sch
     ):
         T.func_attr({"tirx.noalias": True})
         for row in row_loop(kernel.rows, n):
-            mean: T.let = _row_sum(n, lanes, element(x, row)) * T.float32(1 / n)
-            variance: T.let = _row_sum(n, lanes, squared_distance(x, row, mean)) * T.float32(1 / n)
+            source: T.let = kernel.x_row(row)
+            mean: T.let = _row_sum(n, lanes, element(x, source)) * T.float32(1 / n)
+            squares: T.let = _row_sum(n, lanes, squared_distance(x, source, mean))
+            variance: T.let = squares * T.float32(1 / n)
             scale: T.let = T.float32(1) / T.sqrt(variance + T.float32(eps))
             for v in T.serial(ceil_div(n, width)):
                 j: T.let = T.min(v * width, n - width)
                 if in_steps:
-                    _store_steps(x, gamma, beta, quant, y, row, j, width, mean, scale)
+                    _store_steps(x, source, gamma, beta, quant, y, row, j, width, mean, scale)
                 else:
                     for lane in T.vectorized(width):
                         y[row, j + lane] = stored(
-                            (x[row, j + lane] - mean) * scale * gamma[j + lane] + beta[j + lane],
+                            (x[source, j + lane] - mean) * scale * gamma[j + lane] + beta[j + lane],
                             kernel.out,
                             quant,
                             storage,
@@ -85,6 +87,7 @@ def _packing_steps() -> Mapping[str, Callable[[Mapping[str, Array]], Array]]:
 
 def _store_steps(
     x: Any,
+    source: Expr,
     gamma: Any,
     beta: Any,
     quant: Any,
@@ -100,7 +103,7 @@ def _store_steps(
     steps = neon_epilogue.Steps(quant, ())
 
     def value(at: Expr) -> Expr:
-        distance = x[row, span(at, lanes)] - T.broadcast(mean, lanes)
+        distance = x[source, span(at, lanes)] - T.broadcast(mean, lanes)
         normal = distance * T.broadcast(scale, lanes)
         return T.bind(normal * gamma[span(at, lanes)] + beta[span(at, lanes)])
 

@@ -28,7 +28,7 @@ def schedule_layer_norm(kernel: LayerNorm, gpu: Gpu, storage: ActStorage) -> Sch
 
     @T.prim_func(s_tir=True)
     def layer_norm(
-        x: T.Buffer((rows, n), "float32"),
+        x: T.Buffer((kernel.x_rows, n), "float32"),
         gamma: T.Buffer((n,), "float32"),
         beta: T.Buffer((n,), "float32"),
         quant: T.Buffer((4,), "float32"),
@@ -43,6 +43,7 @@ def schedule_layer_norm(kernel: LayerNorm, gpu: Gpu, storage: ActStorage) -> Sch
         mean = T.alloc_buffer((1,), "float32", scope="local")
         result = T.alloc_buffer((width,), kernel.out, scope="local")
         row: T.let = block * _ROWS + warp
+        source: T.let = kernel.x_row(row)
         # All lanes of a warp have the same row, so they shuffle together or not at all.
         if all_of(within(row, rows, rows % _ROWS == 0)):
             total[0] = T.float32(0)
@@ -50,7 +51,7 @@ def schedule_layer_norm(kernel: LayerNorm, gpu: Gpu, storage: ActStorage) -> Sch
                 column: T.let = (piece * 32 + lane) * width
                 if all_of(within(column, n, exact)):
                     for v in T.vectorized(width):
-                        values[slot(held, piece, width) + v] = x[row, column + v]
+                        values[slot(held, piece, width) + v] = x[source, column + v]
                     for v in T.unroll(width):
                         total[0] = total[0] + values[slot(held, piece, width) + v]
             for level in T.unroll(5):
@@ -62,7 +63,7 @@ def schedule_layer_norm(kernel: LayerNorm, gpu: Gpu, storage: ActStorage) -> Sch
                 if all_of(within(column, n, exact)):
                     if not held:
                         for v in T.vectorized(width):
-                            values[v] = x[row, column + v]
+                            values[v] = x[source, column + v]
                     for v in T.unroll(width):
                         values[slot(held, piece, width) + v] = (
                             values[slot(held, piece, width) + v] - mean[0]
@@ -79,7 +80,7 @@ def schedule_layer_norm(kernel: LayerNorm, gpu: Gpu, storage: ActStorage) -> Sch
                 if all_of(within(column, n, exact)):
                     if not held:
                         for v in T.vectorized(width):
-                            values[v] = x[row, column + v] - mean[0]
+                            values[v] = x[source, column + v] - mean[0]
                     for v in T.unroll(width):
                         result[v] = finish(
                             values[slot(held, piece, width) + v] * total[0] * gamma[column + v]
