@@ -330,12 +330,12 @@ class Run:
 def prune(parent: nn.Module, seed: int, data: Path, quick: bool) -> nn.Module:
     """The DynamicViT that a DeiT becomes by the paper's fine-tuning.
 
-    The backbone is trained at a third of the learning rate, not a hundredth: it has 400 steps, not
+    The backbone is trained at a third of the learning rate, not a hundredth: it has 320 steps, not
     the 40,000 of the paper.
     """
     state = {**start_weights(PRUNED_SPEC, seed), **parent.state_dict()}
     config = PruningConfig(
-        epochs=4 if quick else 24,
+        epochs=4 if quick else 20,
         lr=1e-3,
         own_rate=0.3,
         ema=0.99,
@@ -362,7 +362,7 @@ def recipe(variant: Variant, seed: int, quick: bool) -> TrainConfig:
     if not variant.trained:
         return TrainConfig(epochs=0, augment="none", seed=seed)
     return TrainConfig(
-        epochs=3 if quick else 12,
+        epochs=3 if quick else 8,
         lr=1e-3,
         ema=0.98,  # over some 50 steps, three epochs
         learn_scales=True,

@@ -147,6 +147,8 @@ def _forget(files: Iterable[Path]) -> None:
     There they are in pieces as small as they were written in. Whoever maps weights wants huge ones,
     and gets them when they are read from the disk.
     """
+    if not hasattr(os, "posix_fadvise"):
+        return  # macOS
     for path in files:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
