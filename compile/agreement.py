@@ -62,17 +62,40 @@ def run_given(
 ) -> list[Array]:
     """The logits that the graph gives to each image if these of its values were as given."""
     cut = model.clone()
+    shapes = {}
     for value in [output for node in cut.graph for output in node.outputs]:
         if str(value.name) in given[0]:
             source = ir.Value(name=f"{value.name}/given", shape=value.shape, type=value.type)
             value.replace_all_uses_with(source)
             cut.graph.inputs.append(source)
+            shapes[str(value.name)] = shape_of(value)
     runner = session(cut, optimize=optimize)
     results = []
     for values, image in zip(given, images, strict=True):
-        feeds = {INPUT: image} | {f"{name}/given": array for name, array in values.items()}
+        feeds = {f"{name}/given": values[name].reshape(shape) for name, shape in shapes.items()}
+        feeds[INPUT] = image
         results.append(np.asarray(runner.run([OUTPUT], feeds)[0]))
     return results
+
+
+def run_with_ties_of(
+    model: ir.Model,
+    wanted: Sequence[Mapping[str, Array]],
+    got: Sequence[Mapping[str, Array]],
+    images: Sequence[Array],
+) -> list[Array]:
+    """The graph's logits where its activations are an artifact's, as far as those were unequal.
+
+    Args:
+        wanted: what `recompute` made of the artifact's values.
+        got: those values.
+    """
+    unequal = [
+        name
+        for name in wanted[0]
+        if any(not np.array_equal(a[name], b[name]) for a, b in zip(wanted, got, strict=True))
+    ]
+    return run_given(model, [{name: values[name] for name in unequal} for values in got], images)
 
 
 def patches_in_common(

@@ -1,6 +1,6 @@
 """How far evaluations of one int8 graph lie apart for no other reason than rounding."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,17 +22,25 @@ class Evaluate(Protocol):
 
 
 def allow_for_ties(
-    agreement: Int8Agreement, model: ir.Model, evaluate: Evaluate, reference: Sequence[Array]
+    agreement: Int8Agreement,
+    model: ir.Model,
+    evaluate: Evaluate,
+    reference: Sequence[Array],
+    *,
+    same_ties: Callable[[], Sequence[Array]] | None = None,
 ) -> Int8Agreement:
     """The agreement, with what ties do to `model` where it needs that to be one.
 
     Args:
         reference: the logits of `model` as it is written.
+        same_ties: makes those it has where activations that an artifact rounded otherwise are the
+            artifact's. A single one may carry far, and others moved at random tell nothing of it.
     """
     if agreement.logits_agree:
         return agreement
     others = other_evaluations(model, evaluate, flipped=1 - agreement.equal)
-    return agreement.with_own_spread(reference, others)
+    with_same = [] if same_ties is None else [same_ties()]
+    return agreement.with_own_spread(reference, [*others, *with_same])
 
 
 def other_evaluations(

@@ -20,7 +20,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from gfcompile.compile.agreement import notes_on, patches_in_common, recompute
+from gfcompile.compile.agreement import (
+    notes_on,
+    patches_in_common,
+    recompute,
+    run_with_ties_of,
+)
 from gfcompile.compile.emission import Pruning
 from gfcompile.compile.graph import run
 from gfcompile.compile.ledger import LedgerEntry, compare, compare_int8, demand
@@ -125,7 +130,13 @@ def _verify_at(
         wanted = recompute(model, traces, images)
         got = [{name: trace[name] for name in wanted[0]} for trace in traces]
         agreement = compare_int8(wanted, got, expected, actual, logits_step=_last_scale(program))
-        agreement = allow_for_ties(agreement, model, partial(run, images=images), expected)
+        agreement = allow_for_ties(
+            agreement,
+            model,
+            partial(run, images=images),
+            expected,
+            same_ties=partial(run_with_ties_of, model, wanted, got, images),
+        )
     entry = compare(
         "artifact",
         "quantized" if int8 else "lowered",

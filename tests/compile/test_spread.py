@@ -6,8 +6,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from gfcompile.compile.agreement import recompute, run_with_ties_of
 from gfcompile.compile.graph import run
-from gfcompile.compile.spread import other_evaluations, with_flips
+from gfcompile.compile.ledger import compare_int8
+from gfcompile.compile.spread import allow_for_ties, other_evaluations, with_flips
 
 STEP, COUNT = 0.25, 20_000
 
@@ -43,3 +45,41 @@ def test_an_artifact_without_flips_is_held_to_what_onnx_runtime_does_itself() ->
     evaluate = partial(run, images=[image])
     assert len(list(other_evaluations(quantizer(), evaluate, flipped=0.0))) == 1
     assert len(list(other_evaluations(quantizer(), evaluate, flipped=0.001))) > 2
+
+
+def test_one_tie_that_carries_far_is_allowed_for_where_it_explains_the_logits() -> None:
+    model = ir.from_onnx_text(
+        f"""
+        <ir_version: 10, opset_import: ["" : 20]>
+        amplifier (float[1,{COUNT}] image) => (float[1,1] logits)
+        <float step = {{{STEP}}}, int8 zero = {{3}}, float loud = {{1000.0}},
+         int64[1] first = {{0}}, int64[1] second = {{1}}, int64[1] axis = {{1}},
+         int8[1,{COUNT}] stored>
+        {{
+            stored = QuantizeLinear (image, step, zero)
+            read = DequantizeLinear (stored, step, zero)
+            one = Slice (read, first, second, axis)
+            logits = Mul (one, loud)
+        }}
+        """
+    )
+    image = np.random.default_rng(1).uniform(-20, 20, (1, COUNT)).astype(np.float32)
+    expected = run(model, [image])
+    stored = recompute(model, [{"stored": np.zeros((1, COUNT), np.int8)}], [image])[0]["stored"]
+    flipped = stored.copy()
+    flipped[0, 0] += 1
+    ties = partial(run_with_ties_of, model, [{"stored": stored}], [{"stored": flipped}], [image])
+
+    def agrees(logits: np.ndarray, *, knowing: bool) -> bool:
+        agreement = compare_int8(
+            [{"stored": stored}], [{"stored": flipped}], expected, [logits], logits_step=STEP
+        )
+        evaluate = partial(run, images=[image])
+        same_ties = ties if knowing else None
+        known = allow_for_ties(agreement, model, evaluate, expected, same_ties=same_ties)
+        return known.logits_agree
+
+    explained = expected[0] + 1000 * STEP
+    assert not agrees(explained, knowing=False)
+    assert agrees(explained, knowing=True)
+    assert not agrees(expected[0] + 3000 * STEP, knowing=True)
