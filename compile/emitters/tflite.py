@@ -245,7 +245,7 @@ def _traces(
 
 
 def _step_of_logits(made: TfliteModel) -> float:
-    """The scale that the logits were written with by the last product."""
-    tensor, _ = made.values[OUTPUT]
-    assert tensor.quantization is not None
-    return float(tensor.quantization.scale[0])
+    """The scale that the last product wrote with: the logits, or what they are a float sum of."""
+    written = [tensor.quantization for tensor, _ in made.values.values()]
+    quantization = made.values[OUTPUT][0].quantization or next(filter(None, reversed(written)))
+    return float(quantization.scale[0])

@@ -188,9 +188,18 @@ def test_pruning_models_of_every_family_convert(spec: ModelSpec) -> None:
     check_tflite(lowered.model, image.numpy())
 
 
-@pytest.mark.parametrize("target", ["tflite", "tflite-int-only"])
-def test_int8_pruning_model_is_held_against_its_graph(tmp_path: Path, target: str) -> None:
-    spec = pruning_cases.DEIT
+@pytest.mark.parametrize(
+    ("spec", "target"),
+    [
+        (pruning_cases.DEIT, "tflite"),
+        (pruning_cases.DEIT, "tflite-int-only"),
+        (pruning_cases.LVVIT, "tflite"),  # its logits are a sum in float
+    ],
+    ids=lambda case: getattr(case, "name", case),
+)
+def test_int8_pruning_model_is_held_against_its_graph(
+    tmp_path: Path, spec: ModelSpec, target: str
+) -> None:
     config = CompileConfig(
         model=spec.name,
         target=target,
