@@ -1,6 +1,6 @@
 """What a graph makes of the values that an artifact computed, and what the two have in common."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,26 +24,15 @@ def recompute(
     The graph is cut at every value that the artifact wrote: what follows reads the artifact's.
     The arrays come in the shapes of `traces`.
     """
-    cut = model.clone()
-    given: dict[str, tuple[str, tuple[int, ...]]] = {}  # graph value -> new input, its shape
-    names = []
-    for value in [output for node in cut.graph for output in node.outputs]:
-        name = str(value.name)
-        if name not in traces[0] or value.is_graph_output():
-            continue
-        source = ir.Value(name=f"{name}/given", shape=value.shape, type=value.type)
-        value.replace_all_uses_with(source)
-        cut.graph.inputs.append(source)
-        given[name] = (f"{name}/given", shape_of(value))
-        if dtype_of(value) == "int8":
-            cut.graph.outputs.append(value)
-            names.append(name)
+    outputs = {value.name for value in model.graph.outputs}
+    cut, given = _cut(model, [name for name in traces[0] if name not in outputs])
+    computed_here = [value for value in given.values() if dtype_of(value) == "int8"]
+    cut.graph.outputs.extend(computed_here)
+    names = [str(value.name) for value in computed_here]
     runner = session(cut)
     results = []
     for trace, image in zip(traces, images, strict=True):
-        feeds = {INPUT: image}
-        feeds |= {source: trace[name].reshape(shape) for name, (source, shape) in given.items()}
-        computed = runner.run(names, feeds)
+        computed = runner.run(names, _feeds(given, trace, image))
         results.append(
             {
                 name: np.asarray(array).reshape(trace[name].shape)
@@ -61,21 +50,33 @@ def run_given(
     optimize: bool = False,
 ) -> list[Array]:
     """The logits that the graph gives to each image if these of its values were as given."""
-    cut = model.clone()
-    shapes = {}
-    for value in [output for node in cut.graph for output in node.outputs]:
-        if str(value.name) in given[0]:
-            source = ir.Value(name=f"{value.name}/given", shape=value.shape, type=value.type)
-            value.replace_all_uses_with(source)
-            cut.graph.inputs.append(source)
-            shapes[str(value.name)] = shape_of(value)
+    cut, replaced = _cut(model, given[0])
     runner = session(cut, optimize=optimize)
     results = []
     for values, image in zip(given, images, strict=True):
-        feeds = {f"{name}/given": values[name].reshape(shape) for name, shape in shapes.items()}
-        feeds[INPUT] = image
-        results.append(np.asarray(runner.run([OUTPUT], feeds)[0]))
+        results.append(np.asarray(runner.run([OUTPUT], _feeds(replaced, values, image))[0]))
     return results
+
+
+def _cut(model: ir.Model, names: Iterable[str]) -> tuple[ir.Model, dict[str, ir.Value]]:
+    """A copy in which what follows these values reads inputs in their place; and the values."""
+    wanted, cut = set(names), model.clone()
+    given = {}
+    for value in [output for node in cut.graph for output in node.outputs]:
+        if value.name in wanted:
+            source = ir.Value(name=f"{value.name}/given", shape=value.shape, type=value.type)
+            value.replace_all_uses_with(source)
+            cut.graph.inputs.append(source)
+            given[str(value.name)] = value
+    return cut, given
+
+
+def _feeds(
+    given: Mapping[str, ir.Value], values: Mapping[str, Array], image: Array
+) -> dict[str, Array]:
+    """The inputs of a graph that was cut at `given`, of which `values` may have another shape."""
+    feeds = {f"{name}/given": values[name].reshape(shape_of(v)) for name, v in given.items()}
+    return {INPUT: image, **feeds}
 
 
 def run_with_ties_of(
