@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from gfcompile.runtime.errors import CompileError
+from gfcompile.targets.onnx_values import NAME_SCOPES
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -172,14 +173,13 @@ def _strip_origins(model: ir.Model) -> None:
 
     What stays is the path of the torch module that a node came from.
     """
-    scopes = "pkg.torch.onnx.name_scopes"
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     for node in model.graph:
-        kept = node.metadata_props.get(scopes)
+        kept = node.metadata_props.get(NAME_SCOPES)
         node.metadata_props.clear()
         if kept is not None:
-            node.metadata_props[scopes] = kept
+            node.metadata_props[NAME_SCOPES] = kept
         for value in node.outputs:
             value.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):

@@ -11,12 +11,23 @@ Array = npt.NDArray[np.generic]
 # What a user can do about a node that a model format does not have.
 OTHER_TARGET = "compile for a target of kernels (gfcompile targets), or change the model there"
 
+# Where torch's exporter says which modules a node came from, the outermost first and '' for the
+# model itself; the last scope is the operator. A list of strings as Python writes it.
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+
 VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
 
 
 def is_standard(node: ir.Node, *op_types: str) -> bool:
     """Whether `node` is one of these operators of the ONNX standard."""
     return node.domain in ("", "ai.onnx") and node.op_type in op_types
+
+
+def module_path(node: ir.Node) -> str:
+    """The path of the torch module that `node` came from; empty where none is known."""
+    scopes = node.metadata_props.get(NAME_SCOPES, "").strip("[]").replace("'", "").split(", ")
+    modules = [scope for scope in scopes[:-1] if scope]
+    return modules[-1] if modules else ""
 
 
 def shape_of(value: ir.Value) -> tuple[int, ...]:

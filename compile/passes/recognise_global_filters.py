@@ -42,6 +42,7 @@ from gfcompile.compile.passes.linear import (
     signal_inputs,
 )
 from gfcompile.compile.trace import session
+from gfcompile.targets.onnx_values import NAME_SCOPES, module_path
 
 FftForm = Literal["native", "dft", "circular"]
 
@@ -49,7 +50,6 @@ FftForm = Literal["native", "dft", "circular"]
 # sum some thousand terms, so a true filter is within 1e-13.
 _SAME_MAP = 1e-10
 _ROUNDING = 2.0**-24
-_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,14 +335,11 @@ def _run(model: ir.Model, x: Array) -> Array:
 
 def _carry_scope(old: ir.Value, new: ir.Value) -> None:
     source, target = old.producer(), new.producer()
-    if source is not None and target is not None and _SCOPES in source.metadata_props:
-        target.metadata_props[_SCOPES] = source.metadata_props[_SCOPES]
+    if source is not None and target is not None and NAME_SCOPES in source.metadata_props:
+        target.metadata_props[NAME_SCOPES] = source.metadata_props[NAME_SCOPES]
 
 
 def _name_of(y: ir.Value) -> str:
     """The path of the torch module that `y` comes from, or its own name."""
     node = y.producer()
-    scopes = node.metadata_props.get(_SCOPES, "") if node is not None else ""
-    names = [name for name in scopes.strip("[]").replace("'", "").split(", ") if name]
-    # The last scope is the operator itself.
-    return names[-2] if len(names) > 1 else str(y.name)
+    return (module_path(node) if node is not None else "") or str(y.name)

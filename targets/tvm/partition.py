@@ -22,6 +22,7 @@ from gfcompile.targets.onnx_values import (
     constant,
     dtype_of,
     is_standard,
+    module_path,
     quantization,
     scalar_quantization,
     shape_of,
@@ -299,7 +300,7 @@ class _Partitioner:
         self.claimed.update(covered)
         call = Call(
             kernel=kernel_of(out),
-            label=_label(covered[0]),
+            label=_label(*covered),
             reads=reads,
             writes={"y": grouped[0] if grouped else self.tensor(covered[-1].outputs[0])},
             constants=constants,
@@ -359,7 +360,7 @@ class _Partitioner:
                     x=product.act,
                     gelu=exact,
                 ),
-                label=f"{_label(covered[0])}/{i}",
+                label=f"{_label(*covered)}/{i}",
                 reads={"x": x},
                 writes={"y": self.tensor(node.outputs[i])},
                 constants={
@@ -968,8 +969,10 @@ def _input(node: ir.Node, index: int) -> ir.Value:
     return value
 
 
-def _label(node: ir.Node) -> str:
-    return node.name or str(node.outputs[0].name)
+def _label(*nodes: ir.Node) -> str:
+    """The torch module that these nodes came from, or the first node's name."""
+    modules = filter(None, map(module_path, nodes))
+    return next(modules, "") or nodes[0].name or str(nodes[0].outputs[0].name)
 
 
 def _in_fixed_point(call: Call) -> Call:

@@ -10,6 +10,7 @@ import pytest
 from reference_kernels import run_program
 
 from gfcompile.runtime.errors import CompileError
+from gfcompile.targets.onnx_values import NAME_SCOPES
 from gfcompile.targets.tvm.kernel import (
     Attention,
     Conv,
@@ -85,6 +86,24 @@ def test_bias_gelu_and_residual_ride_on_a_product() -> None:
     assert classes(program) == [Dense]
     kernel = program.calls[0].kernel
     assert kernel == Dense(m=6, n=4, k=8, gelu=True, residual_rows=6)
+
+
+def test_a_call_is_named_after_the_torch_module_that_it_came_from() -> None:
+    """As the exporter of torch 2.13 writes scopes: the outermost first, the operator last."""
+    model = model_of(
+        "g (float[5, 8] x) => (float[5, 6] y) { p = MatMul (x, w) s = Add (p, b) y = Gelu (s) }",
+        w=f32(8, 6),
+        b=f32(6),
+    )
+    product, bias, gelu = model.graph
+    product.name = "node_MatMul_7"
+    assert [call.label for call in partition(model).calls] == ["node_MatMul_7"]
+    bias.metadata_props[NAME_SCOPES] = "['', 'blocks.0', 'blocks.0.mlp.fc1', 'linear']"
+    gelu.metadata_props[NAME_SCOPES] = "['', 'blocks.0', 'blocks.0.mlp.act', 'gelu']"
+    assert [call.label for call in partition(model).calls] == ["blocks.0.mlp.fc1"]
+    product.metadata_props[NAME_SCOPES] = bias.metadata_props[NAME_SCOPES] = "['', 'linear']"
+    gelu.metadata_props.clear()
+    assert [call.label for call in partition(model).calls] == ["node_MatMul_7"]
 
 
 def test_a_product_with_two_readers_takes_nothing_along() -> None:
