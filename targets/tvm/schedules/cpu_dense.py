@@ -443,7 +443,7 @@ def _dense(
     blocks = row_blocks(columns.tiles, row_tiles)
     by_columns = cut(kernel, product, row_tiles, columns.tiles)
     passes = by_columns.passes
-    reads_ahead = _loads_lines(product) and product.group == 1 and not by_rows and passes > 1
+    reads_ahead = _loads_lines(product) and not by_rows and passes > 1
 
     def tiles_of(task: Expr) -> tuple[Expr, Expr, Expr]:
         """Opens the loop over the tiles of a task: the row and the column of one, and its pass."""
@@ -477,7 +477,7 @@ def _dense(
 
             def read_ahead(turn: Expr, turns: int) -> None:
                 block = group * columns.group_blocks + first + tile.vectors
-                lines = ceil(tile.vectors * k / (passes * turns))
+                lines = ceil(tile.vectors * k / (product.group * passes * turns))
                 with I.serial(lines) as line:
                     at = (nth_pass * turns + turn) * lines + line
                     prefetch_line(operands.w, [block, at, 0])
