@@ -55,6 +55,7 @@ from gfcompile.targets.tvm.schedules.math import (
 )
 
 __all__ = [
+    "LINE_BYTES",
     "Blocks",
     "Columns",
     "DenseChoice",
@@ -88,7 +89,7 @@ _TASKS = 16
 # the pipeline around a tile.
 _INSTRUCTION = 0.5
 _FAR_LINE = {"int32": 0.2, "float32": 0.35}
-_LINE_BYTES = 64
+LINE_BYTES = 64
 _LATENCY = 4
 _TILE_START = 30
 # Vectors of accumulators in a tile: more hide no further latency, and every one is code.
@@ -206,7 +207,7 @@ def _default(product: Product, tile: Tile) -> DenseChoice:
 
 def _loads_lines(product: Product) -> bool:
     """Whether a vector of weights is a whole cache line, as with AVX-512."""
-    return product.lanes * 4 == _LINE_BYTES
+    return product.lanes * 4 == LINE_BYTES
 
 
 def choose_tile(kernel: Dense, product: Product, registers: int) -> Tile:
