@@ -1,0 +1,32 @@
+"""What commands share: how they print, and which process does."""
+
+import os
+import sys
+
+
+def is_first_process() -> bool:
+    """Under torchrun, whether this process is the one that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], *, right: set[int]) -> None:
+    """Columns as wide as their content; those in `right` are flush right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def complain(text: str) -> None:
+    print(f"gfcompile: {text}", file=sys.stderr)
+
+
+def count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
