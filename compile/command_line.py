@@ -1,7 +1,15 @@
-"""What commands share: how they print, and which process does."""
+"""What commands share: a type of their arguments, how they print, and which process does."""
 
+import argparse
 import os
 import sys
+
+
+def positive_int(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
 
 
 def is_first_process() -> bool:

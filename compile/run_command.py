@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gfcompile.compile.command_line import complain, count
+from gfcompile.compile.command_line import complain, count, positive_int
 
 
 def run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,8 +17,8 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
         default="local",
         help="qemu runs an arm64 bundle here, to see what it computes and not how fast",
     )
-    parser.add_argument("--top", type=_positive, default=5, metavar="N", help="classes to print")
-    parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--top", type=positive_int, default=5, metavar="N", help="classes to print")
+    parser.add_argument("--threads", type=positive_int, default=1, metavar="N", help="default: 1")
     parser.add_argument(
         "--compute-units",
         choices=("all", "cpu", "cpu-gpu", "cpu-ane"),
@@ -84,10 +84,3 @@ def run_command(options: argparse.Namespace) -> None:
                         print(f"  {probability:6.1%}  {index:4d}  {label}")
     if options.json:
         print(json.dumps(results, indent=2))
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number

@@ -4,7 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from gfcompile.compile.command_line import print_table
+from gfcompile.compile.command_line import positive_int, print_table
 from gfcompile.compile.tuning_config import DEFAULT_TRIALS, TuneConfig
 
 
@@ -25,7 +25,7 @@ def tune_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--trials",
-        type=_positive_int,
+        type=positive_int,
         metavar="N",
         help=f"candidates to try, of all kernels together (default: {DEFAULT_TRIALS})",
     )
@@ -99,13 +99,6 @@ def tune_config(options: argparse.Namespace) -> TuneConfig:
         database=options.tuning_db,
         seed=options.seed,
     )
-
-
-def _positive_int(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
 
 
 def _positive_float(text: str) -> float:
