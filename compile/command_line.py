@@ -1,8 +1,12 @@
-"""What commands share: a type of their arguments, how they print, and which process does."""
+"""What commands share: a type of their arguments, whom progress is told, and how they print."""
 
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gfcompile.compile.progress import ConsoleProgress, SilentProgress
 
 
 def positive_int(text: str) -> int:
@@ -10,6 +14,13 @@ def positive_int(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
+
+
+def console_progress(*, quiet: bool) -> "ConsoleProgress | SilentProgress":
+    """One that tells the terminal; nobody if `quiet`, or where another process tells it."""
+    from gfcompile.compile.progress import ConsoleProgress, SilentProgress
+
+    return SilentProgress() if quiet or not is_first_process() else ConsoleProgress()
 
 
 def is_first_process() -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gfcompile.compile.command_line import count, is_first_process, print_table
+from gfcompile.compile.command_line import console_progress, count, is_first_process, print_table
 from gfcompile.compile.pruning_options import add_keep_ratio
 from gfcompile.compile.training_commands import train_for_int8
 from gfcompile.compile.training_options import (
@@ -111,14 +111,12 @@ def compile_command(options: argparse.Namespace) -> None:
     """Compiles, after a training if images for one are given, and prints what came of it."""
     # Light until it compiles: a mistake in the arguments is answered before torch and TVM load.
     from gfcompile.compile.pipeline import CompileConfig, check_batch, compile_model
-    from gfcompile.compile.progress import ConsoleProgress, SilentProgress
     from gfcompile.targets.coreml.options import CoremlOptions
     from gfcompile.targets.target import find_target
     from gfcompile.targets.tflite.options import TfliteOptions
 
     started = time.perf_counter()
-    quiet = options.quiet or not is_first_process()
-    progress = SilentProgress() if quiet else ConsoleProgress()
+    progress = console_progress(quiet=options.quiet)
     check_training_arguments(options)
     check_batch(options.batch)
     if options.train_data is not None:
@@ -168,8 +166,7 @@ def compile_command(options: argparse.Namespace) -> None:
     if options.quiet:
         print(bundle.path)
     else:
-        notes = progress.notes if isinstance(progress, ConsoleProgress) else []
-        _print_bundle(bundle, find_target(options.target), notes, took)
+        _print_bundle(bundle, find_target(options.target), progress.notes, took)
 
 
 def _print_bundle(bundle: "Bundle", target: "AnyTarget", notes: Sequence[str], took: float) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gfcompile.compile.command_line import is_first_process, print_table
+from gfcompile.compile.command_line import console_progress, is_first_process, print_table
 from gfcompile.compile.pruning_options import add_keep_ratio
 from gfcompile.compile.training_options import (
     add_finetuning_arguments,
@@ -67,10 +67,7 @@ def finetune_arguments(parser: argparse.ArgumentParser) -> None:
 
 def quantize_command(options: argparse.Namespace) -> None:
     """Writes the checkpoint, or only the costs of int8, and prints what they are."""
-    from gfcompile.compile.progress import ConsoleProgress, SilentProgress
-
-    quiet = options.quiet or not is_first_process()
-    progress = SilentProgress() if quiet else ConsoleProgress()
+    progress = console_progress(quiet=options.quiet)
     if options.analyze:
         _analyze(options, progress)
         return
@@ -82,7 +79,7 @@ def quantize_command(options: argparse.Namespace) -> None:
         return
     for name, reason in quantized.kept_float:
         print(f"  kept in float: {name}: {reason}")
-    for note in progress.notes if isinstance(progress, ConsoleProgress) else ():
+    for note in progress.notes:
         print(f"  note: {note}")
     if quantized.float_top1 is not None and quantized.top1 is not None:
         print(f"  top-1: float {quantized.float_top1:.2%}, quantized {quantized.top1:.2%}")
@@ -96,11 +93,9 @@ def quantize_command(options: argparse.Namespace) -> None:
 def finetune_command(options: argparse.Namespace) -> None:
     """Writes the checkpoint and prints what it is worth."""
     from gfcompile.compile.finetuning import finetune_model
-    from gfcompile.compile.progress import ConsoleProgress, SilentProgress
     from gfcompile.compile.training_progress import ConsoleTraining
 
-    quiet = options.quiet or not is_first_process()
-    progress = SilentProgress() if quiet else ConsoleProgress()
+    progress = console_progress(quiet=options.quiet)
     config = finetune_config(options)
     shown = None if options.quiet else ConsoleTraining(config.training.epochs)
     with _resumable(config):
@@ -110,7 +105,7 @@ def finetune_command(options: argparse.Namespace) -> None:
     if options.quiet:
         print(finetuned.path)
         return
-    for note in progress.notes if isinstance(progress, ConsoleProgress) else ():
+    for note in progress.notes:
         print(f"  note: {note}")
     if finetuned.teacher_top1 is not None and finetuned.top1 is not None:
         print(f"  top-1: teacher {finetuned.teacher_top1:.2%}, pruned {finetuned.top1:.2%}")
