@@ -26,7 +26,8 @@ from gfcompile.targets.tvm.kernel import (
     Softmax,
     TokenMean,
 )
-from gfcompile.targets.tvm.partition import Program, partition
+from gfcompile.targets.tvm.partition import partition
+from gfcompile.targets.tvm.program import Program
 
 Array = npt.NDArray[Any]
 rng = np.random.default_rng(0)

@@ -9,7 +9,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from gfcompile.targets.onnx_values import constant, dtype_of, is_standard, shape_of
+from gfcompile.targets.onnx_values import constant, dtype_of, input_of, is_standard, shape_of
 
 _LAST = {3: (0, 2, 1), 4: (0, 2, 3, 1)}  # by rank: the Transpose to channels last
 _FIRST = (0, 3, 1, 2)
@@ -41,8 +41,7 @@ def match_conv(node: ir.Node) -> ConvMatch | None:
     match = _giving_channels_last(node)
     if match is not None and match.kind == "depthwise":
         # It has no way to read channels that are not last.
-        x = node.inputs[0]
-        assert x is not None
+        x = input_of(node, 0)
         if channels_last_source(x) is None and _convolution_behind(x) is None:
             return None
     return match
@@ -133,9 +132,7 @@ def _kind(node: ir.Node) -> Literal["patches", "dense", "depthwise"] | None:
     """What sort of convolution a node is, if kernels have it."""
     if not is_standard(node, "Conv"):
         return None
-    x, w = node.inputs[0], node.inputs[1]
-    assert x is not None
-    weight = constant(w)
+    x, weight = input_of(node, 0), constant(node.inputs[1])
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if weight is None or weight.ndim != 4 or (bias is not None and constant(bias) is None):
         return None
