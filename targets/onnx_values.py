@@ -44,10 +44,15 @@ def input_of(node: ir.Node, index: int) -> ir.Value:
     return value
 
 
-def only_reader(value: ir.Value) -> ir.Node | None:
-    """The node that reads `value`, if nothing else does and the graph does not return it."""
+def only_reader(value: ir.Value, *op_types: str) -> ir.Node | None:
+    """The node that reads `value`, if nothing else does and the graph does not return it.
+
+    None as well where it is not one of `op_types`, if there are any.
+    """
     readers = value.consumers()
-    return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
+    if len(readers) != 1 or value.is_graph_output():
+        return None
+    return readers[0] if not op_types or is_standard(readers[0], *op_types) else None
 
 
 def is_along_last_axis(node: ir.Node, rank: int, default: int = -1) -> bool:

@@ -137,8 +137,8 @@ def _match(softmax: ir.Node) -> _Match | None:
         if (scale_of_p, zero_point) != (1 / 256, -128):
             return None
         covered.append(node)
-        dequantize = only_reader(node.outputs[0])
-        if dequantize is None or not is_standard(dequantize, "DequantizeLinear"):
+        dequantize = only_reader(node.outputs[0], "DequantizeLinear")
+        if dequantize is None:
             return None
         covered.append(dequantize)
         value = dequantize.outputs[0]
@@ -161,8 +161,8 @@ def _match(softmax: ir.Node) -> _Match | None:
     for use, places in zip(uses, wanted, strict=True):
         if not np.array_equal(_layout(use, q.source), places):
             return None
-    transpose = only_reader(node.outputs[0])
-    if transpose is None or not is_standard(transpose, "Transpose"):
+    transpose = only_reader(node.outputs[0], "Transpose")
+    if transpose is None:
         return None
     if tuple(transpose.attributes.get_ints("perm")) != (0, 2, 1, 3):
         return None
