@@ -9,7 +9,14 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from gfcompile.targets.onnx_values import constant, dtype_of, input_of, is_standard, shape_of
+from gfcompile.targets.onnx_values import (
+    constant,
+    dtype_of,
+    input_of,
+    is_standard,
+    only_reader,
+    shape_of,
+)
 
 _LAST = {3: (0, 2, 1), 4: (0, 2, 3, 1)}  # by rank: the Transpose to channels last
 _FIRST = (0, 3, 1, 2)
@@ -69,8 +76,7 @@ def _giving_channels_last(node: ir.Node) -> ConvMatch | None:
     kind = _kind(node)
     if kind is None:
         return None
-    readers = node.outputs[0].consumers()
-    relu = readers[0] if len(readers) == 1 and is_standard(readers[0], "Relu") else None
+    relu = only_reader(node.outputs[0], "Relu")
     if relu is not None and kind == "patches":
         kind = "dense"
     result = (relu or node).outputs[0]

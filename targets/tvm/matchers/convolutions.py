@@ -12,6 +12,7 @@ from gfcompile.targets.onnx_values import (
     constant,
     input_of,
     is_standard,
+    only_reader,
     scalar_quantization,
     shape_of,
 )
@@ -94,7 +95,7 @@ def _image(state: State, value: ir.Value) -> tuple[str, Literal["nhwc", "nchw"]]
     if source is None:
         return state.tensor(value), "nchw"
     to_first = value.producer()
-    if to_first is not None and len(value.consumers()) == 1:
+    if to_first is not None and only_reader(value) is not None:
         state.claimed.add(to_first)
     return state.tensor(source), "nhwc"
 
@@ -110,16 +111,19 @@ def _patch_product(state: State, node: ir.Node, covered: list[ir.Node]) -> None:
     product = product_of(covered, source, w, bias)
 
     quant: dict[str, Array] = {}
+    alone = False
     name, scale, zero_point = f"{node.outputs[0].name}_patches", 0.0, 0
     if product.act == "int8":
-        # Patches are cut and quantized in one go. They keep the name of the QuantizeLinear's
-        # output, whose values they are, in another order.
+        # Patches are cut and quantized in one go. If this alone reads the integers, they keep the
+        # name of the QuantizeLinear's output, whose values they are, in another order.
         assert source is not None
         assert quantize is not None
         scale, zero_point = scalar_quantization(quantize)
         quant["quant"] = quant_args(scale, zero_point)
-        x, name = input_of(quantize, 0), str(quantize.outputs[0].name)
-        if len(quantize.outputs[0].consumers()) == 1:
+        x = input_of(quantize, 0)
+        alone = all(only_reader(pair.outputs[0]) is not None for pair in (quantize, source))
+        if alone:
+            name = str(quantize.outputs[0].name)
             state.claimed.update((quantize, source))
     image, layout = _image(state, x)
     batch, c, height, width = shape_of(x)
@@ -141,7 +145,7 @@ def _patch_product(state: State, node: ir.Node, covered: list[ir.Node]) -> None:
         pixels = pixels.reshape(batch, grid_h, grid_w, patch_h, patch_w, c)
         pixels = pixels.transpose(0, 5, 1, 3, 2, 4)
         _put_channels_last(product, c, patch_h, patch_w)
-    if product.act == "int8":
+    if alone:
         state.stored_in[name] = name, pixels.reshape(batch, c, height, width)
     patches = Call(
         kernel=Patchify(

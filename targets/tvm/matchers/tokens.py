@@ -50,7 +50,8 @@ class _Rows:
 
 def top_k(state: State, node: ir.Node) -> None:
     """TopK of which only the indices are wanted, by what becomes of them."""
-    if node.outputs[0].consumers():
+    values = node.outputs[0]
+    if values.consumers() or values.is_graph_output():
         return
     rows = _match_rows(node)
     if rows is not None:
