@@ -40,7 +40,8 @@ from gfcompile.compile.tuning_progress import ConsoleTrials
 from gfcompile.runtime import load
 from gfcompile.targets.target import Target, find_target
 from gfcompile.targets.tvm.kernel import Dense, Generic
-from gfcompile.targets.tvm.partition import Program, partition
+from gfcompile.targets.tvm.partition import partition
+from gfcompile.targets.tvm.program import Program
 from gfcompile.targets.tvm.schedules.math import gelu
 from gfcompile.targets.tvm.tuning.builders import Builders, Built, CandidateError, Job
 from gfcompile.targets.tvm.tuning.database import Database

@@ -40,7 +40,7 @@ from gfcompile.targets.target import Gpu, Target
 from gfcompile.targets.tvm import link
 from gfcompile.targets.tvm.emit import Artifact
 from gfcompile.targets.tvm.kernel import Attention, Dense
-from gfcompile.targets.tvm.partition import Program, Tensor
+from gfcompile.targets.tvm.program import Program, Tensor
 from gfcompile.targets.tvm.schedules.cpu_dot import HalfNeon
 from gfcompile.targets.tvm.standin.twin import make_twin
 

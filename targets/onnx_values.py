@@ -23,6 +23,43 @@ def is_standard(node: ir.Node, *op_types: str) -> bool:
     return node.domain in ("", "ai.onnx") and node.op_type in op_types
 
 
+def operator_of(node: ir.Node) -> str:
+    """What tables of operators call `node`: a function of gfcompile lacks the sizes in its name."""
+    if is_standard(node, node.op_type):
+        return node.op_type
+    if node.domain == "gfcompile":
+        return node.op_type.split("_")[0]
+    return f"{node.domain}.{node.op_type}"
+
+
+def name_of(node: ir.Node) -> str:
+    """The name of `node`, or of its first result where it has none."""
+    return node.name or str(node.outputs[0].name)
+
+
+def input_of(node: ir.Node, index: int) -> ir.Value:
+    """A needed input of `node`."""
+    value = node.inputs[index]
+    assert value is not None, f"{node.name} lacks input {index}"
+    return value
+
+
+def only_reader(value: ir.Value, *op_types: str) -> ir.Node | None:
+    """The node that reads `value`, if nothing else does and the graph does not return it.
+
+    None as well where it is not one of `op_types`, if there are any.
+    """
+    readers = value.consumers()
+    if len(readers) != 1 or value.is_graph_output():
+        return None
+    return readers[0] if not op_types or is_standard(readers[0], *op_types) else None
+
+
+def is_along_last_axis(node: ir.Node, rank: int, default: int = -1) -> bool:
+    """Whether `node` works along the last of `rank` axes; `default` is its operator's own."""
+    return node.attributes.get_int("axis", default) in (-1, rank - 1)
+
+
 def module_path(node: ir.Node) -> str:
     """The path of the torch module that `node` came from; empty where none is known."""
     scopes = node.metadata_props.get(NAME_SCOPES, "").strip("[]").replace("'", "").split(", ")
@@ -73,6 +110,14 @@ def constant(value: ir.Value | None) -> Array | None:
         shifted = data.astype(np.int32) - zero_point.reshape(shape)
         return shifted.astype(np.float32) * scale.reshape(shape)
     return None
+
+
+def is_stored_in_halves(value: ir.Value) -> bool:
+    """Whether a float constant is one of float16 in the graph, with a Cast behind it."""
+    cast = value.producer()
+    if cast is None or not is_standard(cast, "Cast"):
+        return False
+    return dtype_of(input_of(cast, 0)) == "float16"
 
 
 def quantization(node: ir.Node) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], int]:

@@ -24,7 +24,7 @@ from gfcompile.targets.tvm.kernel import (
     Softmax,
     TokenMean,
 )
-from gfcompile.targets.tvm.partition import Program
+from gfcompile.targets.tvm.program import Program
 
 Array = npt.NDArray[Any]
 

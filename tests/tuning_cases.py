@@ -13,7 +13,7 @@ from gfcompile.targets.target import Target
 from gfcompile.targets.tvm.choices import Choice
 from gfcompile.targets.tvm.emit import Artifact
 from gfcompile.targets.tvm.kernel import Array, Dense, Kernel
-from gfcompile.targets.tvm.partition import Call, Program, Tensor
+from gfcompile.targets.tvm.program import Call, Program, Tensor
 from gfcompile.targets.tvm.tuning.tasks import Task, tasks
 
 DENSE = Dense(m=12, n=64, k=32)

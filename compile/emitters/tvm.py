@@ -13,7 +13,8 @@ from gfcompile.targets.target import Cpu, Gpu, Target, peaks
 from gfcompile.targets.tvm.emit import Tuned, Tuning, emit
 from gfcompile.targets.tvm.halves import in_halves
 from gfcompile.targets.tvm.kernel import Kernel, SelectTokens
-from gfcompile.targets.tvm.partition import Program, partition
+from gfcompile.targets.tvm.partition import partition
+from gfcompile.targets.tvm.program import Program
 from gfcompile.targets.tvm.schedules.cpu_dot import HalfNeon
 from gfcompile.targets.tvm.tuning import database
 

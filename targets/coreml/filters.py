@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from gfcompile.targets.coreml.emitter import Emitter, refuse
 from gfcompile.targets.coreml.values import Array, Value
-from gfcompile.targets.onnx_values import constant
+from gfcompile.targets.onnx_values import constant, operator_of
 
 Matrix = npt.NDArray[np.float64]
 
@@ -30,7 +30,7 @@ DENSE_POINTS = 256
 
 def emit_filter(emitter: Emitter, node: ir.Node) -> None:
     """A `gfcompile` filter function."""
-    form = node.op_type.split("_")[0]
+    form = operator_of(node)
     if form == "GlobalFilterDft":
         _emit_dft(emitter, node)
     elif form == "GlobalFilterCircular":

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from gfcompile.quantize.int4 import factored, fits_int4
 from gfcompile.targets.coreml.emitter import Emitter, refuse
 from gfcompile.targets.coreml.values import Array, Template, Value, natural, order_of
-from gfcompile.targets.onnx_values import constant, is_standard, quantization, shape_of
+from gfcompile.targets.onnx_values import constant, is_standard, only_reader, quantization, shape_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +40,6 @@ def quantized_weight(value: ir.Value | None) -> QuantizedWeight | None:
     if data.dtype.name not in ("int8", "int4") or zero_point.any() or scale.ndim != 1:
         return None
     return QuantizedWeight(data=data.astype(np.int8), scale=scale, axis=axis % data.ndim)
-
-
-def follower(node: ir.Node, *op_types: str) -> ir.Node | None:
-    """The node that alone reads the only output of `node`, if it is one of these operators."""
-    (output,) = node.outputs
-    readers = output.consumers()
-    if len(readers) != 1 or output.is_graph_output() or not is_standard(readers[0], *op_types):
-        return None
-    return readers[0]
 
 
 def product_axes(emitter: Emitter, rank: int) -> tuple[int, ...]:
@@ -150,7 +141,7 @@ def _emit_linear(emitter: Emitter, node: ir.Node, x: Value, weight: ir.Value) ->
     channels = shape_of(weight)[1]
     arguments: dict[str, Any] = {}
     last = node
-    add = follower(node, "Add")
+    add = only_reader(node.outputs[0], "Add")
     if add is not None:
         others = [operand for operand in add.inputs if operand is not node.outputs[0]]
         bias = constant(others[0]) if len(others) == 1 else None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from gfcompile.targets.onnx_values import constant, is_standard
+from gfcompile.targets.onnx_values import constant, operator_of
 from gfcompile.targets.tflite import operators  # noqa: F401 - they register
 from gfcompile.targets.tflite.emitter import LOWERINGS, Emitter
 from gfcompile.targets.tflite.interface import add_input, add_output, add_pixels
@@ -83,9 +83,8 @@ def emit(
     for node in model.graph:
         if node in emitter.done or all(constant(value) is not None for value in node.outputs):
             continue
-        kind = node.op_type.split("_")[0] if node.domain == "gfcompile" else node.op_type
-        lowering = LOWERINGS.get(kind)
-        if lowering is None or not (node.domain == "gfcompile" or is_standard(node, kind)):
+        lowering = LOWERINGS.get(operator_of(node))
+        if lowering is None:
             raise emitter.refuse(node, "no TFLite operators are known for it")
         emitter.current = node
         lowering(emitter, node)

@@ -19,6 +19,8 @@ from gfcompile.targets.onnx_values import (
     constant,
     dtype_of,
     is_standard,
+    is_stored_in_halves,
+    only_reader,
     quantization,
     scalar_quantization,
     shape_of,
@@ -172,10 +174,7 @@ class Emitter:
 
     def quantizer_of(self, value: ir.Value) -> ir.Node | None:
         """The QuantizeLinear that alone reads `value`, if there is one."""
-        readers = value.consumers()
-        if value.is_graph_output() or len(readers) != 1:
-            return None
-        return readers[0] if is_standard(readers[0], "QuantizeLinear") else None
+        return only_reader(value, "QuantizeLinear")
 
     def runs_in_integers(self, node: ir.Node, *inputs: ir.Value | None) -> bool:
         """Whether all inputs of `node` (or those given) are quantized, and its result will be."""
@@ -304,13 +303,7 @@ def lowers(*op_types: str) -> Callable[[Lowering], Lowering]:
 
 def stored_array(value: ir.Value, array: Array) -> Array:
     """A real constant in the precision that the graph stores it in."""
-    cast = value.producer()
-    if cast is None or not is_standard(cast, "Cast"):
-        return array
-    source = cast.inputs[0]
-    if source is None or dtype_of(source) != "float16":
-        return array
-    return array.astype(np.float16)
+    return array.astype(np.float16) if is_stored_in_halves(value) else array
 
 
 def integer_weights(value: ir.Value | None) -> tuple[Array, Quantization] | None:
@@ -327,13 +320,6 @@ def integer_weights(value: ir.Value | None) -> tuple[Array, Quantization] | None
         zero_point=zero_point.reshape(-1).astype(np.int64),
         axis=axis % data.ndim if scale.size > 1 else 0,
     )
-
-
-def input_of(node: ir.Node, index: int) -> ir.Value:
-    """A needed input of `node`."""
-    value = node.inputs[index]
-    assert value is not None, f"{node.name} lacks input {index}"
-    return value
 
 
 def attributes_of(node: ir.Node) -> Mapping[str, Any]:

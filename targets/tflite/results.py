@@ -13,6 +13,7 @@ from gfcompile.targets.onnx_values import (
     constant,
     dtype_of,
     is_standard,
+    only_reader,
     scalar_quantization,
 )
 from gfcompile.targets.tflite.emitter import integer_weights
@@ -51,33 +52,29 @@ def _computed(model: ir.Model) -> Iterator[ir.Value]:
         if is_standard(node, "MatMul") and constant(node.inputs[1]) is not None:
             value = _with_bias(node)
             covered.add(value)
-        elif is_standard(node, "Sqrt"):
-            readers = value.consumers()
-            if len(readers) == 1 and is_standard(readers[0], "Reciprocal"):
-                continue  # one operator for both
+        elif is_standard(node, "Sqrt") and only_reader(value, "Reciprocal") is not None:
+            continue  # one operator for both
         yield value
 
 
 def _with_bias(node: ir.Node) -> ir.Value:
     """The result of a product, or of the addition of its bias."""
     value = node.outputs[0]
-    readers = value.consumers()
-    if len(readers) == 1 and is_standard(readers[0], "Add") and not value.is_graph_output():
-        others = [x for x in readers[0].inputs if x is not value]
+    add = only_reader(value, "Add")
+    if add is not None:
+        others = [x for x in add.inputs if x is not value]
         bias = constant(others[0]) if len(others) == 1 else None
         if bias is not None and bias.size == bias.shape[-1]:
-            return readers[0].outputs[0]
+            return add.outputs[0]
     return value
 
 
 def _is_quantized(value: ir.Value) -> bool:
     """Whether a QuantizeLinear alone reads the value, with a scale that its operator can write."""
-    readers = value.consumers()
-    if len(readers) != 1 or value.is_graph_output():
-        return False
-    if not is_standard(readers[0], "QuantizeLinear"):
+    quantize = only_reader(value, "QuantizeLinear")
+    if quantize is None:
         return False
     node = value.producer()
     if node is not None and is_standard(node, *PROBABILITIES):
-        return scalar_quantization(readers[0]) == PROBABILITIES[node.op_type]
+        return scalar_quantization(quantize) == PROBABILITIES[node.op_type]
     return True

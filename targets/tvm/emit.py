@@ -47,7 +47,6 @@ from gfcompile.targets.tvm.kernel import (
     TokenMean,
 )
 from gfcompile.targets.tvm.memory import Arena, Lifetime, align, plan_arena
-from gfcompile.targets.tvm.partition import Call, Program
 from gfcompile.targets.tvm.plan import (
     DType,
     Plan,
@@ -57,6 +56,7 @@ from gfcompile.targets.tvm.plan import (
     PlanTensor,
     serialize,
 )
+from gfcompile.targets.tvm.program import Call, Program
 from gfcompile.targets.tvm.schedule import act_storage, schedule
 
 

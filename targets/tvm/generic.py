@@ -12,8 +12,9 @@ from tvm import relax
 from tvm.relax.frontend.onnx import from_onnx
 
 from gfcompile.runtime.errors import CompileError
-from gfcompile.targets.onnx_values import constant, shape_of
+from gfcompile.targets.onnx_values import constant, name_of, shape_of
 from gfcompile.targets.tvm.kernel import Array, Generic
+from gfcompile.targets.tvm.subgraph import model_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ def lower(nodes: Sequence[ir.Node]) -> Iterator[GenericCall]:
     fields = list(result.fields) if isinstance(result, tvm.ir.Tuple) else [result]
     for var, value in zip(fields, outputs.values(), strict=True):
         known_values[var] = value
-    stem = nodes[0].name or str(nodes[0].outputs[0].name)
+    stem = name_of(nodes[0])
     for binding in bindings:
         if binding.var not in tuples:
             yield _call(module, binding, known_values, stem)
@@ -88,19 +89,15 @@ def _relax_module(
     ops = ", ".join(sorted({node.op_type for node in nodes}))
     arrays = {name: np.asarray(constant(value)) for name, value in constants.items()}
     protos = [proto for node in nodes for proto in _plain(node, arrays)]
-    graph = onnx.helper.make_graph(
+    part = model_of(
         protos,
-        "leftover",
         [_value_info(value) for value in inputs.values()],
         [_value_info(value) for value in outputs.values()],
-        [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()],
-    )
-    graph_version = nodes[0].graph.opset_imports[""] if nodes[0].graph is not None else 20
-    model = onnx.helper.make_model(
-        graph, opset_imports=[onnx.helper.make_opsetid("", graph_version)]
+        arrays,
+        nodes[0].graph,
     )
     try:
-        return relax.get_pipeline("zero")(_SafeTake.rewrite(from_onnx(model)))
+        return relax.get_pipeline("zero")(_SafeTake.rewrite(from_onnx(part)))
     except Exception as error:
         # TVM raises whatever its front end meets: KeyError, InternalError, OpNotImplemented.
         reason = str(error).strip().splitlines()

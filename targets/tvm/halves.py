@@ -23,7 +23,7 @@ from gfcompile.targets.tvm.kernel import (
     Patchify,
     TokenMean,
 )
-from gfcompile.targets.tvm.partition import Call, Program, Tensor
+from gfcompile.targets.tvm.program import Call, Program, Tensor
 
 _READERS = (Attention, Dense, DftFilter)  # what can compute in it
 _WRITERS = (Attention, Dense, LayerNorm, Patchify, TokenMean)  # what can store float16

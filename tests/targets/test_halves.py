@@ -13,7 +13,7 @@ from gfcompile.runtime.exactness import sqnr_db
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.halves import in_halves
 from gfcompile.targets.tvm.kernel import Act, Array, Attention, Dense, DftFilter, LayerNorm
-from gfcompile.targets.tvm.partition import Call, Program, Tensor
+from gfcompile.targets.tvm.program import Call, Program, Tensor
 from gfcompile.targets.tvm.schedule import act_storage, schedule
 from gfcompile.targets.tvm.schedules.cpu_dot import HalfNeon
 from gfcompile.targets.tvm.schedules.math import GELU_TO_QUANTIZE_ERROR

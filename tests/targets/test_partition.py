@@ -26,7 +26,8 @@ from gfcompile.targets.tvm.kernel import (
     Softmax,
     TokenMean,
 )
-from gfcompile.targets.tvm.partition import Program, partition
+from gfcompile.targets.tvm.partition import partition
+from gfcompile.targets.tvm.program import Program
 
 Array = npt.NDArray[Any]
 rng = np.random.default_rng(0)
@@ -256,6 +257,46 @@ def test_int8_patch_convolution_on_channels_last_quantizes_while_it_cuts() -> No
     )
     assert classes(program) == [Patchify, Dense]
     assert program.tensors["q"].shape == (6, 12)
+
+
+def test_an_int8_patch_convolution_leaves_its_image_to_other_readers() -> None:
+    graph = """g (float[1,3,4,6] x) => (float[1,2,3,5] y, float[1,3,4,6] r) {
+        q = QuantizeLinear(x, s, z)  d = DequantizeLinear(q, s, z)
+        w = DequantizeLinear <axis=0> (wq, ws)  b = DequantizeLinear <axis=0> (bq, bs)
+        c = Conv <strides=[2,2], kernel_shape=[2,2]> (d, w, b)
+        y = Transpose <perm=[0,2,3,1]> (c)  r = Relu(d) }"""
+    constants = qdq_constants()
+    wq = rng.integers(-127, 128, (5, 3, 2, 2), dtype=np.int8)
+    program = partition(
+        model_of(graph, **{k: constants[k] for k in ("s", "z", "ws", "bq", "bs")}, wq=wq)
+    )
+    assert set(classes(program)) == {Patchify, Dense, Quantize, Dequantize, Generic}
+    assert program.tensors["q"].shape == (1, 3, 4, 6)
+    assert not program.stored_in
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        """g (float[1,3,8,8] x) => (float[1,6,6,4] y, float[1,4,6,6] also) {
+            also = Conv (x, w)  r = Relu(also)  y = Transpose <perm=[0,2,3,1]> (r) }""",
+        """g (float[1,8,8,3] x) => (float[1,6,6,4] y, float[1,3,8,8] also) {
+            also = Transpose <perm=[0,3,1,2]> (x)  c = Conv (also, w)
+            y = Transpose <perm=[0,2,3,1]> (c) }""",
+    ],
+    ids=["convolution", "image"],
+)
+def test_what_a_graph_returns_is_computed_though_a_kernel_could_do_without(graph: str) -> None:
+    program = partition(model_of(graph, w=f32(4, 3, 3, 3)))
+    assert "also" in program.outputs
+    assert "also" in {name for call in program.calls for name in call.writes.values()}
+
+
+def test_scores_that_a_graph_returns_are_not_left_out() -> None:
+    """No kernel gives them, and Relax has none either."""
+    graph = "g (float[2,8] x) => (float[2,3] values, int64[2,3] y) { values, y = TopK (x, k) }"
+    with pytest.raises(CompileError, match="topk"):
+        partition(model_of(graph, k=np.array([3])))
 
 
 def test_a_stem_of_convolutions_keeps_channels_last() -> None:

@@ -10,7 +10,7 @@ import pytest
 from gfcompile.runtime.device import gfrt
 from gfcompile.targets.tvm.emit import emit
 from gfcompile.targets.tvm.kernel import Array, Dense
-from gfcompile.targets.tvm.partition import Call, Program, Tensor
+from gfcompile.targets.tvm.program import Call, Program, Tensor
 from gfcompile.targets.x86 import X86_64
 
 ROWS, COLUMNS, DEPTH = 5, 16, 18  # without an instruction for int8, x is laid out as int16 first

@@ -19,7 +19,7 @@ from gfcompile.runtime.errors import CompileError, DeviceError, UserError
 from gfcompile.targets.target import Target, find_target
 from gfcompile.targets.tvm.choices import Choice, choices, parse_choice, to_json
 from gfcompile.targets.tvm.kernel import Dense, Generic
-from gfcompile.targets.tvm.partition import Call, Program, Tensor
+from gfcompile.targets.tvm.program import Call, Program, Tensor
 from gfcompile.targets.tvm.tuning.builders import Builders, Built, CandidateError, Job
 from gfcompile.targets.tvm.tuning.database import Database, load
 from gfcompile.targets.tvm.tuning.devices import one_level, open_runner

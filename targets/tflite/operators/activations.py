@@ -5,8 +5,13 @@ from typing import Any
 import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 
-from gfcompile.targets.onnx_values import scalar_quantization, shape_of
-from gfcompile.targets.tflite.emitter import Emitter, input_of, lowers
+from gfcompile.targets.onnx_values import (
+    input_of,
+    is_along_last_axis,
+    scalar_quantization,
+    shape_of,
+)
+from gfcompile.targets.tflite.emitter import Emitter, lowers
 from gfcompile.targets.tflite.results import PROBABILITIES
 
 
@@ -77,5 +82,5 @@ def _unary(
 
 def _require_last_axis(emit: Emitter, node: ir.Node) -> None:
     rank = len(shape_of(node.outputs[0]))
-    if node.attributes.get_int("axis", -1) % rank != rank - 1:
+    if not is_along_last_axis(node, rank):
         raise emit.refuse(node, "the last axis alone; transpose before and after")

@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 
-from gfcompile.targets.onnx_values import dtype_of, is_standard
-from gfcompile.targets.tflite.emitter import Emitter, input_of, lowers
+from gfcompile.targets.onnx_values import dtype_of, input_of, only_reader
+from gfcompile.targets.tflite.emitter import Emitter, lowers
 
 _BINARY: dict[str, tuple[str, Any]] = {
     "Add": ("ADD", schema.AddOptionsT),
@@ -42,10 +42,10 @@ def lower_binary(emit: Emitter, node: ir.Node) -> None:
 def lower_square_root(emit: Emitter, node: ir.Node) -> None:
     """A root, or one over it, which is an operator of its own."""
     x, root = input_of(node, 0), node.outputs[0]
-    readers = root.consumers()
-    if len(readers) == 1 and is_standard(readers[0], "Reciprocal") and not root.is_graph_output():
-        value = readers[0].outputs[0]
-        emit.done.add(readers[0])
+    reciprocal = only_reader(root, "Reciprocal")
+    if reciprocal is not None:
+        value = reciprocal.outputs[0]
+        emit.done.add(reciprocal)
         quantized = emit.is_quantized(x) and emit.quantizer_of(value) is not None
         source = emit.integers(x) if quantized else emit.real(x)
         emit.operator("RSQRT", [source], [emit.result(node, value=value, quantized=quantized)])

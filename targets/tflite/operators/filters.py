@@ -10,9 +10,9 @@ import numpy as np
 import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 
-from gfcompile.targets.onnx_values import constant, shape_of
+from gfcompile.targets.onnx_values import constant, input_of, shape_of
 from gfcompile.targets.spectral import Matrix, dft_matrices, irfft_matrices, rfft_matrices
-from gfcompile.targets.tflite.emitter import Emitter, input_of, lowers, stored_array
+from gfcompile.targets.tflite.emitter import Emitter, lowers, stored_array
 from gfcompile.targets.tflite.model_file import Array, Tensor
 
 

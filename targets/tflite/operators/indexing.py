@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 
-from gfcompile.targets.onnx_values import constant, dtype_of, shape_of
-from gfcompile.targets.tflite.emitter import Emitter, input_of, lowers
+from gfcompile.targets.onnx_values import constant, dtype_of, input_of, is_along_last_axis, shape_of
+from gfcompile.targets.tflite.emitter import Emitter, lowers
 from gfcompile.targets.tflite.model_file import Tensor
 
 
@@ -15,7 +15,7 @@ from gfcompile.targets.tflite.model_file import Tensor
 def lower_top_k(emit: Emitter, node: ir.Node) -> None:
     x, (values, places) = input_of(node, 0), node.outputs
     rank = len(shape_of(x))
-    if node.attributes.get_int("axis", -1) % rank != rank - 1:
+    if not is_along_last_axis(node, rank):
         raise emit.refuse(node, "the last axis alone; transpose before and after")
     k = constant(node.inputs[1])
     if k is None:

@@ -7,11 +7,10 @@ import numpy as np
 import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 
-from gfcompile.targets.onnx_values import VIEWS, constant, dtype_of, shape_of
+from gfcompile.targets.onnx_values import VIEWS, constant, dtype_of, input_of, shape_of
 from gfcompile.targets.tflite.emitter import (
     Emitter,
     channels_last,
-    input_of,
     lowers,
     to_channels_first,
     to_channels_last,

@@ -4,8 +4,8 @@ import numpy as np
 import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 
-from gfcompile.targets.onnx_values import constant, shape_of
-from gfcompile.targets.tflite.emitter import Emitter, input_of, lowers
+from gfcompile.targets.onnx_values import constant, input_of, is_along_last_axis, shape_of
+from gfcompile.targets.tflite.emitter import Emitter, lowers
 from gfcompile.targets.tflite.model_file import Tensor
 
 
@@ -14,7 +14,7 @@ def lower_layer_norm(emit: Emitter, node: ir.Node) -> None:
     """Centre, mean square, reciprocal root, scale, shift: as the standard defines it."""
     x = input_of(node, 0)
     shape = shape_of(x)
-    if node.attributes.get_int("axis", -1) % len(shape) != len(shape) - 1:
+    if not is_along_last_axis(node, len(shape)):
         raise emit.refuse(node, "the last axis alone; transpose before and after")
     name = str(node.outputs[0].name)
     source = emit.real(x)

@@ -10,11 +10,10 @@ import numpy as np
 import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 
-from gfcompile.targets.onnx_values import constant, is_standard, shape_of
+from gfcompile.targets.onnx_values import constant, input_of, only_reader, shape_of
 from gfcompile.targets.tflite.emitter import (
     Emitter,
     attributes_of,
-    input_of,
     integer_weights,
     lowers,
     stored_array,
@@ -167,13 +166,13 @@ def _pad(emit: Emitter, image: Tensor, pads: list[int], name: str) -> Tensor:
 
 def _bias_add(value: ir.Value, channels: int) -> ir.Node | None:
     """The node that alone reads `value` and adds a constant of one number per channel."""
-    readers = value.consumers()
-    if len(readers) != 1 or value.is_graph_output() or not is_standard(readers[0], "Add"):
+    add = only_reader(value, "Add")
+    if add is None:
         return None
-    for operand in readers[0].inputs:
+    for operand in add.inputs:
         array = constant(operand) if operand is not value else None
         if array is not None and array.ndim >= 1 and array.size == array.shape[-1] == channels:
-            return readers[0]
+            return add
     return None
 
 

@@ -3,8 +3,8 @@
 import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 
-from gfcompile.targets.onnx_values import dtype_of, scalar_quantization, shape_of
-from gfcompile.targets.tflite.emitter import Emitter, channels_last, input_of, lowers
+from gfcompile.targets.onnx_values import dtype_of, input_of, scalar_quantization, shape_of
+from gfcompile.targets.tflite.emitter import Emitter, channels_last, lowers
 from gfcompile.targets.tflite.model_file import Quantization
 
 

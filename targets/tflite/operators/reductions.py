@@ -5,8 +5,8 @@ from typing import Any
 import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
 
-from gfcompile.targets.onnx_values import constant, shape_of
-from gfcompile.targets.tflite.emitter import Emitter, input_of, lowers
+from gfcompile.targets.onnx_values import constant, input_of, shape_of
+from gfcompile.targets.tflite.emitter import Emitter, lowers
 
 _REDUCTIONS = {
     "ReduceMean": "MEAN",

@@ -11,7 +11,7 @@ from gfcompile.targets.target import Cpu, Gpu, Target
 from gfcompile.targets.tvm.choices import Choice, choices, kernel_key, space_of
 from gfcompile.targets.tvm.emit import Artifact, Tuned, emit, kernel_name
 from gfcompile.targets.tvm.kernel import Generic, Kernel
-from gfcompile.targets.tvm.partition import Call, Program, Tensor
+from gfcompile.targets.tvm.program import Call, Program, Tensor
 
 _LIBRARY = "libkernel.so"
 

@@ -9,7 +9,14 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from gfcompile.targets.onnx_values import constant, dtype_of, is_standard, shape_of
+from gfcompile.targets.onnx_values import (
+    constant,
+    dtype_of,
+    input_of,
+    is_standard,
+    only_reader,
+    shape_of,
+)
 
 _LAST = {3: (0, 2, 1), 4: (0, 2, 3, 1)}  # by rank: the Transpose to channels last
 _FIRST = (0, 3, 1, 2)
@@ -41,8 +48,7 @@ def match_conv(node: ir.Node) -> ConvMatch | None:
     match = _giving_channels_last(node)
     if match is not None and match.kind == "depthwise":
         # It has no way to read channels that are not last.
-        x = node.inputs[0]
-        assert x is not None
+        x = input_of(node, 0)
         if channels_last_source(x) is None and _convolution_behind(x) is None:
             return None
     return match
@@ -70,8 +76,7 @@ def _giving_channels_last(node: ir.Node) -> ConvMatch | None:
     kind = _kind(node)
     if kind is None:
         return None
-    readers = node.outputs[0].consumers()
-    relu = readers[0] if len(readers) == 1 and is_standard(readers[0], "Relu") else None
+    relu = only_reader(node.outputs[0], "Relu")
     if relu is not None and kind == "patches":
         kind = "dense"
     result = (relu or node).outputs[0]
@@ -133,9 +138,7 @@ def _kind(node: ir.Node) -> Literal["patches", "dense", "depthwise"] | None:
     """What sort of convolution a node is, if kernels have it."""
     if not is_standard(node, "Conv"):
         return None
-    x, w = node.inputs[0], node.inputs[1]
-    assert x is not None
-    weight = constant(w)
+    x, weight = input_of(node, 0), constant(node.inputs[1])
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if weight is None or weight.ndim != 4 or (bias is not None and constant(bias) is None):
         return None
