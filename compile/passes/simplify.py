@@ -12,6 +12,7 @@ import onnxsim
 
 from gfcompile.compile.passes.graph import shape_of
 from gfcompile.compile.trace import rounding_tolerance, session
+from gfcompile.targets.onnx_values import NAME_SCOPES
 
 # They would undo the canonical form: MatMul and Add, nothing transposed.
 _SKIPPED = [
@@ -40,7 +41,22 @@ def simplify(model: ir.Model, refuse: Callable[[str], None]) -> ir.Model:
     if not _agrees(model, simplified):
         refuse("onnxsim's simplification is left out: it changes the result")
         return model
+    _restore_modules(model, simplified)
     return simplified
+
+
+def _restore_modules(model: ir.Model, simplified: ir.Model) -> None:
+    """onnxsim forgets the torch modules that nodes came from; values keep their names."""
+    scopes = {
+        value.name: node.metadata_props[NAME_SCOPES]
+        for node in model.graph
+        if NAME_SCOPES in node.metadata_props
+        for value in node.outputs
+    }
+    for node in simplified.graph:
+        known = [scopes[value.name] for value in node.outputs if value.name in scopes]
+        if known:
+            node.metadata_props[NAME_SCOPES] = known[0]
 
 
 def _agrees(model: ir.Model, simplified: ir.Model) -> bool:

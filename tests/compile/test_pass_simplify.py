@@ -6,6 +6,7 @@ from onnx_models import model_of, ops, run, sampled
 
 from gfcompile.compile.passes.simplify import simplify
 from gfcompile.compile.trace import rounding_tolerance
+from gfcompile.targets.onnx_values import NAME_SCOPES, module_path
 
 SCALED_CONV = """g (float[1,3,8,8] image) => (float[1,4,2,2] logits) {
     a = Conv<strides=[4,4]>(image, w)
@@ -28,6 +29,14 @@ def test_factors_move_into_the_convolution() -> None:
     expected = run(model, X)
     tolerance = rounding_tolerance(model) * np.abs(expected).max()
     np.testing.assert_allclose(run(simpler, X), expected, rtol=0, atol=tolerance)
+
+
+def test_modules_that_nodes_came_from_are_remembered() -> None:
+    model = model_of(SCALED_CONV, **CONSTANTS)
+    *_, last = model.graph
+    last.metadata_props[NAME_SCOPES] = "['', 'stem', 'stem.scale', 'mul']"
+    *_, last = simplify(model, print).graph
+    assert (last.op_type, module_path(last)) == ("Conv", "stem.scale")
 
 
 def test_linear_layers_are_not_turned_into_gemm() -> None:
