@@ -117,7 +117,7 @@ class Ncnn(Runtime):
         module, images = _torch_module(model)
         # Exported first: shapes are numbers then, on which the choice of tokens depends.
         exported = torch.export.export(module, (images[0],)).module()
-        traced = torch.jit.trace(exported, images[0])
+        traced = torch.jit.trace(exported, images[0])  # type: ignore[no-untyped-call]
         traced.save(str(folder / "model.pt"))
         shape = str(list(images[0].shape)).replace(" ", "")
         command = [pnnx.EXEC_PATH, "model.pt", f"inputshape={shape}", "fp16=0"]
