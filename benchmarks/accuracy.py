@@ -390,10 +390,10 @@ def train_float(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        for batch in torch.randperm(len(images), generator=generator).split(64):
+        for batch in torch.split(torch.randperm(len(images), generator=generator), 64):
             loss = F.cross_entropy(module(images[batch]), labels[batch], label_smoothing=0.1)
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
     # As any checkpoint is loaded: filters Hermitian.

@@ -40,12 +40,8 @@ from peers import SAME_GRAPH, UNSIGNED, Array, onnx_runtime, unsigned
 from gfcompile.compile import command_line
 from gfcompile.compile.bundle import Bundle
 from gfcompile.compile.cache import open_cache
-from gfcompile.compile.pipeline import (
-    CompileConfig,
-    RequestedPrecision,
-    compile_model,
-    lowered_graph,
-)
+from gfcompile.compile.emission import RequestedPrecision
+from gfcompile.compile.pipeline import CompileConfig, compile_model, lowered_graph
 from gfcompile.compile.progress import SilentProgress
 from gfcompile.runtime.bench import BENCH_NAME
 from gfcompile.runtime.devices.qemu import QemuDevice

@@ -7,8 +7,8 @@ model of MNN and of ncnn is the folder that mobile_peers.py converted into.
 Nothing of gfcompile is imported: this runs in a Python that has the peers and NumPy alone.
 """
 
+import argparse
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,10 +17,11 @@ import numpy as np
 from mobile_sessions import Array, Run
 
 
-def main(peer: str, model: str, image: str, inferences: str) -> None:
-    run = PEERS[peer](model)
-    pixels = np.fromfile(image, np.float32)
-    for _ in range(int(inferences)):
+def main() -> None:
+    options = _parse()
+    run = PEERS[options.peer](options.model)
+    pixels = np.fromfile(options.image, np.float32)
+    for _ in range(options.inferences):
         logits = run(pixels)
     logits.astype(np.float32).tofile("logits.f32")
 
@@ -79,5 +80,15 @@ PEERS: dict[str, Callable[[str], Run]] = {
     "ncnn": ncnn,
 }
 
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("peer", choices=PEERS)
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("image", metavar="IMAGE")
+    parser.add_argument("inferences", type=int, metavar="INFERENCES")
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

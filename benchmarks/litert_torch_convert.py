@@ -8,6 +8,7 @@ object: for each file its seconds of CPU time, `convert` from the program (which
 already, where it has any) to the file, `all` with quantization; or why it could not be made.
 """
 
+import argparse
 import contextlib
 import json
 import sys
@@ -16,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import litert_torch
 import numpy as np
 import torch
 
@@ -65,6 +65,8 @@ def dynamic(program: Any, images: list[torch.Tensor], file: Path) -> Seconds:
 
 def _model(module: Any, images: list[torch.Tensor], **options: Any) -> Any:
     """As a .tflite file likes its images: channels last, which costs no transpose then."""
+    import litert_torch
+
     last = litert_torch.to_channel_last_io(module, args=[0])
     return litert_torch.convert(last, (images[0].permute(0, 2, 3, 1),), **options)
 
@@ -77,16 +79,27 @@ WAYS: dict[str, Callable[[Any, list[torch.Tensor], Path], Seconds]] = {
 
 
 def main() -> None:
-    source, samples, folder = map(Path, sys.argv[1:])
-    images = [torch.from_numpy(image[np.newaxis]) for image in np.load(samples)]
+    options = _parse()
+    import litert_torch  # noqa: F401 - now, and in no way's time
+
+    images = [torch.from_numpy(image[np.newaxis]) for image in np.load(options.images)]
     results: dict[str, Any] = {}
     with contextlib.redirect_stdout(sys.stderr):  # its progress
         for name, way in WAYS.items():
             try:
-                results[name] = way(torch.export.load(source), images, folder / f"{name}.tflite")
+                program = torch.export.load(options.program)
+                results[name] = way(program, images, options.folder / f"{name}.tflite")
             except Exception as error:  # whatever a converter raises is its result
                 results[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
     print(json.dumps(results))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("program", type=Path, metavar="PROGRAM.pt2")
+    parser.add_argument("images", type=Path, metavar="IMAGES.npy")
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ converters crash, or write what cannot be loaded and exit with 0: so `converted`
 a program, which converts, loads and computes once, and says in one line what went wrong.
 """
 
+import argparse
 import contextlib
 import importlib.util
 import subprocess
@@ -14,7 +15,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from mobile_sessions import Array, Run, mnn, ncnn
@@ -117,7 +118,7 @@ class Ncnn(Runtime):
         module, images = _torch_module(model)
         # Exported first: shapes are numbers then, on which the choice of tokens depends.
         exported = torch.export.export(module, (images[0],)).module()
-        traced = torch.jit.trace(exported, images[0])
+        traced = torch.jit.trace(exported, images[0])  # type: ignore[no-untyped-call]
         traced.save(str(folder / "model.pt"))
         shape = str(list(images[0].shape)).replace(" ", "")
         command = [pnnx.EXEC_PATH, "model.pt", f"inputshape={shape}", "fp16=0"]
@@ -188,15 +189,24 @@ def _quantized(program: Any, images: list[Any]) -> Any:
 
 
 def main() -> None:
-    package, model, precision, folder = sys.argv[1:]
-    (runtime,) = (runtime for runtime in RUNTIMES if runtime.package == package)
-    asked: Precision = next(p for p in runtime.label if p == precision)
+    options = _parse()
+    (runtime,) = (runtime for runtime in RUNTIMES if runtime.package == options.package)
+    asked: Precision = next(p for p in runtime.label if p == options.precision)
     with contextlib.redirect_stdout(sys.stderr):  # their progress
-        runtime.convert(model, asked, Path(folder))
-        run = runtime.open(asked, Path(folder), 1)
-        logits = run(preprocess(stand_in_photos()[0], load_model(model).transform))
+        runtime.convert(options.model, asked, options.folder)
+        run = runtime.open(asked, options.folder, 1)
+        logits = run(preprocess(stand_in_photos()[0], load_model(options.model).transform))
     if not np.isfinite(logits).all():
         sys.exit("its logits are not finite")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("package", choices=[runtime.package for runtime in RUNTIMES])
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("precision", choices=get_args(Precision))
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -96,5 +96,5 @@ class RfftnFilter(nn.Module):
         spectrum = torch.fft.rfftn(grid, dim=(1, 2), norm="ortho")
         re, im = spectrum.real, spectrum.imag
         spectrum = torch.complex(re * self.re - im * self.im, re * self.im + im * self.re)
-        y = torch.fft.irfftn(spectrum, s=(self.h, self.w), dim=(1, 2), norm="ortho")
+        y: Tensor = torch.fft.irfftn(spectrum, s=(self.h, self.w), dim=(1, 2), norm="ortho")
         return y.reshape(x.shape)

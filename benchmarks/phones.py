@@ -406,8 +406,10 @@ def own_operations(model: LoadedModel) -> int | None:
     size = model.transform.image_size
     try:
         with quiet(), torch.no_grad():
+            image = torch.zeros(1, 3, size, size)
+            traced = torch.jit.trace(module, image, check_trace=False)  # type: ignore[no-untyped-call]
             made = ct.convert(
-                torch.jit.trace(module, torch.zeros(1, 3, size, size), check_trace=False),
+                traced,
                 inputs=[ct.TensorType(name="image", shape=(1, 3, size, size))],
                 minimum_deployment_target=ct.target.iOS17,
                 skip_model_load=True,
@@ -418,7 +420,7 @@ def own_operations(model: LoadedModel) -> int | None:
         return None
     function = made.get_spec().mlProgram.functions["main"]
     block = function.block_specializations[function.opset]
-    return sum(op.type != "const" for op in block.operations)
+    return len([op for op in block.operations if op.type != "const"])
 
 
 def missed_by_packages(rows: Sequence[PackageRow]) -> list[str]:
@@ -540,7 +542,7 @@ def print_table(
     title: str, header: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, left: int = 3
 ) -> None:
     print(title)
-    command_line.print_table(header, list(rows), right=set(range(left, len(header))))
+    command_line.print_table(header, rows, right=set(range(left, len(header))))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

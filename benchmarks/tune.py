@@ -26,7 +26,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cpu import describe_machine
 from tvm import te
@@ -134,8 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def print_kernels(kernels: Sequence[KernelResult]) -> None:
-    header = ("ms of a call", "calls", "shipped", "tuned", "ratio", "TVM's space", "ratio")
-    header = (*header, "its trials")
+    left = ("ms of a call", "calls", "shipped", "tuned", "ratio")
+    header = (*left, "TVM's space", "ratio", "its trials")
     rows = [
         (
             kernel.kernel,
@@ -317,13 +317,14 @@ def _inferences_ms(
     model: str, path: Path, rounds: int, folder: Path
 ) -> tuple[list[float], list[float], list[float]]:
     """Times of the bundle by rules, with what gfcompile ships, and tuned, turn by turn."""
+    databases: tuple[Path | Literal["shipped", "none"], ...] = ("none", "shipped", path)
     bundles = [
         gfcompile.compile_model(
             CompileConfig(
                 model=model, target="host", tuning_db=tuning_db, output=folder / f"bundle{i}"
             )
         )
-        for i, tuning_db in enumerate(("none", "shipped", path))
+        for i, tuning_db in enumerate(databases)
     ]
     times: tuple[list[float], list[float], list[float]] = ([], [], [])
     with ExitStack() as stack:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,7 +32,9 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], *, right: set[int]) -> None:
+def print_table(
+    header: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, right: set[int]
+) -> None:
     """Columns as wide as their content; those in `right` are flush right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     for row in (header, *rows):

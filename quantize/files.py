@@ -7,7 +7,7 @@ from pathlib import Path
 __all__ = ["write_atomically"]
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Puts at `path`, in one step, the file that `write` makes at the path that it is given.
 
     A kill or a full disk leaves what was there before; once this returns, a power cut does not

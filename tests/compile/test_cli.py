@@ -537,7 +537,9 @@ def test_targets_are_listed_with_what_int8_means(run: Callable[..., Run]) -> Non
     assert len(json.loads(run("targets", "--json")[1])) == out.count("--int8:")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], [], ["compile", "--help"], ["run", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], [], *([name, "--help"] for name in cli._COMMANDS)]
+)
 def test_help_ends_with_0(run: Callable[..., Run], arguments: list[str]) -> None:
     code, out, err = run(*arguments)
     assert (code, err) == (0, "")
