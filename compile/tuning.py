@@ -95,8 +95,7 @@ def tune_model(
             seed=config.seed,
         )
         findings = tuner.run(_budget(config))
-    if not config.path.exists():
-        database.save(config.path)
+    database.save(config.path)
     total = sum(f.uses * f.default_cost for f in findings)
     return Tuned(
         path=config.path,

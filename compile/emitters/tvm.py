@@ -10,7 +10,7 @@ from gfcompile.compile.emission import Emission, EmissionRequest, Pruning
 from gfcompile.compile.verify import verify
 from gfcompile.runtime.bundle import TensorSpec
 from gfcompile.targets.target import Cpu, Gpu, Target, peaks
-from gfcompile.targets.tvm.emit import Tuned, Tuning, emit
+from gfcompile.targets.tvm.emit import Tuned, emit
 from gfcompile.targets.tvm.halves import in_halves
 from gfcompile.targets.tvm.kernel import Kernel, SelectTokens
 from gfcompile.targets.tvm.partition import Program, partition
@@ -42,6 +42,7 @@ def emit_plan(
         if half:
             program = in_halves(program)
         library = f"lib{request.model}.so"
+        tuning = _Tuning(tuning_db)
         artifact = emit(
             program,
             target,
@@ -50,7 +51,7 @@ def emit_plan(
             mean=transform.mean,
             std=transform.std,
             group_size=graph.group_size,
-            tuning=_tuning(tuning_db),
+            tuning=tuning,
         )
     with request.progress.stage("verify the artifact"):
         entry, notes = verify(
@@ -62,6 +63,7 @@ def emit_plan(
             request.golden.inputs,
             request.pruning,
         )
+    notes += tuning.notes()
     if program.unscheduled:
         operators = ", ".join(program.unscheduled)
         notes.append(
@@ -132,18 +134,34 @@ def _pruning(pruning: Pruning | None, program: Program) -> Mapping[str, Any]:
     }
 
 
-def _tuning(tuning_db: Path | Literal["shipped", "none"]) -> Tuning | None:
-    """What the databases know of kernels; a user's own comes before the shipped one."""
-    if tuning_db == "none":
-        return None
-    shipped = database.shipped()
-    own = database.load(tuning_db) if isinstance(tuning_db, Path) else database.Database()
+class _Tuning:
+    """What the databases know of kernels; a user's own comes before the shipped one.
 
-    def find(kernels: Iterable[Kernel], device: Cpu | Gpu) -> Mapping[Kernel, Tuned]:
+    Args:
+        tuning_db: see `CompileConfig`.
+    """
+
+    def __init__(self, tuning_db: Path | Literal["shipped", "none"]) -> None:
+        self._databases = [] if tuning_db == "none" else [database.shipped()]
+        if isinstance(tuning_db, Path):
+            self._databases.append(database.load(tuning_db))
+        self._left_out: list[dict[database.Key, str]] = [{} for _ in self._databases]
+
+    def __call__(self, kernels: Iterable[Kernel], device: Cpu | Gpu) -> Mapping[Kernel, Tuned]:
         kernels = list(kernels)
-        return {**shipped.tuned(kernels, device), **own.tuned(kernels, device)}
+        tuned: dict[Kernel, Tuned] = {}
+        for known, left_out in zip(self._databases, self._left_out, strict=True):
+            tuned |= known.tuned(kernels, device)
+            left_out |= known.left_out(kernels, device)
+        return tuned
 
-    return find
+    def notes(self) -> list[str]:
+        """What took no effect, a line for each database, after all kernels were asked for."""
+        return [
+            known.describe(left_out)
+            for known, left_out in zip(self._databases, self._left_out, strict=True)
+            if left_out
+        ]
 
 
 def _storage(graph: "Graph", packed_bytes: int) -> str:

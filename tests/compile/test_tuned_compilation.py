@@ -1,5 +1,6 @@
 """A tuning database and `gfcompile tune`, seen from the outside: what is compiled, what is said."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,27 @@ def test_a_tuned_kernel_is_in_the_manifest_and_computes_the_same(tmp_path: Path)
         with gfcompile.runtime.load(bundle.path) as session:
             logits.append(session.run(image))
     np.testing.assert_array_equal(*logits)
+
+
+def test_entries_that_cannot_be_used_are_told_in_one_line_and_not_in_the_manifest(
+    tmp_path: Path,
+) -> None:
+    head = Dense(m=1, n=SPEC.num_classes, k=SPEC.dims[-1])
+    path = tmp_path / "db.json"
+    tuned_database(path, head, place=-1)
+    (entry,) = load(path).entries
+    edited = dataclasses.replace(entry, choice={**entry.choice, "rows": 10**6})
+    Database([edited, dataclasses.replace(entry, schedule="cpu_dense/0")]).save(path)
+    bundle = compiled(tmp_path, "bundle", path)
+    notes = [note for note in bundle.manifest.notes if "db.json" in note]
+    assert len(notes) == 1
+    assert (
+        "left out: 1 for another version of the kernel's schedule, 1 with a choice outside the "
+        "kernel's design space; their"
+    ) in notes[0]
+    assert bundle.manifest.extra["tuned_kernels"] == {}
+    record = next(k for k in bundle.manifest.kernels if k["name"] == kernel_name(head))
+    assert "tuned" not in record
 
 
 def test_a_hostile_database_stops_the_compilation_before_anything_is_written(

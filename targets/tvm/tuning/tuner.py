@@ -283,6 +283,7 @@ class Tuner:
 
     def _recall(self, state: _State) -> None:
         """Goes on from the entry that an earlier search left."""
+        self._database.drop_left_out(state.task.kernel, state.task.device)
         entry = self._database.find(state.task.kernel, state.task.device)
         if entry is not None and entry.device == self._runner.device and entry.default_cost:
             state.best = min(1.0, entry.cost / entry.default_cost)
