@@ -23,6 +23,7 @@ from gfcompile.compile.device_commands import (
     validate_arguments,
     validate_command,
 )
+from gfcompile.compile.pruning_options import add_keep_ratio
 from gfcompile.compile.report_commands import (
     compare_arguments,
     compare_command,
@@ -358,10 +359,7 @@ def _tune(options: argparse.Namespace) -> None:
     )
     print(f"all of them: {tuned.ratio:.3f} of the default's {tuned.findings[0].unit}")
     print(f"{tuned.path}")
-    print(
-        f"next: gfcompile --model {options.model} --target {options.target}"
-        f"{' --int8' if options.int8 else ''} --tuning-db {tuned.path}"
-    )
+    print(f"next: {config.next_command}")
 
 
 @contextmanager
@@ -581,16 +579,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _add_keep_ratio(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--keep-ratio",
-        type=_keep_ratio,
-        metavar="R[,R...]",
-        help="share of the patches that a pruning model keeps, or one share per pruning stage "
-        "(default: as published)",
-    )
-
-
 def _compile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="one of `gfcompile models`")
     parser.add_argument("--target", required=True, help="one of `gfcompile targets`")
@@ -610,7 +598,7 @@ def _compile_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--image-size", type=int, metavar="N", help="default: the model's own")
     parser.add_argument("--num-classes", type=int, metavar="N", help="default: the model's own")
-    _add_keep_ratio(parser)
+    add_keep_ratio(parser)
     parser.add_argument(
         "--batch", type=int, default=1, metavar="N", help="images per inference (default: 1)"
     )
@@ -676,7 +664,7 @@ def _compile_arguments(parser: argparse.ArgumentParser) -> None:
 def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="one of `gfcompile models`")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="trained float weights")
-    _add_keep_ratio(parser)
+    add_keep_ratio(parser)
     parser.add_argument("--image-size", type=int, metavar="N", help="default: the checkpoint's")
     parser.add_argument("--num-classes", type=int, metavar="N", help="default: the checkpoint's")
     parser.add_argument(
@@ -705,7 +693,7 @@ def _finetune_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="trained weights of the model that prunes nothing, which is what training starts from",
     )
-    _add_keep_ratio(parser)
+    add_keep_ratio(parser)
     parser.add_argument("--image-size", type=int, metavar="N", help="default: the teacher's")
     parser.add_argument("--num-classes", type=int, metavar="N", help="default: the teacher's")
     parser.add_argument(
@@ -764,15 +752,6 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
-
-
-def _keep_ratio(text: str) -> float | tuple[float, ...]:
-    try:
-        ratios = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        message = f"{text!r} is no number, nor numbers with commas between"
-        raise argparse.ArgumentTypeError(message) from None
-    return ratios[0] if len(ratios) == 1 else ratios
 
 
 def _unknown_command(word: str) -> str:

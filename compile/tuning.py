@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gfcompile.compile.cache import open_cache
-from gfcompile.compile.pipeline import CompileConfig, lowered_graph
+from gfcompile.compile.pipeline import CompileConfig, check_config, lowered_graph
 from gfcompile.compile.progress import Progress, SilentProgress
 from gfcompile.compile.tuning_config import DEFAULT_TRIALS, TuneConfig
 from gfcompile.runtime.errors import UserError
@@ -66,6 +66,7 @@ def tune_model(
         batch=config.batch,
         seed=config.seed,
     )
+    check_config(compilation)
     # Heavy, and a mistake in the arguments should be answered before.
     from gfcompile.targets.tvm.partition import partition
     from gfcompile.targets.tvm.tuning.builders import Builders

@@ -1,5 +1,6 @@
 """What `gfcompile tune` is asked for."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,3 +38,23 @@ class TuneConfig:
     @property
     def path(self) -> Path:
         return self.database or Path(f"tuning-{self.target}.json")
+
+    @property
+    def next_command(self) -> str:
+        """The compilation of the very kernels that were tuned; other sizes have others."""
+        ratios = [self.keep_ratio] if isinstance(self.keep_ratio, float) else self.keep_ratio
+        given = {
+            "--image-size": self.image_size,
+            "--num-classes": self.num_classes,
+            "--keep-ratio": None if ratios is None else ",".join(map(str, ratios)),
+            "--batch": self.batch if self.batch > 1 else None,
+            "--tuning-db": self.path,
+        }
+        options = [
+            part
+            for name, value in given.items()
+            if value is not None
+            for part in (name, str(value))
+        ]
+        model = ["--model", self.model, "--target", self.target, *["--int8"] * self.int8]
+        return shlex.join(["gfcompile", *model, *options])

@@ -4,6 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
+from gfcompile.compile.pruning_options import add_keep_ratio
 from gfcompile.compile.tuning_config import DEFAULT_TRIALS, TuneConfig
 
 
@@ -14,6 +15,7 @@ def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--int8", action="store_true", help="tune the int8 kernels")
     parser.add_argument("--image-size", type=int, metavar="N", help="default: the model's own")
     parser.add_argument("--num-classes", type=int, metavar="N", help="default: the model's own")
+    add_keep_ratio(parser)
     parser.add_argument(
         "--batch", type=int, default=1, metavar="N", help="images per inference (default: 1)"
     )
@@ -50,6 +52,7 @@ def tune_config(options: argparse.Namespace) -> TuneConfig:
         int8=options.int8,
         image_size=options.image_size,
         num_classes=options.num_classes,
+        keep_ratio=options.keep_ratio,
         batch=options.batch,
         device=options.device,
         trials=options.trials,

@@ -1,6 +1,7 @@
 """A tuning database and `gfcompile tune`, seen from the outside: what is compiled, what is said."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import gfcompile.runtime
 from gfcompile.compile import cli, tuning
 from gfcompile.compile.bundle import Bundle
 from gfcompile.compile.pipeline import CompileConfig, compile_model
+from gfcompile.compile.tuning_config import TuneConfig
+from gfcompile.compile.tuning_options import tune_config
 from gfcompile.runtime.errors import UserError
 from gfcompile.targets.target import Target, find_target
 from gfcompile.targets.tvm.choices import choices, device_key, kernel_key, space_of, to_json
@@ -150,6 +153,8 @@ def eval_kernel(text: str) -> Kernel:
         (["--target", "host", "--minutes", "nan"], "not above 0"),
         (["--target", "host", "--device", "ftp://x"], "unknown device"),
         (["--target", "jetson-tx2", "--device", "qemu:cortex-a57"], "stands in for arm64 CPUs"),
+        (["--target", "host", "--keep-ratio", "0.7"], "gfnet_xs takes no keep ratio: its global"),
+        (["--target", "host", "--keep-ratio", "x"], "is no number"),
     ],
 )
 def test_tune_answers_mistakes_in_one_line(
@@ -163,6 +168,22 @@ def test_tune_answers_mistakes_in_one_line(
     assert cli.main(["tune", "--model", "gfnet_xs", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tune_is_asked_for_the_kernels_that_its_next_command_compiles() -> None:
+    arguments = ["--model", "dynamicvit_deit_s", "--target", "raspberry-pi-4", "--int8"]
+    arguments += ["--image-size", "192", "--num-classes", "10", "--batch", "2"]
+    for ratio, given in (("0.8", 0.8), ("0.9,0.7,0.5", (0.9, 0.7, 0.5))):
+        sizes = [*arguments, "--keep-ratio", ratio]
+        config = tune_config(cli._parse(["tune", *sizes, "--tuning-db", "my db.json"]))
+        assert config.keep_ratio == given
+        asked = cli._parse(["compile", *shlex.split(config.next_command)[1:]])
+        compiled = cli._parse(["compile", *sizes, "--tuning-db", "my db.json"])
+        assert vars(asked) == vars(compiled)
+    plain = TuneConfig(model="gfnet_xs", target="host")
+    assert plain.next_command == (
+        "gfcompile --model gfnet_xs --target host --tuning-db tuning-host.json"
+    )
 
 
 @pytest.mark.parametrize(
