@@ -59,7 +59,7 @@ def tune_model(
     compilation = CompileConfig(
         model=config.model,
         target=config.target,
-        precision="int8" if config.int8 else "float32",
+        precision=config.precision,
         image_size=config.image_size,
         num_classes=config.num_classes,
         keep_ratio=config.keep_ratio,
@@ -68,7 +68,7 @@ def tune_model(
     )
     check_config(compilation)
     # Heavy, and a mistake in the arguments should be answered before.
-    from gfcompile.targets.tvm.partition import partition
+    from gfcompile.compile.emitters.tvm import program_of
     from gfcompile.targets.tvm.tuning.builders import Builders
     from gfcompile.targets.tvm.tuning.database import Database, load
     from gfcompile.targets.tvm.tuning.devices import one_level, open_runner
@@ -76,14 +76,15 @@ def tune_model(
     from gfcompile.targets.tvm.tuning.tuner import SilentTrials, Tuner
 
     database = load(config.path) if config.path.exists() else Database()
+    level = one_level(target, float16=config.precision == "float16")
     with (
-        open_runner(config.device, one_level(target)) as runner,
+        open_runner(config.device, level) as runner,
         Builders(len(os.sched_getaffinity(0))) as builders,
     ):
         with open_cache(note=progress.note) as cache:
             graph = lowered_graph(compilation, cache, progress)
         calls = _MEASURED_CALLS if runner.how == "measured" else 1
-        found = tasks(partition(graph.model), one_level(target), calls=calls)
+        found = tasks(program_of(graph, config.precision), level, calls=calls)
         if not found:
             raise UserError(f"{config.model} on {target.name} has no kernel that leaves a choice")
         tuner = Tuner(

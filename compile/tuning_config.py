@@ -4,6 +4,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from gfcompile.compile.emission import RequestedPrecision
 from gfcompile.compile.models import KeepRatio
 
 DEFAULT_TRIALS = 200
@@ -14,8 +15,8 @@ class TuneConfig:
     """What to tune, and where.
 
     Attributes:
-        model, target, int8, image_size, num_classes, keep_ratio, batch: as for `CompileConfig`;
-            weights are random, for speed does not depend on them.
+        model, target, precision, image_size, num_classes, keep_ratio, batch: as for
+            `CompileConfig`; weights are random, for speed does not depend on them.
         device: "local", "qemu:CPU" (instructions counted, an estimate), ssh://..., rpc://...; None
             for local where this machine runs the target's code, and an estimate elsewhere.
         trials, minutes: when to stop; without either, after DEFAULT_TRIALS.
@@ -24,7 +25,7 @@ class TuneConfig:
 
     model: str
     target: str
-    int8: bool = False
+    precision: RequestedPrecision = "float32"
     image_size: int | None = None
     num_classes: int | None = None
     keep_ratio: KeepRatio | None = None
@@ -56,5 +57,6 @@ class TuneConfig:
             if value is not None
             for part in (name, str(value))
         ]
-        model = ["--model", self.model, "--target", self.target, *["--int8"] * self.int8]
+        flags = {"int8": ["--int8"], "float16": ["--fp16"], "float32": []}[self.precision]
+        model = ["--model", self.model, "--target", self.target, *flags]
         return shlex.join(["gfcompile", *model, *options])

@@ -12,7 +12,16 @@ def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds them to `parser`."""
     parser.add_argument("--model", required=True, help="one of `gfcompile models`")
     parser.add_argument("--target", required=True, help="one of `gfcompile targets`")
-    parser.add_argument("--int8", action="store_true", help="tune the int8 kernels")
+    precision = parser.add_mutually_exclusive_group()
+    for flag, value in (("--int8", "int8"), ("--fp16", "float16")):
+        precision.add_argument(
+            flag,
+            dest="precision",
+            action="store_const",
+            const=value,
+            default="float32",
+            help=f"tune the {value} kernels",
+        )
     parser.add_argument("--image-size", type=int, metavar="N", help="default: the model's own")
     parser.add_argument("--num-classes", type=int, metavar="N", help="default: the model's own")
     add_keep_ratio(parser)
@@ -49,7 +58,7 @@ def tune_config(options: argparse.Namespace) -> TuneConfig:
     return TuneConfig(
         model=options.model,
         target=options.target,
-        int8=options.int8,
+        precision=options.precision,
         image_size=options.image_size,
         num_classes=options.num_classes,
         keep_ratio=options.keep_ratio,

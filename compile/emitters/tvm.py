@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gfcompile.compile.emission import Emission, EmissionRequest, Pruning
+from gfcompile.compile.emission import Emission, EmissionRequest, Pruning, RequestedPrecision
 from gfcompile.compile.verify import verify
 from gfcompile.runtime.bundle import TensorSpec
 from gfcompile.targets.target import Cpu, Gpu, Target, peaks
@@ -38,9 +38,7 @@ def emit_plan(
     if half:
         target = target.for_float16()
     with request.progress.stage("compile the kernels"):
-        program = partition(graph.model)
-        if half:
-            program = in_halves(program)
+        program = program_of(graph, request.precision)
         library = f"lib{request.model}.so"
         tuning = _Tuning(tuning_db)
         artifact = emit(
@@ -106,6 +104,16 @@ def emit_plan(
             ),
         },
     )
+
+
+def program_of(graph: "Graph", precision: RequestedPrecision) -> Program:
+    """The kernel calls that compute `graph`, in float16 if that is asked for.
+
+    Raises:
+        CompileError: a node that nothing takes, or a weight that float16 cannot hold.
+    """
+    program = partition(graph.model)
+    return in_halves(program) if precision == "float16" else program
 
 
 def _half_compute(target: Target) -> str:

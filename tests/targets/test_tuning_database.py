@@ -69,6 +69,17 @@ def test_an_entry_for_something_else_changes_nothing(other: str) -> None:
     assert database.tuned([KERNEL], pi4()) == {}
 
 
+def test_a_float16_kernel_and_the_same_in_float32_never_take_each_others_choice() -> None:
+    pi5 = cpu("raspberry-pi-5")
+    half = dataclasses.replace(KERNEL, x="float16", w="float16", out="float16")
+    weights_alone = dataclasses.replace(KERNEL, w="float16")
+    for owner in (KERNEL, half, weights_alone):
+        choice = to_json(choices(owner, pi5)[1])
+        found = entry(kernel=kernel_key(owner), target=device_key(pi5), choice=choice)
+        tuned = Database([found]).tuned([KERNEL, half, weights_alone], pi5)
+        assert list(tuned) == [owner]
+
+
 def test_a_new_version_for_one_architecture_leaves_the_entries_of_the_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
