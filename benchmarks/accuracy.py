@@ -42,7 +42,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gfcompile
-from gfcompile.compile import tables
+from gfcompile.compile import command_line
 from gfcompile.compile.emission import Pruning
 from gfcompile.compile.finetuning import PruningConfig
 from gfcompile.compile.models import dynamicvit, gfnet
@@ -525,7 +525,7 @@ def print_table(results: Sequence[Result]) -> None:
                 f"{statistics.mean(result.fake_agreement for result in group):.3%}",
             )
         )
-    tables.print_table(header, rows, right=set(range(2, len(header))))
+    command_line.print_table(header, rows, right=set(range(2, len(header))))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

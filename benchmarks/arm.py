@@ -37,7 +37,7 @@ from mobile_peers import RUNTIMES, converted
 from onnx import inliner
 from peers import SAME_GRAPH, UNSIGNED, Array, onnx_runtime, unsigned
 
-from gfcompile.compile import tables
+from gfcompile.compile import command_line
 from gfcompile.compile.bundle import Bundle
 from gfcompile.compile.cache import open_cache
 from gfcompile.compile.pipeline import (
@@ -485,7 +485,7 @@ def print_loops(loops: Sequence[Modelled]) -> None:
         )
         for modelled in loops
     ]
-    tables.print_table(header, rows, right=set(range(3, len(header))))
+    command_line.print_table(header, rows, right=set(range(3, len(header))))
 
 
 def print_table(results: Sequence[Result]) -> None:
@@ -502,7 +502,7 @@ def print_table(results: Sequence[Result]) -> None:
         )
         for r in results
     ]
-    tables.print_table(header, rows, right=set(range(3, len(header))))
+    command_line.print_table(header, rows, right=set(range(3, len(header))))
 
 
 def versions() -> Mapping[str, str]:

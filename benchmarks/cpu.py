@@ -29,7 +29,7 @@ import onnx
 from peers import Absent, Array, Contender, Precision, onnx_runtime, peers, quiet
 
 import gfcompile
-from gfcompile.compile import tables
+from gfcompile.compile import command_line
 from gfcompile.compile.bundle import Bundle
 from gfcompile.compile.models import model_spec
 from gfcompile.runtime import load
@@ -415,7 +415,7 @@ def print_table(results: Sequence[Result]) -> None:
         )
         for result in results
     ]
-    tables.print_table(header, rows, right=set(range(4, len(header))))
+    command_line.print_table(header, rows, right=set(range(4, len(header))))
 
 
 def describe_machine() -> Mapping[str, Any]:

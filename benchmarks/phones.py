@@ -32,7 +32,7 @@ from cpu import describe_machine
 from peer_filters import MatrixFilter, RfftnFilter, with_filters
 
 import gfcompile
-from gfcompile.compile import tables
+from gfcompile.compile import command_line
 from gfcompile.compile.models import LoadedModel, load_model
 from gfcompile.compile.progress import SilentProgress
 from gfcompile.compile.prune import freeze
@@ -540,7 +540,7 @@ def print_table(
     title: str, header: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, left: int = 3
 ) -> None:
     print(title)
-    tables.print_table(header, list(rows), right=set(range(left, len(header))))
+    command_line.print_table(header, list(rows), right=set(range(left, len(header))))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

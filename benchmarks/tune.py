@@ -32,7 +32,7 @@ from cpu import describe_machine
 from tvm import te
 
 import gfcompile
-from gfcompile.compile import tables
+from gfcompile.compile import command_line
 from gfcompile.compile.cache import open_cache
 from gfcompile.compile.pipeline import CompileConfig, lowered_graph
 from gfcompile.compile.progress import SilentProgress
@@ -148,7 +148,7 @@ def print_kernels(kernels: Sequence[KernelResult]) -> None:
         )
         for kernel in kernels
     ]
-    tables.print_table(header, rows, right=set(range(1, len(header))))
+    command_line.print_table(header, rows, right=set(range(1, len(header))))
 
 
 def compare(model: str, trials: int, rounds: int) -> ModelResult:

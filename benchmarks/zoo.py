@@ -23,7 +23,7 @@ from typing import Any
 
 from cpu import PACKAGES, describe_machine
 
-from gfcompile.compile import tables
+from gfcompile.compile import command_line
 from gfcompile.compile.models import model_names, model_spec
 from gfcompile.quantize.files import write_atomically
 from gfcompile.runtime.bundle import read_manifest
@@ -121,7 +121,7 @@ def print_table(results: Sequence[Result]) -> None:
                 "" if r.delegated_share is None else f"{r.delegated_share:.0%}",
             )
         )
-    tables.print_table(header, rows, right=set(range(2, len(header))))
+    command_line.print_table(header, rows, right=set(range(2, len(header))))
     for r in results:
         if r.error:
             print(f"failed: {r.model} {r.bundle}: {r.error}")

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from gfcompile.compile.tables import print_table
+from gfcompile.compile.command_line import print_table
 from gfcompile.runtime.devices import ADDRESSES
 from gfcompile.runtime.placement import placement_lines
 from gfcompile.runtime.results import Budget, KernelTime, ValidationResult

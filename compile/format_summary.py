@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gfcompile.compile.command_line import count
 from gfcompile.runtime.bundle import Manifest
 
 
@@ -18,11 +19,11 @@ def format_summary(manifest: Manifest) -> Sequence[str]:
 def _tflite(extra: Mapping[str, Any]) -> Sequence[str]:
     total, left = sum(extra["operators"].values()), extra["not_delegated"]
     partitions = extra["partitions"]
-    parts = f"{partitions} part" if partitions == 1 else f"{partitions} parts"
+    parts = count(partitions, "part")
     if not left:
         return (f"operators: {total}, all of them on XNNPACK, in {parts}",)
     taken = total - sum(left.values())
-    names = ", ".join(f"{count} {name}" for name, count in left.items())
+    names = ", ".join(f"{number} {name}" for name, number in left.items())
     return (
         f"operators: {total}, {taken} ({extra['delegated_share']:.1%}) on XNNPACK, in {parts}; "
         f"the interpreter runs {names}",

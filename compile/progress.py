@@ -1,7 +1,7 @@
 """What a compilation tells while it runs: stages as they pass, and notes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
@@ -24,7 +24,9 @@ class Progress(Protocol):
 
 
 class SilentProgress:
-    """Tells nobody."""
+    """Tells nobody, and keeps no notes."""
+
+    notes: Sequence[str] = ()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:  # noqa: ARG002 - the protocol's

@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,29 +51,32 @@ def write_package(
         classifier = ct.ClassifierConfig(
             list(classes), predicted_probabilities_output="probabilities"
         )
-    gc.freeze()  # `convert` ends with a full collection: half a second over all that is imported
-    try:
-        model = ct.convert(
-            program,
-            source="milinternal",
-            convert_to="mlprogram",
-            inputs=inputs,
-            classifier_config=classifier,
-            minimum_deployment_target=getattr(ct.target, f"iOS{ios}"),
-            # The program has its types and its operations already; no pass is to change them.
-            compute_precision=ct.precision.FLOAT32,
-            pass_pipeline=ct.PassPipeline.EMPTY,
-            skip_model_load=True,
-        )
-    finally:
-        gc.unfreeze()
-    spec = model.get_spec()
-    _describe(spec.description, description)
-    weights = Path(model.weights_dir) / "weight.bin"
-    (package / MODEL_FILE).parent.mkdir(parents=True)
-    if weights.exists():  # not so where every constant is small
-        (package / WEIGHTS_FILE).parent.mkdir()
-        shutil.copyfile(weights, package / WEIGHTS_FILE)
+    # coremltools saves before it returns; where it chooses the place, that stays until exit.
+    with tempfile.TemporaryDirectory(prefix="gfcompile-") as folder:
+        gc.freeze()  # `convert` ends with a collection: half a second over all that is imported
+        try:
+            model = ct.convert(
+                program,
+                source="milinternal",
+                convert_to="mlprogram",
+                inputs=inputs,
+                classifier_config=classifier,
+                minimum_deployment_target=getattr(ct.target, f"iOS{ios}"),
+                # The program has its types and its operations already; no pass is to change them.
+                compute_precision=ct.precision.FLOAT32,
+                pass_pipeline=ct.PassPipeline.EMPTY,
+                skip_model_load=True,
+                package_dir=str(Path(folder) / "saved.mlpackage"),
+            )
+        finally:
+            gc.unfreeze()
+        spec = model.get_spec()
+        _describe(spec.description, description)
+        weights = Path(model.weights_dir) / "weight.bin"
+        (package / MODEL_FILE).parent.mkdir(parents=True)
+        if weights.exists():  # not so where every constant is small
+            (package / WEIGHTS_FILE).parent.mkdir()
+            shutil.copyfile(weights, package / WEIGHTS_FILE)
     (package / MODEL_FILE).write_bytes(spec.SerializeToString(deterministic=True))
     _write_manifest(package)
 

@@ -14,8 +14,8 @@ import gfcompile.runtime
 from gfcompile.compile import cli, models, tuning
 from gfcompile.compile.bundle import Bundle
 from gfcompile.compile.pipeline import CompileConfig, compile_model
+from gfcompile.compile.tune_command import tune_config
 from gfcompile.compile.tuning_config import TuneConfig
-from gfcompile.compile.tuning_options import tune_config
 from gfcompile.runtime.errors import UserError
 from gfcompile.targets.target import Target, find_target
 from gfcompile.targets.tvm.choices import choices, device_key, kernel_key, space_of, to_json

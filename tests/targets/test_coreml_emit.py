@@ -1,6 +1,7 @@
 """Packages from graphs, evaluated, against ONNX Runtime on the same graphs."""
 
 import math
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
@@ -587,6 +588,17 @@ def test_classes_without_names_are_numbered(tmp_path: Path) -> None:
     program, _ = package_of(tmp_path, classifier(), input="image")
     result = Evaluator(program).run({"image": np.zeros((1, 3, 6, 6))})
     assert list(result["classLabel_probs"]) == ["class 0", "class 1", "class 2"]
+
+
+def test_no_package_stays_in_the_folder_of_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """coremltools keeps a package of its own there until the process ends, if it is let."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    package_of(tmp_path, classifier(), input="image")
+    assert not list(temporary.glob("*.mlpackage"))
 
 
 def test_the_same_graph_gives_the_same_bytes(tmp_path: Path) -> None:

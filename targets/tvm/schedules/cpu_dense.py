@@ -55,6 +55,7 @@ from gfcompile.targets.tvm.schedules.math import (
 )
 
 __all__ = [
+    "LINE_BYTES",
     "Blocks",
     "Columns",
     "DenseChoice",
@@ -88,7 +89,7 @@ _TASKS = 16
 # the pipeline around a tile.
 _INSTRUCTION = 0.5
 _FAR_LINE = {"int32": 0.2, "float32": 0.35}
-_LINE_BYTES = 64
+LINE_BYTES = 64
 _LATENCY = 4
 _TILE_START = 30
 # Vectors of accumulators in a tile: more hide no further latency, and every one is code.
@@ -207,7 +208,7 @@ def _default(product: Product, tile: Tile) -> DenseChoice:
 
 def _loads_lines(product: Product) -> bool:
     """Whether a vector of weights is a whole cache line, as with AVX-512."""
-    return product.lanes * 4 == _LINE_BYTES
+    return product.lanes * 4 == LINE_BYTES
 
 
 def choose_tile(kernel: Dense, product: Product, registers: int) -> Tile:
@@ -444,7 +445,7 @@ def _dense(
     blocks = row_blocks(columns.tiles, row_tiles)
     by_columns = cut(kernel, product, row_tiles, columns.tiles)
     passes = by_columns.passes
-    reads_ahead = _loads_lines(product) and product.group == 1 and not by_rows and passes > 1
+    reads_ahead = _loads_lines(product) and not by_rows and passes > 1
 
     def tiles_of(task: Expr) -> tuple[Expr, Expr, Expr]:
         """Opens the loop over the tiles of a task: the row and the column of one, and its pass."""
@@ -478,7 +479,7 @@ def _dense(
 
             def read_ahead(turn: Expr, turns: int) -> None:
                 block = group * columns.group_blocks + first + tile.vectors
-                lines = ceil(tile.vectors * k / (passes * turns))
+                lines = ceil(tile.vectors * k / (product.group * passes * turns))
                 with I.serial(lines) as line:
                     at = (nth_pass * turns + turn) * lines + line
                     prefetch_line(operands.w, [block, at, 0])

@@ -22,7 +22,7 @@ from gfcompile.targets.tvm.kernel import (
     Scheduled,
     Step,
 )
-from gfcompile.targets.tvm.schedules.cpu_dense import prefetch_line
+from gfcompile.targets.tvm.schedules.cpu_dense import LINE_BYTES, prefetch_line
 from gfcompile.targets.tvm.schedules.cpu_tiling import (
     apart,
     ceil_div,
@@ -287,20 +287,37 @@ def schedule_dft_filter(
 
     def ask_for_next(x: Any, b: Expr, i: Expr, c0: Expr) -> None:
         """Asks for these rows of the next block: another core has half of them in its cache."""
-        if cpu.arch == "x86_64":
-            with T.serial(rows) as row, T.serial(w) as j:
-                prefetch_line(x, [b, i + row, j, c0 + blocks.width])
+        with T.serial(rows) as row, T.serial(w) as j:
+            prefetch_line(x, [b, i + row, j, c0 + blocks.width])
+
+    def ask_for_constant(k: Any, block: Expr, i: Expr) -> None:
+        """Asks for these rows of K, which are in no cache: the spectrum is there before them."""
+        of_line = LINE_BYTES // np.dtype(str(k.dtype)).itemsize
+        with T.serial(rows) as row, T.serial(ceil_div((w // 2 + 1) * blocks.width, of_line)) as at:
+            prefetch_line(k, [block, i + row, 0, at * of_line])
 
     def forward_w(
-        x: Any, spectrum: Any, bases: Any, line: Any, worker: Expr, b: Expr, c0: Expr
+        x: Any,
+        k_re: Any,
+        k_im: Any,
+        spectrum: Any,
+        bases: Any,
+        line: Any,
+        worker: Expr,
+        b: Expr,
+        block: Expr,
     ) -> None:
+        c0 = blocks.start(block)
         if in_registers:
             all_rows = _DftInRegisters(n=w, columns=h * vectors)
             all_rows.forward(grid(x, b, 0, c0), spectrum_rows(spectrum, worker, 0), bases)
             return
         with T.serial(ceil_div(h, rows)) as g:
             i = T.bind(T.min(g * rows, h - rows))
-            ask_for_next(x, b, i, c0)
+            if cpu.arch == "x86_64":
+                ask_for_next(x, b, i, c0)
+                ask_for_constant(k_re, block, i)
+                ask_for_constant(k_im, block, i)
             source, target = grid(x, b, i, c0), spectrum_rows(spectrum, worker, i)
             along_w.forward(source, target, bases, along_w.part(line, worker))
 
@@ -366,7 +383,7 @@ def schedule_dft_filter(
                     b: T.let = task // blocks.per_image
                     block: T.let = task % blocks.per_image
                     c0: T.let = blocks.start(block)
-                    forward_w(x, spectrum, w_bases, line, worker, b, c0)
+                    forward_w(x, k_re, k_im, spectrum, w_bases, line, worker, b, block)
                     forward_h(spectrum, h_bases, line, worker)
                     for v in T.serial(vectors):
                         _multiply(

@@ -1,15 +1,15 @@
-"""The arguments of `gfcompile tune`."""
+"""`gfcompile tune`: a model and a device in, a tuning database out."""
 
 import argparse
 import math
 from pathlib import Path
 
+from gfcompile.compile.command_line import positive_int, print_table
 from gfcompile.compile.pruning_options import add_keep_ratio
 from gfcompile.compile.tuning_config import DEFAULT_TRIALS, TuneConfig
 
 
-def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds them to `parser`."""
+def tune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="one of `gfcompile models`")
     parser.add_argument("--target", required=True, help="one of `gfcompile targets`")
     precision = parser.add_mutually_exclusive_group()
@@ -36,7 +36,7 @@ def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--trials",
-        type=_positive_int,
+        type=positive_int,
         metavar="N",
         help=f"candidates to try, of all kernels together (default: {DEFAULT_TRIALS})",
     )
@@ -51,6 +51,45 @@ def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of whatever is random")
     parser.add_argument("--quiet", action="store_true", help="print only the database's path")
+
+
+def tune_command(options: argparse.Namespace) -> None:
+    """Searches, and prints each kernel's best."""
+    from gfcompile.compile.progress import ConsoleProgress, SilentProgress
+    from gfcompile.compile.tuning import tune_model
+    from gfcompile.compile.tuning_progress import ConsoleTrials
+
+    config = tune_config(options)
+    progress = SilentProgress() if options.quiet else ConsoleProgress()
+    with ConsoleTrials(quiet=options.quiet) as trials:
+        try:
+            tuned = tune_model(config, progress, trials)
+        except KeyboardInterrupt:
+            found = f"{config.path} has what" if config.path.exists() else "nothing better"
+            raise KeyboardInterrupt(f"{found} was found; the same command goes on") from None
+    if options.quiet:
+        print(tuned.path)
+        return
+    estimated = "" if tuned.how == "measured" else " (static: an estimate, nothing was measured)"
+    print(f"\n{config.model} for {config.target}, {tuned.how} on {tuned.device}{estimated}")
+    print_table(
+        ("kernel", "calls", "default", "best", "trials", "failed"),
+        [
+            (
+                finding.name,
+                str(finding.uses),
+                f"{finding.default_cost:.4g} {finding.unit}",
+                f"{finding.ratio:.3f}",
+                str(finding.trials),
+                str(finding.failed),
+            )
+            for finding in tuned.findings
+        ],
+        right={1, 2, 3, 4, 5},
+    )
+    print(f"all of them: {tuned.ratio:.3f} of the default's {tuned.findings[0].unit}")
+    print(f"{tuned.path}")
+    print(f"next: {config.next_command}")
 
 
 def tune_config(options: argparse.Namespace) -> TuneConfig:
@@ -71,15 +110,11 @@ def tune_config(options: argparse.Namespace) -> TuneConfig:
     )
 
 
-def _positive_int(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
-
-
 def _positive_float(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not (math.isfinite(number) and number > 0):
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return number

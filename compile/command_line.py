@@ -1,0 +1,54 @@
+"""What commands share: a type of their arguments, whom progress is told, and how they print."""
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gfcompile.compile.progress import ConsoleProgress, SilentProgress
+
+
+def positive_int(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def console_progress(*, quiet: bool) -> "ConsoleProgress | SilentProgress":
+    """One that tells the terminal; nobody if `quiet`, or where another process tells it."""
+    from gfcompile.compile.progress import ConsoleProgress, SilentProgress
+
+    return SilentProgress() if quiet or not is_first_process() else ConsoleProgress()
+
+
+def is_first_process() -> bool:
+    """Under torchrun, whether this process is the one that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], *, right: set[int]) -> None:
+    """Columns as wide as their content; those in `right` are flush right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def complain(text: str) -> None:
+    print(f"gfcompile: {text}", file=sys.stderr)
+
+
+def count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
