@@ -164,6 +164,7 @@ def test_choices_survive_json_and_nothing_else_is_accepted(name: str) -> None:
         ("[" * 100_000, "damaged"),
         ("[[], []", "damaged"),
         ('[[["Split"]], []]', "damaged|unpack"),
+        ('[[["Annotate", [], {}, []]], []]', "damaged"),
         ('[[["UnsafeSetDType", [], [], []]], []]', "may not contain"),
         ('[[["Annotate", ["b0", "x"], ["pragma_import_llvm"], []]], []]', "may not annotate"),
     ],

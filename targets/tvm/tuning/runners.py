@@ -118,7 +118,7 @@ class InstructionRunner(Runner):
 
     The count is the same in every run, to a thousand or so, but says nothing of caches, of
     latencies, or of instructions that take longer than others. QEMU computes float16 in software,
-    some 30 million products in a second: of a kernel that takes long, one inference has to do.
+    some 25 million products in a second: of a kernel that takes long, one inference has to do.
     """
 
     how = "static"
