@@ -165,16 +165,30 @@ def check_batch(batch: int) -> None:
         raise UserError(f"--batch {batch}: a model takes 1 to {MAX_BATCH} images at once")
 
 
+def check_config(config: CompileConfig) -> None:
+    """Says at once what a compilation of a model of the zoo would refuse.
+
+    Raises:
+        UserError: see `compile_model`.
+    """
+    _job(config, SilentProgress()).check()
+
+
 def lowered_graph(config: CompileConfig, cache: Cache, progress: Progress) -> "Graph":
     """The graph that `config`'s kernels are compiled from.
 
     Raises:
         UserError, CompileError: see `compile_model`.
     """
-    target = find_target(config.target)
-    job = _Job(config=config, target=target, progress=progress, module=None, pruning=None)
+    job = _job(config, progress)
     job.check()
     return job.lowered(cache)[0]
+
+
+def _job(config: CompileConfig, progress: Progress) -> "_Job":
+    """What there is to do for a model of the zoo."""
+    target = find_target(config.target)
+    return _Job(config=config, target=target, progress=progress, module=None, pruning=None)
 
 
 @dataclass(frozen=True, kw_only=True)

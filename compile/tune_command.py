@@ -5,15 +5,26 @@ import math
 from pathlib import Path
 
 from gfcompile.compile.command_line import positive_int, print_table
+from gfcompile.compile.pruning_options import add_keep_ratio
 from gfcompile.compile.tuning_config import DEFAULT_TRIALS, TuneConfig
 
 
 def tune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="one of `gfcompile models`")
     parser.add_argument("--target", required=True, help="one of `gfcompile targets`")
-    parser.add_argument("--int8", action="store_true", help="tune the int8 kernels")
+    precision = parser.add_mutually_exclusive_group()
+    for flag, value in (("--int8", "int8"), ("--fp16", "float16")):
+        precision.add_argument(
+            flag,
+            dest="precision",
+            action="store_const",
+            const=value,
+            default="float32",
+            help=f"tune the {value} kernels",
+        )
     parser.add_argument("--image-size", type=int, metavar="N", help="default: the model's own")
     parser.add_argument("--num-classes", type=int, metavar="N", help="default: the model's own")
+    add_keep_ratio(parser)
     parser.add_argument(
         "--batch", type=int, default=1, metavar="N", help="images per inference (default: 1)"
     )
@@ -78,10 +89,7 @@ def tune_command(options: argparse.Namespace) -> None:
     )
     print(f"all of them: {tuned.ratio:.3f} of the default's {tuned.findings[0].unit}")
     print(f"{tuned.path}")
-    print(
-        f"next: gfcompile --model {options.model} --target {options.target}"
-        f"{' --int8' if options.int8 else ''} --tuning-db {tuned.path}"
-    )
+    print(f"next: {config.next_command}")
 
 
 def tune_config(options: argparse.Namespace) -> TuneConfig:
@@ -89,9 +97,10 @@ def tune_config(options: argparse.Namespace) -> TuneConfig:
     return TuneConfig(
         model=options.model,
         target=options.target,
-        int8=options.int8,
+        precision=options.precision,
         image_size=options.image_size,
         num_classes=options.num_classes,
+        keep_ratio=options.keep_ratio,
         batch=options.batch,
         device=options.device,
         trials=options.trials,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gfcompile.compile.cache import open_cache
-from gfcompile.compile.pipeline import CompileConfig, lowered_graph
+from gfcompile.compile.pipeline import CompileConfig, check_config, lowered_graph
 from gfcompile.compile.progress import Progress, SilentProgress
 from gfcompile.compile.tuning_config import DEFAULT_TRIALS, TuneConfig
 from gfcompile.runtime.errors import UserError
@@ -59,15 +59,16 @@ def tune_model(
     compilation = CompileConfig(
         model=config.model,
         target=config.target,
-        precision="int8" if config.int8 else "float32",
+        precision=config.precision,
         image_size=config.image_size,
         num_classes=config.num_classes,
         keep_ratio=config.keep_ratio,
         batch=config.batch,
         seed=config.seed,
     )
+    check_config(compilation)
     # Heavy, and a mistake in the arguments should be answered before.
-    from gfcompile.targets.tvm.partition import partition
+    from gfcompile.compile.emitters.tvm import program_of
     from gfcompile.targets.tvm.tuning.builders import Builders
     from gfcompile.targets.tvm.tuning.database import Database, load
     from gfcompile.targets.tvm.tuning.devices import one_level, open_runner
@@ -75,14 +76,15 @@ def tune_model(
     from gfcompile.targets.tvm.tuning.tuner import SilentTrials, Tuner
 
     database = load(config.path) if config.path.exists() else Database()
+    level = one_level(target, float16=config.precision == "float16")
     with (
-        open_runner(config.device, one_level(target)) as runner,
+        open_runner(config.device, level) as runner,
         Builders(len(os.sched_getaffinity(0))) as builders,
     ):
         with open_cache(note=progress.note) as cache:
             graph = lowered_graph(compilation, cache, progress)
         calls = _MEASURED_CALLS if runner.how == "measured" else 1
-        found = tasks(partition(graph.model), one_level(target), calls=calls)
+        found = tasks(program_of(graph, config.precision), level, calls=calls)
         if not found:
             raise UserError(f"{config.model} on {target.name} has no kernel that leaves a choice")
         tuner = Tuner(
@@ -95,8 +97,7 @@ def tune_model(
             seed=config.seed,
         )
         findings = tuner.run(_budget(config))
-    if not config.path.exists():
-        database.save(config.path)
+    database.save(config.path)
     total = sum(f.uses * f.default_cost for f in findings)
     return Tuned(
         path=config.path,

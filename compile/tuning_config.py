@@ -1,8 +1,10 @@
 """What `gfcompile tune` is asked for."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from gfcompile.compile.emission import RequestedPrecision
 from gfcompile.compile.models import KeepRatio
 
 DEFAULT_TRIALS = 200
@@ -13,8 +15,8 @@ class TuneConfig:
     """What to tune, and where.
 
     Attributes:
-        model, target, int8, image_size, num_classes, keep_ratio, batch: as for `CompileConfig`;
-            weights are random, for speed does not depend on them.
+        model, target, precision, image_size, num_classes, keep_ratio, batch: as for
+            `CompileConfig`; weights are random, for speed does not depend on them.
         device: "local", "qemu:CPU" (instructions counted, an estimate), ssh://..., rpc://...; None
             for local where this machine runs the target's code, and an estimate elsewhere.
         trials, minutes: when to stop; without either, after DEFAULT_TRIALS.
@@ -23,7 +25,7 @@ class TuneConfig:
 
     model: str
     target: str
-    int8: bool = False
+    precision: RequestedPrecision = "float32"
     image_size: int | None = None
     num_classes: int | None = None
     keep_ratio: KeepRatio | None = None
@@ -37,3 +39,24 @@ class TuneConfig:
     @property
     def path(self) -> Path:
         return self.database or Path(f"tuning-{self.target}.json")
+
+    @property
+    def next_command(self) -> str:
+        """The compilation of the very kernels that were tuned; other sizes have others."""
+        ratios = [self.keep_ratio] if isinstance(self.keep_ratio, float) else self.keep_ratio
+        given = {
+            "--image-size": self.image_size,
+            "--num-classes": self.num_classes,
+            "--keep-ratio": None if ratios is None else ",".join(map(str, ratios)),
+            "--batch": self.batch if self.batch > 1 else None,
+            "--tuning-db": self.path,
+        }
+        options = [
+            part
+            for name, value in given.items()
+            if value is not None
+            for part in (name, str(value))
+        ]
+        flags = {"int8": ["--int8"], "float16": ["--fp16"], "float32": []}[self.precision]
+        model = ["--model", self.model, "--target", self.target, *flags]
+        return shlex.join(["gfcompile", *model, *options])

@@ -33,11 +33,12 @@ class ConsoleTrials:
         if self._bar is not None:
             self._bar.stop()
 
-    def started(self, kernels: int, budget: "Budget") -> None:
-        """The kernels' own times are known, the search begins."""
+    def started(self, kernels: int, budget: "Budget", trial_s: float | None) -> None:
+        """See `tuner.Progress`."""
         if self._quiet:
             return
-        self._console.print(f"  searching for {kernels} kernels", markup=False)
+        each = "" if trial_s is None else f", {trial_s:.1f} s to run a candidate"
+        self._console.print(f"  searching for {kernels} kernels{each}", markup=False)
         if self._console.is_terminal:
             self._bar = Bar(
                 TextColumn("  trials"),

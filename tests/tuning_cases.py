@@ -17,6 +17,7 @@ from gfcompile.targets.tvm.program import Call, Program, Tensor
 from gfcompile.targets.tvm.tuning.tasks import Task, tasks
 
 DENSE = Dense(m=12, n=64, k=32)
+HALF_DENSE = Dense(m=12, n=64, k=32, x="float16", w="float16", out="float16")
 
 
 def program(kernel: Dense = DENSE, calls: int = 2) -> Program:
@@ -25,12 +26,12 @@ def program(kernel: Dense = DENSE, calls: int = 2) -> Program:
 
     def constants() -> dict[str, Array]:
         return {
-            "w": rng.standard_normal((kernel.k, kernel.n)).astype(np.float32),
+            "w": rng.standard_normal((kernel.k, kernel.n)).astype(kernel.w),
             "bias": rng.standard_normal(kernel.n).astype(np.float32),
         }
 
-    x = Tensor(name="x", dtype="float32", shape=(kernel.m, kernel.k))
-    ys = [Tensor(name=f"y{i}", dtype="float32", shape=(kernel.m, kernel.n)) for i in range(calls)]
+    x = Tensor(name="x", dtype=kernel.x, shape=(kernel.m, kernel.k))
+    ys = [Tensor(name=f"y{i}", dtype=kernel.out, shape=(kernel.m, kernel.n)) for i in range(calls)]
     return Program(
         inputs=("x",),
         outputs=(ys[-1].name,),

@@ -6,11 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gfcompile.compile.emission import Emission, EmissionRequest, Pruning
+from gfcompile.compile.emission import Emission, EmissionRequest, Pruning, RequestedPrecision
 from gfcompile.compile.verify import verify
 from gfcompile.runtime.bundle import TensorSpec
 from gfcompile.targets.target import Cpu, Gpu, Target, peaks
-from gfcompile.targets.tvm.emit import Tuned, Tuning, emit
+from gfcompile.targets.tvm.emit import Tuned, emit
 from gfcompile.targets.tvm.halves import in_halves
 from gfcompile.targets.tvm.kernel import Kernel, SelectTokens
 from gfcompile.targets.tvm.partition import partition
@@ -39,10 +39,9 @@ def emit_plan(
     if half:
         target = target.for_float16()
     with request.progress.stage("compile the kernels"):
-        program = partition(graph.model)
-        if half:
-            program = in_halves(program)
+        program = program_of(graph, request.precision)
         library = f"lib{request.model}.so"
+        tuning = _Tuning(tuning_db)
         artifact = emit(
             program,
             target,
@@ -51,7 +50,7 @@ def emit_plan(
             mean=transform.mean,
             std=transform.std,
             group_size=graph.group_size,
-            tuning=_tuning(tuning_db),
+            tuning=tuning,
         )
     with request.progress.stage("verify the artifact"):
         entry, notes = verify(
@@ -63,6 +62,7 @@ def emit_plan(
             request.golden.inputs,
             request.pruning,
         )
+    notes += tuning.notes()
     if program.unscheduled:
         operators = ", ".join(program.unscheduled)
         notes.append(
@@ -107,6 +107,16 @@ def emit_plan(
     )
 
 
+def program_of(graph: "Graph", precision: RequestedPrecision) -> Program:
+    """The kernel calls that compute `graph`, in float16 if that is asked for.
+
+    Raises:
+        CompileError: a node that nothing takes, or a weight that float16 cannot hold.
+    """
+    program = partition(graph.model)
+    return in_halves(program) if precision == "float16" else program
+
+
 def _half_compute(target: Target) -> str:
     """What products compute in, by the float16 arithmetic that CPUs have."""
     elsewhere = "" if target.cpu.float16 else " where the CPU has float16 arithmetic, else float32"
@@ -133,18 +143,34 @@ def _pruning(pruning: Pruning | None, program: Program) -> Mapping[str, Any]:
     }
 
 
-def _tuning(tuning_db: Path | Literal["shipped", "none"]) -> Tuning | None:
-    """What the databases know of kernels; a user's own comes before the shipped one."""
-    if tuning_db == "none":
-        return None
-    shipped = database.shipped()
-    own = database.load(tuning_db) if isinstance(tuning_db, Path) else database.Database()
+class _Tuning:
+    """What the databases know of kernels; a user's own comes before the shipped one.
 
-    def find(kernels: Iterable[Kernel], device: Cpu | Gpu) -> Mapping[Kernel, Tuned]:
+    Args:
+        tuning_db: see `CompileConfig`.
+    """
+
+    def __init__(self, tuning_db: Path | Literal["shipped", "none"]) -> None:
+        self._databases = [] if tuning_db == "none" else [database.shipped()]
+        if isinstance(tuning_db, Path):
+            self._databases.append(database.load(tuning_db))
+        self._left_out: list[dict[database.Key, str]] = [{} for _ in self._databases]
+
+    def __call__(self, kernels: Iterable[Kernel], device: Cpu | Gpu) -> Mapping[Kernel, Tuned]:
         kernels = list(kernels)
-        return {**shipped.tuned(kernels, device), **own.tuned(kernels, device)}
+        tuned: dict[Kernel, Tuned] = {}
+        for known, left_out in zip(self._databases, self._left_out, strict=True):
+            tuned |= known.tuned(kernels, device)
+            left_out |= known.left_out(kernels, device)
+        return tuned
 
-    return find
+    def notes(self) -> list[str]:
+        """What took no effect, a line for each database, after all kernels were asked for."""
+        return [
+            known.describe(left_out)
+            for known, left_out in zip(self._databases, self._left_out, strict=True)
+            if left_out
+        ]
 
 
 def _storage(graph: "Graph", packed_bytes: int) -> str:

@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import SplitResult
@@ -44,15 +43,14 @@ class QemuDevice(LocalDevice):
         Exact, and the same in every run; which instructions they are is not told, so these are
         no cycles.
         """
-        with tempfile.TemporaryDirectory(prefix="gfcompile-") as folder:
-            plugin = Path(folder) / "instructions.so"
-            if not _build_plugin(plugin):
-                return None
-            self._options = ["-plugin", str(plugin), "-d", "plugin"]
-            try:
-                done = self.run(command, timeout_s=timeout_s)
-            finally:
-                self._options = []
+        plugin = self._folder / "qemu_instructions.so"
+        if not plugin.exists() and not _build_plugin(plugin):
+            return None
+        self._options = ["-plugin", str(plugin), "-d", "plugin"]
+        try:
+            done = self.run(command, timeout_s=timeout_s)
+        finally:
+            self._options = []
         found = _COUNT.search(done.stderr)
         return int(found.group(1)) if done.status == 0 and found else None
 

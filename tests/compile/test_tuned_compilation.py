@@ -1,21 +1,30 @@
 """A tuning database and `gfcompile tune`, seen from the outside: what is compiled, what is said."""
 
+import dataclasses
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pruning_cases import DEIT
 from small_models import SPEC, build
 
 import gfcompile.runtime
-from gfcompile.compile import cli, tuning
+from gfcompile.compile import cli, models, tuning
 from gfcompile.compile.bundle import Bundle
 from gfcompile.compile.pipeline import CompileConfig, compile_model
+from gfcompile.compile.tune_command import tune_config
+from gfcompile.compile.tuning_config import TuneConfig
 from gfcompile.runtime.errors import UserError
 from gfcompile.targets.target import Target, find_target
 from gfcompile.targets.tvm.choices import choices, device_key, kernel_key, space_of, to_json
 from gfcompile.targets.tvm.emit import kernel_name
 from gfcompile.targets.tvm.kernel import Dense, Kernel
+from gfcompile.targets.tvm.tuning import tuner
 from gfcompile.targets.tvm.tuning.database import Database, Entry, load, shipped
+from gfcompile.targets.tvm.tuning.tasks import Task
+from tools import need, need_arm64_sysroot
 
 
 def compiled(folder: Path, name: str, tuning_db: object, target: str = "host") -> Bundle:
@@ -68,6 +77,27 @@ def test_a_tuned_kernel_is_in_the_manifest_and_computes_the_same(tmp_path: Path)
         with gfcompile.runtime.load(bundle.path) as session:
             logits.append(session.run(image))
     np.testing.assert_array_equal(*logits)
+
+
+def test_entries_that_cannot_be_used_are_told_in_one_line_and_not_in_the_manifest(
+    tmp_path: Path,
+) -> None:
+    head = Dense(m=1, n=SPEC.num_classes, k=SPEC.dims[-1])
+    path = tmp_path / "db.json"
+    tuned_database(path, head, place=-1)
+    (entry,) = load(path).entries
+    edited = dataclasses.replace(entry, choice={**entry.choice, "rows": 10**6})
+    Database([edited, dataclasses.replace(entry, schedule="cpu_dense/0")]).save(path)
+    bundle = compiled(tmp_path, "bundle", path)
+    notes = [note for note in bundle.manifest.notes if "db.json" in note]
+    assert len(notes) == 1
+    assert (
+        "left out: 1 for another version of the kernel's schedule, 1 with a choice outside the "
+        "kernel's design space; their"
+    ) in notes[0]
+    assert bundle.manifest.extra["tuned_kernels"] == {}
+    record = next(k for k in bundle.manifest.kernels if k["name"] == kernel_name(head))
+    assert "tuned" not in record
 
 
 def test_a_hostile_database_stops_the_compilation_before_anything_is_written(
@@ -128,6 +158,9 @@ def eval_kernel(text: str) -> Kernel:
         (["--target", "host", "--minutes", "nan"], "not above 0"),
         (["--target", "host", "--device", "ftp://x"], "unknown device"),
         (["--target", "jetson-tx2", "--device", "qemu:cortex-a57"], "stands in for arm64 CPUs"),
+        (["--target", "host", "--keep-ratio", "0.7"], "gfnet_xs takes no keep ratio: its global"),
+        (["--target", "host", "--keep-ratio", "x"], "is no number"),
+        (["--target", "host", "--int8", "--fp16"], "not allowed with argument --int8"),
     ],
 )
 def test_tune_answers_mistakes_in_one_line(
@@ -141,6 +174,96 @@ def test_tune_answers_mistakes_in_one_line(
     assert cli.main(["tune", "--model", "gfnet_xs", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", ["raspberry-pi-4", "x86-64", "jetson-tx2"])
+def test_tune_refuses_float16_as_a_compilation_does(
+    target: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = []
+    for command in ("compile", "tune"):
+        assert cli.main([command, "--model", "gfnet_xs", "--target", target, "--fp16"]) == 2
+        said.append(capsys.readouterr().err)
+    assert said[0] == said[1]
+    assert "--fp16: " in said[0]
+
+
+@pytest.mark.slow
+def test_a_keep_ratio_changes_the_kernels_that_are_tuned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: set[int] = set()
+
+    def ask(tasks: Sequence[Task], *_arguments: object, **_options: object) -> None:
+        asked.update(task.kernel.m for task in tasks if isinstance(task.kernel, Dense))
+        raise UserError("enough")
+
+    monkeypatch.setitem(models._SPECS, DEIT.name, DEIT)
+    monkeypatch.setattr(tuner, "Tuner", ask)
+    config = TuneConfig(
+        model=DEIT.name, target="jetson-tx2", keep_ratio=0.5, database=tmp_path / "db.json"
+    )
+    with pytest.raises(UserError, match="enough"):
+        tuning.tune_model(config)
+    # Of 36 patches 18, 9 and 4 are kept, and a class token; as published, 25, 17 and 12.
+    assert asked >= {37, 19, 10, 5}
+    assert not asked & {26, 13}
+
+
+@pytest.mark.slow
+def test_what_tuning_found_for_float16_serves_a_compilation_in_float16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need("qemu-aarch64")
+    need_arm64_sysroot()
+    monkeypatch.setitem(models._SPECS, SPEC.name, SPEC)
+    path = tmp_path / "db.json"
+    search = TuneConfig(
+        model=SPEC.name,
+        target="arm64",
+        precision="float16",
+        device="qemu:cortex-a76",
+        trials=8,
+        database=path,
+    )
+    found = tuning.tune_model(search)
+    assert (found.how, found.device) == ("static", "cortex-a76 under QEMU, instructions")
+    entries = load(path).entries
+    assert entries
+    for entry in entries:
+        assert "w=float16" in entry.kernel
+        assert entry.target == "aarch64 cortex-a55 -dotprod -rcpc"
+    config = CompileConfig(
+        model=SPEC.name,
+        target="arm64",
+        precision="float16",
+        tuning_db=path,
+        output=tmp_path / "bundle",
+        cache=False,
+    )
+    bundle = compile_model(config)
+    assert bundle.manifest.extra["tuned_kernels"]["static"] >= len(entries)
+    assert not any(str(path) in note for note in bundle.manifest.notes)
+
+
+def test_tune_is_asked_for_the_kernels_that_its_next_command_compiles() -> None:
+    arguments = ["--model", "dynamicvit_deit_s", "--target", "raspberry-pi-4", "--int8"]
+    arguments += ["--image-size", "192", "--num-classes", "10", "--batch", "2"]
+    for ratio, given in (("0.8", 0.8), ("0.9,0.7,0.5", (0.9, 0.7, 0.5))):
+        sizes = [*arguments, "--keep-ratio", ratio]
+        config = tune_config(cli._parse(["tune", *sizes, "--tuning-db", "my db.json"]))
+        assert config.keep_ratio == given
+        asked = cli._parse(["compile", *shlex.split(config.next_command)[1:]])
+        compiled = cli._parse(["compile", *sizes, "--tuning-db", "my db.json"])
+        assert vars(asked) == vars(compiled)
+    plain = TuneConfig(model="gfnet_xs", target="host")
+    assert plain.next_command == (
+        "gfcompile --model gfnet_xs --target host --tuning-db tuning-host.json"
+    )
 
 
 @pytest.mark.parametrize(

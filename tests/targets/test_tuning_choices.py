@@ -1,10 +1,11 @@
 """Design spaces: what is chosen changes no result, and nothing else can be chosen."""
 
 import dataclasses
+from itertools import product
 
 import numpy as np
 import pytest
-from run_kernel import CPUS, host_cpu, poison, run_kernel
+from run_kernel import CPUS, HALF_LEVELS, host_cpu, poison, run_kernel
 from tvm import te
 
 from gfcompile.targets.target import Cpu, Gpu, Target, find_target
@@ -17,6 +18,11 @@ DENSE = Dense(m=13, n=97, k=70, gelu=True)
 INT8 = Dense(m=13, n=97, k=70, x="int8", out="int8", out_groups=1)
 FILTER = DftFilter(batch=1, h=6, w=9, c=20)
 ATTENTION = Attention(batch=1, tokens=11, heads=2, dim=16)
+# Sums of more than one span of products.
+HALF_DENSE = Dense(m=13, n=97, k=150, x="float16", w="float16", gelu=True, out="float16")
+HALF_FILTER = dataclasses.replace(FILTER, x="float16", k_dtype="float16")
+HALF_ATTENTION = Attention(batch=1, tokens=75, heads=2, dim=16, x="float16", out="float16")
+HALVES = (HALF_DENSE, HALF_FILTER, HALF_ATTENTION)
 
 
 def device(name: str) -> Cpu | Gpu:
@@ -53,13 +59,26 @@ def arguments(kernel: Kernel, on: Cpu | Gpu) -> dict[str, Array]:
         width = kernel.heads * kernel.dim
         shapes = {"x": (kernel.tokens, 3 * width), "params": (5,)}
         y = (kernel.tokens, width)
-    return {name: floats(*shape) for name, shape in shapes.items()} | {"y": poison(y, "float32")}
+    dtype = "float16" if kernel.x == "float16" else "float32"
+    args = {
+        name: floats(*shape).astype(dtype if name in ("x", "w", "k_re", "k_im") else "float32")
+        for name, shape in shapes.items()
+    }
+    if isinstance(kernel, DftFilter) and dtype == "float16":  # as bits
+        args |= {name: args[name].view(np.uint16) for name in ("k_re", "k_im")}
+    return args | {"y": poison(y, getattr(kernel, "out", "float32"))}
 
 
-@pytest.mark.parametrize("kernel", [DENSE, INT8, FILTER, ATTENTION], ids=lambda k: type(k).__name__)
-@pytest.mark.parametrize("cpu", ["host", "a72"])
+@pytest.mark.parametrize(
+    ("cpu", "kernel"),
+    [
+        *product(("host", "a72"), (DENSE, INT8, FILTER, ATTENTION)),
+        *product(("a76", "float16"), HALVES),
+    ],
+    ids=lambda value: value if isinstance(value, str) else kernel_key(value),
+)
 def test_whatever_is_chosen_results_are_the_same_bits(cpu: str, kernel: Kernel) -> None:
-    on = host_cpu() if cpu == "host" else CPUS[cpu]
+    on = host_cpu() if cpu == "host" else {**CPUS, **HALF_LEVELS}[cpu]
     args = arguments(kernel, on)
     space = choices(kernel, on)
     # The rule's own, one that only unrolls or reorders, and some from all over the space.
@@ -72,6 +91,11 @@ def test_whatever_is_chosen_results_are_the_same_bits(cpu: str, kernel: Kernel) 
         np.testing.assert_array_equal(result, results[0])
 
 
+def test_a_loop_over_spans_is_unrolled_one_way_alone() -> None:
+    space = choices(HALF_DENSE, CPUS["a76"])
+    assert len({(c.rows, c.vectors, c.order) for c in space}) == len(space) > 10  # type: ignore[union-attr]
+
+
 def test_loops_that_are_assembly_leave_no_choice() -> None:
     on = device("raspberry-pi-3")
     kernel = Dense(m=18, n=97, k=128)
@@ -79,8 +103,17 @@ def test_loops_that_are_assembly_leave_no_choice() -> None:
     assert choices(dataclasses.replace(kernel, k=130), on)
 
 
-@pytest.mark.parametrize("name", ["x86-64-v4", "x86-64", "raspberry-pi-3", "raspberry-pi-5"])
-@pytest.mark.parametrize("kernel", [DENSE, INT8, FILTER, ATTENTION], ids=lambda k: type(k).__name__)
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        *product(
+            ("x86-64-v4", "x86-64", "raspberry-pi-3", "raspberry-pi-5"),
+            (DENSE, INT8, FILTER, ATTENTION),
+        ),
+        *product(("raspberry-pi-5",), HALVES),
+    ],
+    ids=lambda value: value if isinstance(value, str) else kernel_key(value),
+)
 def test_the_rules_own_choice_leads_its_space(name: str, kernel: Kernel) -> None:
     on = device(name)
     first = choices(kernel, on)[0]
@@ -131,6 +164,7 @@ def test_choices_survive_json_and_nothing_else_is_accepted(name: str) -> None:
         ("[" * 100_000, "damaged"),
         ("[[], []", "damaged"),
         ('[[["Split"]], []]', "damaged|unpack"),
+        ('[[["Annotate", [], {}, []]], []]', "damaged"),
         ('[[["UnsafeSetDType", [], [], []]], []]', "may not contain"),
         ('[[["Annotate", ["b0", "x"], ["pragma_import_llvm"], []]], []]', "may not annotate"),
     ],

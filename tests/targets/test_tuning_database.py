@@ -5,12 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
+from tvm import te
 
 from gfcompile.runtime.errors import UserError
 from gfcompile.targets.target import Cpu, Target, find_target
 from gfcompile.targets.tvm import choices as spaces
 from gfcompile.targets.tvm.choices import choices, device_key, kernel_key, space_of, to_json
-from gfcompile.targets.tvm.kernel import Dense
+from gfcompile.targets.tvm.kernel import Dense, Generic
 from gfcompile.targets.tvm.tuning.database import Database, Entry, load, shipped
 
 KERNEL = Dense(m=196, n=384, k=1536)
@@ -66,6 +67,17 @@ def test_entries_survive_the_file(tmp_path: Path) -> None:
 def test_an_entry_for_something_else_changes_nothing(other: str) -> None:
     database = Database([entry(**{other: "cpu_dense/0"})])
     assert database.tuned([KERNEL], pi4()) == {}
+
+
+def test_a_float16_kernel_and_the_same_in_float32_never_take_each_others_choice() -> None:
+    pi5 = cpu("raspberry-pi-5")
+    half = dataclasses.replace(KERNEL, x="float16", w="float16", out="float16")
+    weights_alone = dataclasses.replace(KERNEL, w="float16")
+    for owner in (KERNEL, half, weights_alone):
+        choice = to_json(choices(owner, pi5)[1])
+        found = entry(kernel=kernel_key(owner), target=device_key(pi5), choice=choice)
+        tuned = Database([found]).tuned([KERNEL, half, weights_alone], pi5)
+        assert list(tuned) == [owner]
 
 
 def test_a_new_version_for_one_architecture_leaves_the_entries_of_the_other(
@@ -145,10 +157,44 @@ def test_bytes_that_are_no_text_and_files_that_are_not_there_are_refused(tmp_pat
 @pytest.mark.parametrize(
     "choice", [{"rows": 10**6}, {"rows": 7, "vectors": 3, "unroll": 64, "order": "columns"}, {}]
 )
-def test_a_choice_outside_the_design_space_is_refused(choice: dict[str, object]) -> None:
+def test_a_choice_outside_the_design_space_is_left_out_and_told(choice: dict[str, object]) -> None:
     database = Database([entry(choice=choice)], "db.json")
-    with pytest.raises(UserError, match=r"db\.json: the entry for Dense.* design space"):
-        database.tuned([KERNEL], pi4())
+    assert database.tuned([KERNEL], pi4()) == {}
+    left_out = database.left_out([KERNEL], pi4())
+    assert database.describe(left_out) == (
+        "db.json: entries left out: 1 with a choice outside the kernel's design space; their "
+        "kernels are compiled as if there were none; tune again"
+    )
+    assert database.left_out([Dense(m=1, n=2, k=3)], pi4()) == {}  # another model's
+    assert database.left_out([KERNEL], cpu("raspberry-pi-5")) == {}  # another CPU's
+
+
+def test_an_entry_for_another_version_of_the_schedule_is_told_unless_one_for_this_is_used() -> None:
+    older = entry(schedule="cpu_dense/0")
+    database = Database([older, entry(schedule="cpu_dense/1")], "db.json")
+    left_out = database.left_out([KERNEL], pi4())
+    assert "left out: 2 for another version of" in database.describe(left_out)
+    database.add(entry())
+    assert database.left_out([KERNEL], pi4()) == {}
+    assert older in database.entries
+
+
+def test_a_trace_that_does_not_fit_its_function_is_left_out() -> None:
+    func = te.create_prim_func([te.placeholder((4,), name="x")])
+    kernel = Generic(name="copy", key="0", func=func)
+    space = space_of(kernel, pi4())
+    assert space is not None
+    trace = '[[["GetSBlock", [], ["nowhere", "main"], ["b0"]]], []]'
+    found = entry(kernel=kernel_key(kernel), schedule=space.schedule, choice={"trace": trace})
+    assert Database([found]).tuned([kernel], pi4()) == {}
+    assert list(Database([found]).left_out([kernel], pi4())) == [found.key]
+
+
+def test_what_is_left_out_is_dropped_when_its_kernel_is_tuned_again() -> None:
+    other = entry(kernel="Dense(m=1, n=2, k=3)", choice={})
+    database = Database([entry(choice={}), entry(schedule="cpu_dense/0"), other])
+    database.drop_left_out(KERNEL, pi4())
+    assert database.entries == (other,)
 
 
 def test_what_is_shipped_is_small_and_marked() -> None:

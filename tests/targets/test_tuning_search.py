@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tvm
 from boards import adb_board, ssh_board
-from tuning_cases import DENSE, RefusingTask, TrickyTask, dense_task, program
+from tuning_cases import DENSE, HALF_DENSE, RefusingTask, TrickyTask, dense_task, program
 from tvm import te
 
 from gfcompile.runtime.devices import open_device
@@ -25,7 +25,12 @@ from gfcompile.targets.tvm.tuning.database import Database, load
 from gfcompile.targets.tvm.tuning.devices import one_level, open_runner
 from gfcompile.targets.tvm.tuning.generated import GeneratedProposer
 from gfcompile.targets.tvm.tuning.proposals import ListedProposer
-from gfcompile.targets.tvm.tuning.runners import MeasuringRunner, Outcome, Runner
+from gfcompile.targets.tvm.tuning.runners import (
+    InstructionRunner,
+    MeasuringRunner,
+    Outcome,
+    Runner,
+)
 from gfcompile.targets.tvm.tuning.tasks import Task, tasks
 from gfcompile.targets.tvm.tuning.tuner import Budget, Finding, SilentTrials, Tuner, check_outputs
 from tools import need, need_arm64_sysroot
@@ -182,6 +187,108 @@ def test_outputs_may_differ_by_rounding_alone() -> None:
     for wrong in (expected + 1e-2, np.where(expected == 1, np.nan, expected), expected[:5]):
         with pytest.raises(CandidateError):
             check_outputs(task, wrong.astype(np.float32).tobytes(), expected.tobytes())
+
+
+def test_float16_outputs_may_differ_by_half_a_unit_more() -> None:
+    task = dense_task(target("raspberry-pi-5"), HALF_DENSE)
+    values = np.linspace(-1, 1, 12 * 64).astype(np.float16)
+    expected = values.tobytes()
+    check_outputs(task, np.nextafter(values, np.float16(2)).tobytes(), expected)
+    for wrong in (values + 1e-2, np.where(values == 1, np.nan, values), values.astype(np.float32)):
+        with pytest.raises(CandidateError):
+            check_outputs(task, wrong.astype(np.result_type(wrong, np.float16)).tobytes(), expected)
+
+
+def test_float16_is_tuned_for_cpus_that_compute_in_it() -> None:
+    for name, mcpu in (
+        ("raspberry-pi-5", "cortex-a76"),
+        ("jetson-orin-cpu", "cortex-a78ae"),
+        ("arm64", "cortex-a55"),
+        ("android-arm64", "cortex-a55"),
+        ("android-arm64-dotprod", "cortex-a55"),
+    ):
+        level = one_level(target(name), float16=True)
+        assert (level.cpu.mcpu, level.cpu.float16, level.levels) == (mcpu, True, ())
+        assert level.cpu in (target(name).for_float16().cpu, *target(name).for_float16().levels)
+
+
+def test_float16_kernels_are_counted_under_qemu(tmp_path: Path, builders: Builders) -> None:
+    need("qemu-aarch64")
+    need_arm64_sysroot()
+    on = one_level(target("raspberry-pi-5"), float16=True)
+    kernel = dataclasses.replace(HALF_DENSE, m=48, n=128, k=128)
+    task = dense_task(on, kernel)
+    built = built_alone(task, None, tmp_path / "built", builders)
+    with open_runner("qemu:cortex-a76", on) as runner:
+        outcome = runner.run(built, task.inputs(), runs=1, limit_s=60)
+    # A fused multiply-add for every eight products, and less than that again besides.
+    products = kernel.m * kernel.n * kernel.k
+    assert products / 8 < outcome.cost < products / 4
+    x, y = (
+        np.frombuffer(data, np.float16).astype(np.float64).reshape(kernel.m, -1)
+        for data in (task.inputs(), outcome.outputs or b"")
+    )
+    constants = program(kernel).calls[0].constants
+    exact = x @ constants["w"].astype(np.float64) + constants["bias"]
+    # 64 sums of about 8 at most, each rounded by 2^-11 of itself, in two spans; then stored.
+    assert np.abs(y - exact).max() < 0.25
+    with (
+        open_runner("qemu:cortex-a72", on) as runner,
+        pytest.raises(CandidateError, match="failed"),
+    ):
+        runner.run(built, task.inputs(), runs=1, limit_s=60)
+
+
+class CountingQemu:
+    """Counts as if the kernel took `kernel` instructions, and says how often it was asked."""
+
+    name, url = "a model", "qemu:model"
+
+    def __init__(self, kernel: int) -> None:
+        self.kernel = kernel
+        self.sources: list[str] = []
+
+    def send(self, files: Mapping[str, Path]) -> None:
+        pass
+
+    def fetch(self, name: str) -> bytes:
+        return name.encode()
+
+    def count_instructions(self, command: Sequence[str], *, timeout_s: float) -> int:  # noqa: ARG002
+        self.sources.append(command[-1])
+        return 310_000 + self.kernel * (2 if command[-1] == "twice" else 1)
+
+
+@pytest.mark.parametrize(("kernel", "inferences"), [(10**6, 9), (10**7, 5)])
+def test_of_a_long_kernel_one_inference_is_counted(
+    kernel: int, inferences: int, tmp_path: Path
+) -> None:
+    qemu = CountingQemu(kernel)
+    runner = InstructionRunner(qemu)  # type: ignore[arg-type]
+    built = Built(folder=tmp_path, kernels=())
+    costs = [runner.run(built, b"", runs=1, limit_s=1).cost for _ in range(3)]
+    assert costs == [kernel] * 3
+    assert sum(2 if source == "twice" else 1 for source in qemu.sources) == inferences
+
+
+@pytest.mark.parametrize("how", ["static", "measured"])
+def test_how_long_a_candidate_runs_is_told_where_one_run_is_all(tmp_path: Path, how: str) -> None:
+    told: list[float | None] = []
+
+    class Listening(SilentTrials):
+        def started(self, kernels: int, budget: Budget, trial_s: float | None) -> None:  # noqa: ARG002
+            told.append(trial_s)
+
+    builders = NamedBuilders()
+    Tuner(
+        [dense_task(target("raspberry-pi-5"))],
+        ModelRunner(builders) if how == "static" else NoisyRunner(builders, 100),
+        path=tmp_path / "db.json",
+        database=Database(),
+        builders=builders,  # type: ignore[arg-type]
+        progress=Listening(),
+    ).run(Budget(trials=1))
+    assert [seconds is None for seconds in told] == [how == "measured"]
 
 
 def test_proposals_are_new_and_exhaust_the_space() -> None:

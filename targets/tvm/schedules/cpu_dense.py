@@ -141,11 +141,12 @@ def dense_choices(kernel: Dense, cpu: Cpu) -> Sequence[DenseChoice]:
     cycles = {tile: _cycles(kernel, product, tile) for tile in tiles}
     best = min(cycles.values())
     near = [tile for tile in cycles if cycles[tile] <= _WORTH_MEASURING * best]
+    unrolls = (product.unroll,) if product.span else _UNROLLS  # a span is a loop of its own
     return [
         DenseChoice(rows=tile.rows, vectors=tile.vectors, unroll=unroll, order=order)
         for tile in sorted(near, key=lambda tile: cycles[tile])
         for order in get_args(Order)
-        for unroll in sorted(_UNROLLS, key=lambda unroll: unroll != _default(product, tile).unroll)
+        for unroll in sorted(unrolls, key=lambda unroll: unroll != _default(product, tile).unroll)
     ]
 
 

@@ -55,7 +55,7 @@ class GeneratedSchedule:
                 key = attributes[0] if name in ("Annotate", "Unannotate") else "meta_schedule."
                 if not str(key).strip('"').startswith(_ANNOTATIONS):
                     raise ValueError(f"its trace may not annotate {key!r}")
-        except (TypeError, IndexError, RecursionError, json.JSONDecodeError) as error:
+        except (TypeError, LookupError, RecursionError, json.JSONDecodeError) as error:
             raise ValueError(f"its trace is damaged: {error}") from None
         return cls(trace=text)
 
@@ -68,7 +68,7 @@ class GeneratedSchedule:
         schedule = s_tir.Schedule(func)
         try:
             tvm.s_tir.schedule.Trace.apply_json_to_schedule(json.loads(self.trace), schedule)
-        except (RuntimeError, TypeError, IndexError) as error:
+        except (RuntimeError, TypeError, LookupError, AttributeError) as error:
             reason = str(error).strip().splitlines()[-1:]
             raise ValueError(f"the trace does not fit the function: {reason}") from error
         return schedule.mod["main"]

@@ -8,6 +8,7 @@
 
 A file is read as if an enemy had written it: an entry only takes effect if its choice is in the
 design space of the kernel that it is for, so that the worst one can do is to make a kernel slow.
+What takes no effect, as schedules have changed since or for another reason, is told: `left_out`.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import json
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -23,16 +25,27 @@ from typing import Any, Literal, get_args
 
 from gfcompile.runtime.errors import UserError
 from gfcompile.targets.target import Cpu, Gpu
-from gfcompile.targets.tvm.choices import device_key, kernel_key, parse_choice, space_of
+from gfcompile.targets.tvm.choices import (
+    Choice,
+    device_key,
+    kernel_key,
+    parse_choice,
+    space_of,
+)
 from gfcompile.targets.tvm.emit import Tuned
-from gfcompile.targets.tvm.kernel import Kernel
+from gfcompile.targets.tvm.kernel import Generic, Kernel
+from gfcompile.targets.tvm.schedules.generic import GeneratedSchedule
 
 How = Literal["measured", "static"]
 Unit = Literal["ms", "instructions", "cycles"]
 
 _FORMAT, _VERSION = "gfcompile tuning", 1
 _MOST_BYTES = 32 << 20
-_Key = tuple[str, str, str]
+Key = tuple[str, str, str]
+
+# Why an entry takes no effect.
+_OUTSIDE = "with a choice outside the kernel's design space"
+_OTHER_VERSION = "for another version of the kernel's schedule"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +88,7 @@ class Entry:
                 raise ValueError("cost, default_cost and trials are finite and not negative")
 
     @property
-    def key(self) -> _Key:
+    def key(self) -> Key:
         return self.kernel, self.target, self.schedule
 
 
@@ -103,28 +116,51 @@ class Database:
         return self._entries.get((kernel_key(kernel), device_key(device), space.schedule))
 
     def tuned(self, kernels: Iterable[Kernel], device: Cpu | Gpu) -> Mapping[Kernel, Tuned]:
-        """Of `kernels`, those that have an entry.
-
-        Raises:
-            UserError: an entry's choice is in no design space.
-        """
+        """Of `kernels`, those that have an entry with a choice that they have as well."""
         found = {}
         for kernel in kernels:
             entry = self.find(kernel, device)
-            if entry is not None:
-                try:
-                    choice = parse_choice(kernel, device, entry.choice)
-                except ValueError as error:
-                    raise UserError(
-                        f"{self._source}: the entry for {entry.kernel} on {entry.target} cannot "
-                        f"be used: {error}; tune again, or leave the database out"
-                    ) from error
+            choice = None if entry is None else _choice(entry, kernel, device)
+            if entry is not None and choice is not None:
                 found[kernel] = Tuned(choice=choice, how=entry.how)
         return found
+
+    def left_out(self, kernels: Iterable[Kernel], device: Cpu | Gpu) -> Mapping[Key, str]:
+        """Entries for `kernels` on `device` that take no effect, and why; see `describe`.
+
+        Of a kernel for which another entry does take effect there are none; nor of one whose
+        schedule leaves no choice here, as another CPU's may.
+        """
+        kernels = list(kernels)
+        tuned = self.tuned(kernels, device)
+        schedules = {
+            kernel_key(kernel): space.schedule
+            for kernel in kernels
+            if kernel not in tuned and (space := space_of(kernel, device)) is not None
+        }
+        return {
+            entry.key: _OUTSIDE if entry.schedule == schedules[entry.kernel] else _OTHER_VERSION
+            for entry in self._entries.values()
+            if entry.target == device_key(device) and entry.kernel in schedules
+        }
+
+    def describe(self, left_out: Mapping[Key, str]) -> str:
+        """What `left_out` found, of one device or of several together, in one line."""
+        counts = Counter(left_out.values())
+        reasons = ", ".join(f"{count} {why}" for why, count in sorted(counts.items()))
+        return (
+            f"{self._source}: entries left out: {reasons}; their kernels are compiled as if there "
+            "were none; tune again"
+        )
 
     def add(self, entry: Entry) -> None:
         """Adds `entry`, in place of one for the same."""
         self._entries[entry.key] = entry
+
+    def drop_left_out(self, kernel: Kernel, device: Cpu | Gpu) -> None:
+        """Removes what takes no effect of the entries for `kernel`, which is tuned again."""
+        for key in self.left_out([kernel], device):
+            del self._entries[key]
 
     def save(self, path: Path) -> None:
         """Writes the database: the file is the old one or the new one, never half of it."""
@@ -146,6 +182,17 @@ class Database:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+
+
+def _choice(entry: Entry, kernel: Kernel, device: Cpu | Gpu) -> Choice | None:
+    """The entry's choice; None if `kernel` has no such choice on `device`."""
+    try:
+        choice = parse_choice(kernel, device, entry.choice)
+        if isinstance(kernel, Generic) and isinstance(choice, GeneratedSchedule):
+            choice.apply(kernel.func)
+    except ValueError:
+        return None
+    return choice
 
 
 def load(path: Path) -> Database:

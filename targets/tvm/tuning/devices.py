@@ -64,9 +64,16 @@ def _runner(device: Device, target: Target) -> Runner:
     return MeasuringRunner(device, name)
 
 
-def one_level(target: Target) -> Target:
-    """The target with the kernels of one CPU: the best that this machine runs, or the least."""
-    cpus = (target.cpu, *target.levels)
+def one_level(target: Target, *, float16: bool = False) -> Target:
+    """The target with the kernels of one CPU: the best that this machine runs, or the least.
+
+    Args:
+        float16: of those alone that kernels in float16 are for and that compute in it; the others
+            only widen what they load.
+    """
+    if float16:
+        target = target.for_float16()
+    cpus = [cpu for cpu in (target.cpu, *target.levels) if cpu.float16 or not float16]
     able = [cpu for cpu in cpus if not lacks(cpu)] or [cpus[0]]
     return dataclasses.replace(target, cpu=able[-1], levels=())
 

@@ -82,8 +82,8 @@ class Task:
         data = b""
         for name in self.program.inputs:
             tensor = self.program.tensors[name]
-            if tensor.dtype == "float32":
-                values = rng.standard_normal(tensor.shape).astype(np.float32)
+            if tensor.dtype in ("float32", "float16"):
+                values = rng.standard_normal(tensor.shape).astype(tensor.dtype)
             else:  # any bytes are int8 activations, however they are stored; indices stay small
                 high = 256 if tensor.dtype in ("int8", "uint8") else 2
                 values = rng.integers(0, high, tensor.shape).astype(
