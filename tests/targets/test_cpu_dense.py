@@ -24,7 +24,7 @@ from tvm import tirx
 from tvm.sym import Analyzer
 
 from gfcompile.targets.target import Cpu
-from gfcompile.targets.tvm.kernel import Array, Dense, Scheduled, quant_args
+from gfcompile.targets.tvm.kernel import Act, Array, Dense, Scheduled, quant_args
 from gfcompile.targets.tvm.schedule import schedule
 from gfcompile.targets.tvm.schedules import cpu_in_order, neon_epilogue
 from gfcompile.targets.tvm.schedules.cpu_dense import (
@@ -445,15 +445,16 @@ def loaded_bytes(path: Path) -> int:
     return sum(size for flags, _, _, size in headers if flags & 2)  # SHF_ALLOC
 
 
+@pytest.mark.parametrize("x", ["float32", "int8"])
 @pytest.mark.parametrize("cpu", ["sse", "avx2", "avx512", "avx512_vnni", "a53", "a76"])
-def test_float_weights_are_asked_for_ahead_where_a_tile_takes_a_line_of_them(cpu: str) -> None:
+def test_weights_are_asked_for_ahead_on_x86(cpu: str, x: Act) -> None:
     import tvm
 
-    step = scheduled_for(Dense(m=68, n=384, k=96), CPUS[cpu]).steps[-1]
+    step = scheduled_for(Dense(m=68, n=384, k=96, x=x), CPUS[cpu]).steps[-1]
     module = tvm.IRModule({"main": step.func.with_attr("global_symbol", "main")})
     assembly = tvm.compile(module, tvm_target(CPUS[cpu])).mod.inspect_source("asm")
     asks = re.search(r"\b(prefetcht1|prfm)\b", assembly) is not None
-    assert asks == cpu.startswith("avx512")
+    assert asks == (CPUS[cpu].arch == "x86_64")
 
 
 def hottest_loop(kernel: Dense, cpu: Cpu, instruction: str) -> list[str]:

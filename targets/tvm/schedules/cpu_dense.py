@@ -445,7 +445,8 @@ def _dense(
     blocks = row_blocks(columns.tiles, row_tiles)
     by_columns = cut(kernel, product, row_tiles, columns.tiles)
     passes = by_columns.passes
-    reads_ahead = _loads_lines(product) and not by_rows and passes > 1
+    rows_are_lines = product.block * 4 == LINE_BYTES  # those of a block: on x86
+    reads_ahead = rows_are_lines and not by_rows and passes > 1
 
     def tiles_of(task: Expr) -> tuple[Expr, Expr, Expr]:
         """Opens the loop over the tiles of a task: the row and the column of one, and its pass."""
@@ -478,8 +479,9 @@ def _dense(
                 x, x_row = panels.view(x, row_tile), 0
 
             def read_ahead(turn: Expr, turns: int) -> None:
-                block = group * columns.group_blocks + first + tile.vectors
-                lines = ceil(tile.vectors * k / (product.group * passes * turns))
+                block = group * columns.group_blocks + (first + tile.vectors) // columns.per_block
+                all_lines = tile.vectors * k / (columns.per_block * product.group)
+                lines = ceil(all_lines / (passes * turns))
                 with I.serial(lines) as line:
                     at = (nth_pass * turns + turn) * lines + line
                     prefetch_line(operands.w, [block, at, 0])
