@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from onnx_models import ops
+from onnx_models import model_of, ops
 from torch import Tensor, nn
 
 from gfcompile.compile import trace as tracing
@@ -135,3 +135,22 @@ def test_an_export_that_computes_something_else_is_refused(
     monkeypatch.setattr(tracing, "_strip_origins", spoil)
     with pytest.raises(CompileError, match=r"differs from torch by 0\.01"):
         trace(small, IMAGE)
+
+
+def test_a_quantized_graph_may_differ_from_torch_as_its_own_ties_make_it() -> None:
+    """Every pixel is a tie, and torch may round each to either side: 11 dB, yet nobody's fault."""
+    model = model_of(
+        """g (float[1,1,64,64] image) => (float[1,1,64,64] logits) {
+            q = QuantizeLinear(image, step, zero)
+            logits = DequantizeLinear(q, step, zero)
+        }""",
+        step=np.array(0.125, np.float32),
+        zero=np.array(0, np.int8),
+    )
+    image = np.full((1, 1, 64, 64), 2.5 * 0.125, np.float32)
+    either = np.random.default_rng(9).choice((2, 3), image.shape).astype(np.float32) * 0.125
+    tracing._check(model, image, either, "Ties")
+    with pytest.raises(CompileError, match="differs from torch"):
+        tracing._check(model, image, 2 * either, "Ties")
+    with pytest.raises(CompileError, match="differs from torch"):
+        tracing._check(model, image, either * np.float32("nan"), "Ties")
