@@ -31,8 +31,10 @@ _ROUNDING = 2.0**-24
 # (30 to 40 dB); a wrong scale, zero point or axis leaves nothing near 20 dB.
 _MIN_QUANTIZED_SQNR_DB = 20.0
 # A deep graph may carry ties further. Then what it differs from torch by has at most so many times
-# the energy of what it differs from itself by, when every pixel is off by four roundings.
+# the energy of what it differs from itself by, when every pixel is off by a hundredth of a step of
+# eight bits, so that one in a hundred falls to the other side.
 _OF_OWN_NOISE = 4.0
+_NUDGE = 2.0**-14  # of the largest pixel
 _NUDGES = 4
 
 
@@ -180,9 +182,10 @@ def _own_noise(
 ) -> float:
     """The largest energy by which logits move when ties of the graph fall to the other side."""
     energies = []
+    nudge = _NUDGE * np.abs(image).max(initial=0)
     for seed in range(_NUDGES):
         sign = np.random.default_rng(seed).choice((-1, 1), image.shape)
-        nudged = (image * (1 + 4 * _ROUNDING * sign)).astype(image.dtype)
+        nudged = (image + nudge * sign).astype(image.dtype)
         (moved,) = runner.run([OUTPUT], {INPUT: nudged})
         energies.append(float(np.square(moved - logits, dtype=np.float64).sum()))
     return max(energies)
