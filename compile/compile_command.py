@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gfcompile.compile.command_line import console_progress, count, is_first_process, print_table
-from gfcompile.compile.pruning_options import add_keep_ratio
+from gfcompile.compile.shape_options import add_shape_arguments
 from gfcompile.compile.training_commands import train_for_int8
 from gfcompile.compile.training_options import (
     add_quantization_arguments,
@@ -38,12 +38,7 @@ def compile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="trained weights (default: random)"
     )
-    parser.add_argument("--image-size", type=int, metavar="N", help="default: the model's own")
-    parser.add_argument("--num-classes", type=int, metavar="N", help="default: the model's own")
-    add_keep_ratio(parser)
-    parser.add_argument(
-        "--batch", type=int, default=1, metavar="N", help="images per inference (default: 1)"
-    )
+    add_shape_arguments(parser)
     parser.add_argument(
         "--fft",
         choices=("auto", "native", "dft", "circular"),

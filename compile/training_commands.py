@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gfcompile.compile.command_line import console_progress, is_first_process, print_table
-from gfcompile.compile.pruning_options import add_keep_ratio
+from gfcompile.compile.shape_options import add_keep_ratio
 from gfcompile.compile.training_options import (
     add_finetuning_arguments,
     add_quantization_arguments,

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from gfcompile.compile.command_line import positive_int, print_table
-from gfcompile.compile.pruning_options import add_keep_ratio
+from gfcompile.compile.shape_options import add_shape_arguments
 from gfcompile.compile.tuning_config import DEFAULT_TRIALS, TuneConfig
 
 
@@ -22,12 +22,7 @@ def tune_arguments(parser: argparse.ArgumentParser) -> None:
             default="float32",
             help=f"tune the {value} kernels",
         )
-    parser.add_argument("--image-size", type=int, metavar="N", help="default: the model's own")
-    parser.add_argument("--num-classes", type=int, metavar="N", help="default: the model's own")
-    add_keep_ratio(parser)
-    parser.add_argument(
-        "--batch", type=int, default=1, metavar="N", help="images per inference (default: 1)"
-    )
+    add_shape_arguments(parser)
     parser.add_argument(
         "--device",
         metavar="WHERE",

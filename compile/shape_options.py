@@ -1,8 +1,18 @@
-"""The argument of the commands that take a pruning model."""
+"""The arguments that decide what shapes a model's kernels have."""
 
 import argparse
 
 from gfcompile.compile.models import KeepRatio
+
+
+def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds those of the commands that make kernels to `parser`."""
+    parser.add_argument("--image-size", type=int, metavar="N", help="default: the model's own")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="default: the model's own")
+    add_keep_ratio(parser)
+    parser.add_argument(
+        "--batch", type=int, default=1, metavar="N", help="images per inference (default: 1)"
+    )
 
 
 def add_keep_ratio(parser: argparse.ArgumentParser) -> None:
