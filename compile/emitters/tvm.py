@@ -160,8 +160,9 @@ class _Tuning:
         kernels = list(kernels)
         tuned: dict[Kernel, Tuned] = {}
         for known, left_out in zip(self._databases, self._left_out, strict=True):
-            tuned |= known.tuned(kernels, device)
-            left_out |= known.left_out(kernels, device)
+            found = known.tuned(kernels, device)
+            tuned |= found
+            left_out |= known.left_out([k for k in kernels if k not in found], device)
         return tuned
 
     def notes(self) -> list[str]:
