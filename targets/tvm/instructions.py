@@ -21,7 +21,7 @@ from tvm.s_tir import SBlockRealize
 from tvm.target import codegen
 
 from gfcompile.targets.target import Cpu, Gpu, Target
-from gfcompile.targets.tvm.schedules import cpu_in_order
+from gfcompile.targets.tvm.schedules import amx_pipeline, cpu_in_order
 
 Kind = Literal["product", "arithmetic", "convert", "special", "load", "store"]
 
@@ -113,12 +113,14 @@ class _Counter:
                 for part in node.seq:
                     self.statement(part, times, lanes)
             case tirx.For():
-                extent = self.number(node.extent)
+                usual = (node.annotations or {}).get(amx_pipeline.USUAL_LENGTH)
+                length = node.extent if usual is None else tirx.IntImm("int32", int(usual))
+                extent = self.number(length)
                 self.bounds.bind(node.loop_var, tvm.ir.Range.from_min_extent(0, extent))
                 if node.kind == tirx.ForKind.VECTORIZED or self.vectorizes(node):
                     self.statement(node.body, times, lanes * extent)
                 else:
-                    rounds = self.rounds(node.extent)
+                    rounds = self.rounds(length)
                     self.loops.append((node.loop_var, extent))
                     self.statement(node.body, times * rounds, lanes)
                     self.loops.pop()
@@ -236,7 +238,7 @@ class _Counter:
                 known = tvm.sym.Analyzer()
                 known.bind(var, tirx.IntImm("int32", i))
                 found.append(known.simplify(extent))
-            if all(isinstance(value, tirx.IntImm) for value in found):
+            if found and all(isinstance(value, tirx.IntImm) for value in found):
                 return float(sum(map(int, found)) / length)
         return self.number(extent)
 

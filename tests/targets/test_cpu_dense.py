@@ -338,6 +338,21 @@ def test_results_do_not_depend_on_threads(x: str) -> None:
         np.testing.assert_array_equal(result, results[0])
 
 
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        Dense(m=197, n=96, k=64, x="int8"),  # parts of rows, one tile of k
+        Dense(m=197, n=96, k=192, x="int8", gelu=True, out="int8", out_groups=3),
+        Dense(m=40, n=416, k=576, x="int8", residual_rows=40),  # columns, nine tiles of k
+        Dense(m=137, n=96, k=192, gelu=True, fixed_point=True),
+    ],
+    ids=str,
+)
+def test_blocks_of_amx_are_finished_whatever_a_thread_has_of_them(kernel: Dense) -> None:
+    results = [check(kernel, CPUS["avx512_amx"], threads=threads) for threads in (1, 2, 5, 16)]
+    assert all((result == results[0]).all() for result in results)
+
+
 @pytest.mark.parametrize("cpu", CPUS)
 @pytest.mark.parametrize("x", ["float32", "int8"])
 def test_tiles_fit_the_registers_and_cover_what_they_must(cpu: str, x: str) -> None:

@@ -20,7 +20,8 @@ from gfcompile.targets.tvm.kernel import (
     SelectTokens,
 )
 from gfcompile.targets.tvm.schedule import act_storage, schedule
-from gfcompile.targets.x86 import X86_64_V4
+from gfcompile.targets.tvm.schedules import cpu_amx_float
+from gfcompile.targets.x86 import X86_64, X86_64_V4
 
 PRODUCT = Dense(m=196, n=384, k=96)
 MACS = 196 * 384 * 96
@@ -47,6 +48,16 @@ def test_integer_products_are_counted_as_operations(target: Target) -> None:
     kernel = Dense(m=196, n=384, k=96, x="int8", out="int8")
     # Rows of the last tile that the matrix does not have are computed as well.
     assert 2 * MACS <= counted(kernel, target).counts["product"] < 1.05 * 2 * MACS
+
+
+@pytest.mark.parametrize("kernel", [Dense(m=195, n=384, k=384, x="int8"), PRODUCT], ids=str)
+def test_products_of_tiles_are_counted_though_threads_share_them(kernel: Dense) -> None:
+    amx = replace(X86_64_V4, cpu=X86_64.levels[-1])
+    fixed = replace(kernel, k=384, fixed_point=True)
+    products = 1 if kernel.x == "int8" else cpu_amx_float.PRODUCTS
+    rows = 14 * 16  # 14 tiles, of 14 rows, which count as full ones
+    expected = 2 * rows * 384 * 384 * products
+    assert counted(fixed, amx).counts["product"] == expected
 
 
 def test_loops_that_are_assembly_count_as_well() -> None:

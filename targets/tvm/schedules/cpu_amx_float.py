@@ -21,20 +21,16 @@ number of k, those of the loop with the number: for 192 and 384 k of a pruning m
 they are 0.6 to 0.9 and 0.5 times as large. Without order 3, six products, they would be 1.4 to 2.2
 and 1.0 times as large.
 
-Random digits keep the tiles' multipliers as busy as can be. Where vectors finish one tile while the
-next is multiplied, nothing is gained: a core's clock then falls by a tenth for half a millisecond.
-
     each row of x into its digits                       (parallel)
-    for each part of the rows                           (parallel, with blocks of columns)
-      for each block of columns
-        for each tile of rows of the part
-          four accumulator tiles = 0
-          for k: accumulators += d * e                  (tdpbssd)
-          y = epilogue(s * steps + bias)                (AVX-512, from memory: tiles have no lanes)
+    the loops of `amx_pipeline`, of blocks of one tile: four accumulators, by order
+
+Random digits keep the tiles' multipliers as busy as can be: the core's clock falls by a fifth
+until some 50 us after them.
 """
 
 import dataclasses
 import functools
+from collections.abc import Iterator, Sequence
 from math import ceil
 from typing import Any
 
@@ -46,24 +42,23 @@ from tvm.script.ir_builder import tirx as I
 
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.kernel import ActStorage, Array, Dense, Scheduled, Step
-from gfcompile.targets.tvm.schedules.cpu_amx import (
+from gfcompile.targets.tvm.schedules.amx_pipeline import (
     LEAST_ROWS,
-    SLICES,
     TILE_BYTES,
     TILE_ROWS,
+    Block,
+    Pipeline,
     instruct,
     load_tile,
     tile_config,
 )
 from gfcompile.targets.tvm.schedules.cpu_dense import (
     Columns,
-    clamped,
     cut,
     declare,
     finish,
     operand_names,
     packing,
-    prefetch_line,
     registers,
 )
 from gfcompile.targets.tvm.schedules.cpu_dot import Buffer, Tile, product_of
@@ -104,11 +99,20 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
     tile = Tile(rows=tile_rows, vectors=1)
     columns = Columns(kernel=digits, product=product, tile=tile)
     lanes = product.lanes
-    tasks = cut(digits, product, steps, columns.tiles)
-    slices = min(SLICES, tasks.count)
-    chunks = k // TILE_BYTES
     w_rows = k // 4  # of a digit
-    lines = ceil(_DIGITS * w_rows / (tasks.passes * chunks))
+    pipeline = Pipeline(
+        columns=columns,
+        tasks=cut(digits, product, steps, columns.tiles),
+        rows=m,
+        block_rows=tile_rows,
+        tile_rows=tile_rows,
+        vectors=1,
+        accumulators=_ORDERS,
+        finishes=1,
+        chunks=k // TILE_BYTES,
+        products=PRODUCTS,
+        w_lines=_DIGITS * w_rows,
+    )
 
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
@@ -119,7 +123,7 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
         config = I.arg("config", I.buffer((TILE_BYTES,), "uint8"))
         plain = dataclasses.replace(operands, scale=None)
 
-        def multiply(row: Expr, panel: Expr, chunk: Expr) -> None:
+        def multiply(row: Expr, panel: Expr, chunk: Expr) -> Iterator[None]:
             for d, partners in enumerate(_PARTNERS):
                 load_tile(_X_TILE, x, [d * m + row, chunk * TILE_BYTES], k)
                 for e in partners:
@@ -127,37 +131,18 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
                         at = [panel, e * w_rows + chunk * (TILE_BYTES // 4), 0]
                         load_tile(_W_TILE + e, w, at, TILE_BYTES)
                     instruct("tdpbssd", *map(T.int8, (d + e, _X_TILE, _W_TILE + e)))
+                    yield
 
-        with I.parallel(slices) as part:
-            # A tile is stored where the epilogue reads it.
-            sums = [registers(tile_rows * lanes, "int32") for _ in range(_ORDERS)]
-            instruct("ldtilecfg", T.address_of(config[0]))
-            with I.serial(part * tasks.count // slices, (part + 1) * tasks.count // slices) as task:
-                column_tile, start, count = tasks.at(task)
-                group = column_tile // columns.group_tiles
-                first = I.bind(columns.first(column_tile))
-                column = I.bind(columns.column(group, first))
-                panel = I.bind(group * columns.group_blocks + first)
-                with I.serial(count) as i:
-                    step = (start + i) * tile_rows
-                    row = I.bind(clamped(step, m - tile_rows, m % tile_rows != 0))
-                    done = I.bind(tasks.pass_of(start, i) * chunks)
-                    for order in range(_ORDERS):
-                        instruct("tilezero", T.int8(order))
-                    with I.serial(chunks) as chunk:
-                        for line in range(lines):
-                            prefetch_line(w, [panel + 1, (done + chunk) * lines + line, 0])
-                        multiply(row, panel, chunk)
-                    for order, stored in enumerate(sums):
-                        at = T.address_of(stored[0])
-                        instruct("tilestored64", T.int8(order), at, T.int64(TILE_BYTES))
-                    with I.serial(tile_rows) as r, I.vectorized(lanes) as lane:
-                        place = (row + r, column + lane)
-                        total = _total([stored[r * lanes + lane] for stored in sums])
-                        value = total * x_step[place[0]] * operands.scale[place[1]]
-                        value = value + operands.bias[place[1]]
-                        I.buffer_store(y, finish(kernel, plain, value, *place, group), list(place))
-            instruct("tilerelease")
+        def finish_row(block: Block, sums: Sequence[Buffer], r: Expr) -> Iterator[None]:
+            with I.vectorized(lanes) as lane:
+                place = (block.row + r, block.columns[0] + lane)
+                total = _total([stored[r * lanes + lane] for stored in sums])
+                value = total * x_step[place[0]] * operands.scale[place[1]]
+                value = value + operands.bias[place[1]]
+                I.buffer_store(y, finish(kernel, plain, value, *place, block.group), list(place))
+            yield
+
+        pipeline.emit(w, config, multiply, finish_row)
     of_rows, of_w = (tile_rows, TILE_BYTES), (TILE_BYTES // 4, TILE_BYTES)
     args = ("digits", *operand_names(digits), "x_step", "config")
     pack_digits = packing(digits, product, tile, storage, block=columns.block)["w"]
