@@ -11,12 +11,14 @@ columns overlap at the end as those of `cpu_dense` do.
 from collections.abc import Iterator, Sequence
 from math import ceil
 
+from tvm import tirx
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as I
 
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.kernel import ActStorage, Dense, Scheduled, Step
+from gfcompile.targets.tvm.schedules import amx_gelu
 from gfcompile.targets.tvm.schedules.amx_pipeline import (
     LEAST_ROWS,
     TILE_BYTES,
@@ -34,6 +36,7 @@ from gfcompile.targets.tvm.schedules.cpu_dense import (
     finish,
     operand_names,
     packing,
+    quant_of,
 )
 from gfcompile.targets.tvm.schedules.cpu_dot import Buffer, Tile, product_of
 from gfcompile.targets.tvm.schedules.math import Expr
@@ -78,6 +81,11 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
         products=len(tiles),
         w_lines=ceil(k * columns.block / TILE_BYTES),
     )
+    of_sums, of_x, of_w = (tile_rows, TILE_BYTES), (tile_rows, depth), (depth // 4, TILE_BYTES)
+    consts = {"config": tile_config([of_sums] * _X_TILE + [of_x] * _PAIR + [of_w] * _PAIR)}
+    by_table = kernel.gelu and kernel.out == "int8" and not kernel.residual_rows
+    if by_table:
+        consts["gelu"] = amx_gelu.table()
 
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
@@ -85,6 +93,8 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
         operands = declare(columns, (kernel.m, k), storage)
         x, w, bias, y = operands.x, operands.w, operands.bias, operands.y
         config = I.arg("config", I.buffer((TILE_BYTES,), "uint8"))
+        if by_table:
+            coefficients = I.arg("gelu", I.buffer(consts["gelu"].shape))
 
         def multiply(row: Expr, panel: Expr, chunk: Expr) -> Iterator[None]:
             for number, (t, v) in enumerate(tiles):
@@ -95,21 +105,33 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
                 instruct("tdpbusd", *map(T.int8, (number, _X_TILE + t, _W_TILE + v)))
                 yield
 
+        def finish_gelu(acc: Expr, row: Expr, column: Expr, group: Expr) -> None:
+            total = tirx.Cast(f"float32x{lanes}", acc + bias.vload([column], f"int32x{lanes}"))
+            value = total * operands.scale.vload([column], f"float32x{lanes}")
+            quant = quant_of(kernel, operands, group)
+            quantized = amx_gelu.quantized_gelu(value, coefficients, quant, storage)
+            I.buffer_store(y, quantized, [row, T.ramp(column, 1, lanes)])
+
+        def finish_vector(acc: Buffer, at: Expr, row: Expr, column: Expr, group: Expr) -> None:
+            with I.vectorized(lanes) as lane:
+                place = (row, column + lane)
+                value = finish(kernel, operands, acc[at + lane] + bias[place[1]], *place, group)
+                I.buffer_store(y, value, list(place))
+
         def finish_row(block: Block, sums: Sequence[Buffer], r: Expr) -> Iterator[None]:
-            for stored, (t, v) in zip(sums, tiles, strict=True):
-                with I.vectorized(lanes) as lane:
-                    place = (block.row + t * offset + r, block.columns[v] + lane)
-                    acc = stored[r * lanes + lane] + bias[place[1]]
-                    value = finish(kernel, operands, acc, *place, block.group)
-                    I.buffer_store(y, value, list(place))
+            for acc, (t, v) in zip(sums, tiles, strict=True):
+                place = block.row + t * offset + r, block.columns[v], block.group
+                if by_table:
+                    finish_gelu(acc.vload([r * lanes], f"int32x{lanes}"), *place)
+                else:
+                    finish_vector(acc, r * lanes, *place)
                 yield
 
         pipeline.emit(w, config, multiply, finish_row)
-    of_sums, of_x, of_w = (tile_rows, TILE_BYTES), (tile_rows, depth), (depth // 4, TILE_BYTES)
     return Scheduled(
-        steps=(Step(func=builder.get(), args=("x", *operand_names(kernel), "config")),),
+        steps=(Step(func=builder.get(), args=("x", *operand_names(kernel), *consts)),),
         pack=packing(kernel, product, tile, storage, block=columns.block),
-        consts={"config": tile_config([of_sums] * _X_TILE + [of_x] * _PAIR + [of_w] * _PAIR)},
+        consts=consts,
     )
 
 

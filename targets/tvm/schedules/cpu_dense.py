@@ -73,6 +73,7 @@ __all__ = [
     "packing",
     "packing_steps",
     "prefetch_line",
+    "quant_of",
     "registers",
     "schedule_dense",
     "store",
@@ -592,9 +593,13 @@ def finish(
         value = value + (half_to_float(addend) if kernel.residual_dtype == "float16" else addend)
     if kernel.gelu and kernel.residual_first:
         value = activation(value)
+    return stored(value, kernel.out, quant_of(kernel, operands, group), operands.storage)
+
+
+def quant_of(kernel: Dense, operands: Operands, group: Expr) -> Any:
+    """The `quant` argument of a group of columns."""
     quant = operands.quant
-    of_group = [quant[group, i] for i in range(4)] if kernel.out_groups > 1 else quant
-    return stored(value, kernel.out, of_group, operands.storage)
+    return [quant[group, i] for i in range(4)] if kernel.out_groups > 1 else quant
 
 
 def store(
