@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import tvm
 from tvm import tirx
+from tvm.ir import PointerType
 from tvm.ir import expr as ir_expr
 from tvm.ir.prim import expr as prim
 from tvm.s_tir import SBlockRealize
@@ -138,6 +139,8 @@ class _Counter:
             case tirx.BufferStore():
                 self.value(node.value, times, lanes)
                 self.memory("store", node.buffer, node.value.ty, times, lanes)
+            case tirx.Bind() if isinstance(node.var.ty, PointerType):
+                pass  # memory that is taken from the stack
             case tirx.Bind() | tirx.Evaluate():
                 if isinstance(node, tirx.Bind) and _is_index(node.value):
                     self.bounds.bind(node.var, node.value)

@@ -38,6 +38,8 @@ from gfcompile.targets.tvm.schedules.cpu_dense import (
 from gfcompile.targets.tvm.schedules.cpu_dot import Tile, product_of
 from gfcompile.targets.tvm.schedules.math import GELU_TO_QUANTIZE_ERROR
 
+TILED_FLOATS = Dense(m=68, n=96, k=64, fixed_point=True)
+
 EPS = float(np.finfo(np.float32).eps) / 2  # what one float32 operation rounds by, relatively
 Y_SCALE = 0.03
 
@@ -528,6 +530,20 @@ def test_each_level_of_arm_multiplies_by_the_best_that_it_has() -> None:
         words = ("sadalp", "ld4", "sdot", "smmla")
         found[name] = {word for word in words if re.search(rf"\s{word}\s", assembly)}
     assert found == {"armv8": {"sadalp", "ld4"}, "dotprod": {"sdot"}, "i8mm": {"smmla"}}
+
+
+@pytest.mark.parametrize("kernel", [Dense(m=68, n=96, k=64, x="int8"), TILED_FLOATS], ids=str)
+def test_each_thread_of_amx_has_sums_of_its_own(kernel: Dense) -> None:
+    import tvm
+
+    cpu = CPUS["avx512_amx"]
+    func = scheduled_for(kernel, cpu).steps[-1].func.with_attr("global_symbol", "kernel")
+    code = tvm.compile(tvm.IRModule({"kernel": func}), tvm_target(cpu)).mod.inspect_source("ll")
+    before, task = code.split("@__tvm_parallel_lambda(i32", 1)
+    assert re.findall(r"alloca (\S+),", before.split("@kernel_compute_(")[-1]) == [
+        "%closure_pragma_parallel"
+    ], "the threads would share what is on the stack of their caller"
+    assert len(re.findall(r"alloca \[\d+ x \[128 x i8\]\]", task)) == 4
 
 
 def test_amx_kernels_are_made_of_tiles() -> None:

@@ -25,6 +25,7 @@ from math import ceil
 
 import numpy as np
 from tvm import tirx
+from tvm.ir import Call
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
 
@@ -34,19 +35,17 @@ from gfcompile.targets.tvm.schedules.cpu_dense import (
     Tasks,
     clamped,
     prefetch_line,
-    registers,
 )
 from gfcompile.targets.tvm.schedules.cpu_dot import Buffer
 from gfcompile.targets.tvm.schedules.math import Expr
 
-# One less than there are: a tile of sums, as vectors read it, has to stay below 1 KB. Nothing is
-# lost: a product takes a cycle a row, and 4 more.
-TILE_ROWS = 15
-TILE_BYTES = 64  # of a row
+TILE_ROWS, TILE_BYTES = 16, 64  # bytes of a row
 # With fewer rows, a tile does so little for its loads that VNNI is as fast.
 LEAST_ROWS = 8
 # Annotates a loop whose length is known when it runs with that of a thread that is alone.
 USUAL_LENGTH = "gfcompile.usual_length"
+# What TVM takes from the stack in multiples of, at the start of a line: a CUDA tensor map.
+_STACK_BLOCK = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +110,7 @@ class Pipeline:
         turns = ceil(self.tile_rows / turn_rows)
         lanes = self.columns.product.lanes
         with _launch() if self.tasks.count > 1 else nullcontext():
-            sums = [registers(self.tile_rows * lanes, "int32") for _ in range(self.accumulators)]
+            sums = [_own(self.tile_rows * lanes, "int32") for _ in range(self.accumulators)]
             waiting = _Waiting(self.vectors)
             instruct("ldtilecfg", T.address_of(config[0]))
             share = _Share(self.tasks)
@@ -198,6 +197,18 @@ def _launch() -> Iterator[None]:
         yield
 
 
+def _own(size: int, dtype: str) -> Buffer:
+    """Memory of a thread's own, on its stack, a whole number of cache lines.
+
+    TVM would have an array that is allocated out of the parallel loop be one for all threads.
+    """
+    blocks = ceil(size * np.dtype(dtype).itemsize / _STACK_BLOCK)
+    memory = T.ptr(dtype)
+    taken = T.tvm_stack_alloca("tensormap", blocks)
+    I.bind(Call(taken.op, list(taken.args), ret_ty=memory.ty), var=memory)
+    return I.decl_buffer((size,), dtype, data=memory)
+
+
 class _Share:
     """A thread's share of the tasks: of a column all parts as one, if it has all of them.
 
@@ -213,7 +224,7 @@ class _Share:
         if tasks.count == 1:
             self.first, self.end = 0, 1
             return
-        share = registers(2, "int32")
+        share = _own(2, "int32")
         I.buffer_store(share, T.int32(tasks.count), [0])
         I.buffer_store(share, T.int32(0), [1])
         with I.parallel(tasks.count) as task:
@@ -242,7 +253,7 @@ class _Waiting:
     """The block that waits to be finished, if there is one."""
 
     def __init__(self, vectors: int) -> None:
-        self._state = registers(3 + vectors, "int32")
+        self._state = _own(3 + vectors, "int32")
         self._store([0] * (3 + vectors))
 
     def keep(self, block: Block) -> None:
