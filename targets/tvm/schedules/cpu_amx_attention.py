@@ -41,16 +41,10 @@ from gfcompile.targets.tvm.schedules.cpu_attention import (
     lay_out,
     segments_of,
 )
-from gfcompile.targets.tvm.schedules.cpu_dense import epilogue_width, registers
+from gfcompile.targets.tvm.schedules.cpu_dense import registers
 from gfcompile.targets.tvm.schedules.cpu_dot import Buffer, activation_product_of
 from gfcompile.targets.tvm.schedules.cpu_tiling import apart, fold_lanes
-from gfcompile.targets.tvm.schedules.math import (
-    EXP2_COEFFICIENTS,
-    LOG2_E,
-    Expr,
-    float32,
-    stored,
-)
+from gfcompile.targets.tvm.schedules.math import EXP2_COEFFICIENTS, LOG2_E, Expr, float32
 
 _ROWS = 16  # of a tile
 _LANES = 16  # of a vector of 32 bits, which is a row of a tile of sums
@@ -273,7 +267,6 @@ class _RowTiles:
 
             def block(number: Expr, present: int) -> None:
                 words = [level(number * _BLOCK + i) for i in range(present)]
-                words += [T.broadcast(T.int32(0), _LANES)] * (_BLOCK - present)
                 at = [self.worker, r, T.ramp(number * TILE_BYTES, 1, TILE_BYTES)]
                 I.buffer_store(self.buffers["p"], _as_bytes(words), at)
 
@@ -304,19 +297,38 @@ class _RowTiles:
 
     def finish(self, index: Expr) -> None:
         """y, from its sums."""
-        kernel, sums, params = self.plan.kernel, self.buffers["sums"], self.buffers["params"]
+        kernel, sums, y = self.plan.kernel, self.buffers["sums"], self.buffers["y"]
         row, column = I.bind(self._row(index)), I.bind(self._column(index))
-        width = epilogue_width(kernel.dim, _LANES, kernel.out)
-        with (
-            I.serial(self._known(index), _ROWS) as r,
-            I.serial(kernel.dim // width) as vector,
-            I.vectorized(width) as lane,
-        ):
-            at = vector * width + lane
-            exact = sums[self.worker, r, at] - sums[self.worker, r, kernel.dim + lane]
-            value = tirx.Cast("float32", exact) * params[4]
-            value = stored(value, kernel.out, self.buffers.get("quant"), self.plan.storage)
-            I.buffer_store(self.buffers["y"], value, [row + r, column + at])
+        scale = I.bind(T.broadcast(self.buffers["params"][4], _LANES))
+        with I.serial(self._known(index), _ROWS) as r:
+
+            def sum_of(first: int) -> Expr:
+                return sums.vload([self.worker, r, first], f"int32x{_LANES}")
+
+            zero = I.bind(sum_of(kernel.dim))
+            values = [
+                I.bind(tirx.Cast(f"float32x{_LANES}", sum_of(first) - zero) * scale)
+                for first in range(0, kernel.dim, _LANES)
+            ]
+            if kernel.out == "int8":
+                levels = self._quantized(values)
+                I.buffer_store(y, levels, [row + r, T.ramp(column, 1, kernel.dim)])
+            else:
+                for i, value in enumerate(values):
+                    at = T.ramp(column + i * _LANES, 1, _LANES)
+                    I.buffer_store(y, value, [row + r, at])
+
+    def _quantized(self, values: Sequence[Expr]) -> Expr:
+        """Up to four vectors of y as the device stores int8: `math.quantize`, by saturation."""
+        quant, storage = self.buffers["quant"], self.plan.storage
+        inverse, highest = (I.bind(T.broadcast(quant[i], _LANES)) for i in (0, 2))
+        # What exceeds an int32 would become its least number.
+        words = [_rounded(tirx.min(value * inverse, highest)) for value in values]
+        shift = T.broadcast(tirx.Cast("int16", quant[3]) + T.int16(storage.offset), 2 * _LANES)
+        packed = T.reinterpret(_as_bytes(words, shift), dtype=f"int32x{_LANES}")
+        order = [i % _BLOCK * _BLOCK + i // _BLOCK for i in range(_BLOCK * len(values))]
+        in_order = T.Shuffle([I.bind(packed)], order)
+        return T.reinterpret(in_order, dtype=f"{storage.dtype}x{self.plan.kernel.dim}")
 
     def _reduce(
         self,
@@ -409,9 +421,12 @@ def _rounded(v: Expr) -> Expr:
     return I.bind(_pure("mask.cvtps2dq", "int32", v, zeros, *_MODE))
 
 
-def _as_bytes(words: Sequence[Expr]) -> Expr:
-    """Four vectors of int32 as uint8, saturated: four of each by turns."""
+def _as_bytes(words: Sequence[Expr], shift: Expr | None = None) -> Expr:
+    """Up to four vectors of int32, plus `shift`, as uint8, saturated: four of each by turns."""
+    words = [*words, *[T.broadcast(T.int32(0), _LANES)] * (_BLOCK - len(words))]
     halves = [_pure("packssdw", "int16", *words[i : i + 2]) for i in (0, 2)]
+    if shift is not None:
+        halves = [half + shift for half in halves]
     return T.reinterpret(_pure("packuswb", "int8", *halves), dtype=f"uint8x{TILE_BYTES}")
 
 
