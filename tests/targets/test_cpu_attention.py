@@ -235,6 +235,19 @@ def test_tiles_take_any_scale(scale: float) -> None:
     np.testing.assert_array_equal(*results)
 
 
+@pytest.mark.parametrize("step", [1e-9, 1e-3, 0.3])
+def test_tiles_saturate(step: float) -> None:
+    """Results that no int32 counts the steps of, those that no int8 does, and a few small ones."""
+    kernel = Attention(batch=1, tokens=21, heads=2, dim=32, x="int8", out="int8")
+    cpu = CPUS["avx512_amx"]
+    args = problem(kernel, cpu).args | {"quant": quant_args(step, 5)}
+    results = [
+        run_kernel(build(kernel, cpu, act_storage(cpu)), args, cpu)["y"]
+        for build in (schedule, schedule_attention)
+    ]
+    np.testing.assert_array_equal(*results)
+
+
 @pytest.mark.parametrize(
     ("kernel", "tiles"),
     [
