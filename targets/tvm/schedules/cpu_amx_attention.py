@@ -33,6 +33,7 @@ from tvm.script.ir_builder import tirx as I
 
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.kernel import ActStorage, Attention, Scheduled, Step
+from gfcompile.targets.tvm.schedules import avx512
 from gfcompile.targets.tvm.schedules.cpu_amx import TILE_BYTES, instruct, load_tile, tile_config
 from gfcompile.targets.tvm.schedules.cpu_attention import (
     MASKED,
@@ -53,8 +54,6 @@ _BLOCK = 4  # vectors of scores, which become one of p and a tile's row
 _Y, _P, _V, _S, _Q, _K = range(6)
 # 1.5 * 2**23 plus an integer of 22 bits and a sign has it in its low bits.
 _MAGIC = int(np.float32(12582912).view(np.int32))
-# Of all lanes, rounded as the control register says: to nearest, ties to even.
-_MODE = (T.int16(-1), T.int32(4))
 
 
 def takes(kernel: Attention) -> bool:
@@ -263,12 +262,12 @@ class _RowTiles:
             factor = I.bind(T.broadcast(self.factors[r], _LANES))
 
             def level(vector: Expr) -> Expr:
-                return _rounded(self._scores(index, r, vector) * factor)
+                return I.bind(avx512.rounded(self._scores(index, r, vector) * factor))
 
             def block(number: Expr, present: int) -> None:
                 words = [level(number * _BLOCK + i) for i in range(present)]
                 at = [self.worker, r, T.ramp(number * TILE_BYTES, 1, TILE_BYTES)]
-                I.buffer_store(self.buffers["p"], _as_bytes(words), at)
+                I.buffer_store(self.buffers["p"], avx512.packed(words, "uint8"), at)
 
             full, rest = divmod(self.plan.score_tiles, _BLOCK)
             if full:
@@ -311,24 +310,12 @@ class _RowTiles:
                 for first in range(0, kernel.dim, _LANES)
             ]
             if kernel.out == "int8":
-                levels = self._quantized(values)
+                levels = avx512.quantized(values, self.buffers["quant"], self.plan.storage)
                 I.buffer_store(y, levels, [row + r, T.ramp(column, 1, kernel.dim)])
             else:
                 for i, value in enumerate(values):
                     at = T.ramp(column + i * _LANES, 1, _LANES)
                     I.buffer_store(y, value, [row + r, at])
-
-    def _quantized(self, values: Sequence[Expr]) -> Expr:
-        """Up to four vectors of y as the device stores int8: `math.quantize`, by saturation."""
-        quant, storage = self.buffers["quant"], self.plan.storage
-        inverse, highest = (I.bind(T.broadcast(quant[i], _LANES)) for i in (0, 2))
-        # What exceeds an int32 would become its least number.
-        words = [_rounded(tirx.min(value * inverse, highest)) for value in values]
-        shift = T.broadcast(tirx.Cast("int16", quant[3]) + T.int16(storage.offset), 2 * _LANES)
-        packed = T.reinterpret(_as_bytes(words, shift), dtype=f"int32x{_LANES}")
-        order = [i % _BLOCK * _BLOCK + i // _BLOCK for i in range(_BLOCK * len(values))]
-        in_order = T.Shuffle([I.bind(packed)], order)
-        return T.reinterpret(in_order, dtype=f"{storage.dtype}x{self.plan.kernel.dim}")
 
     def _reduce(
         self,
@@ -401,37 +388,12 @@ def _exp2(values: Sequence[Expr]) -> Sequence[Expr]:
     Operation by operation for all vectors: each is a long chain, and a core looks no further than
     some hundred instructions for those that it can do meanwhile.
     """
-    fractions = [
-        I.bind(_pure("mask.reduce.ps", "float32", v, T.int32(8), v, *_MODE)) for v in values
-    ]
+    fractions = [I.bind(avx512.fraction(value)) for value in values]
     powers = [T.broadcast(float32(EXP2_COEFFICIENTS[-1]), _LANES)] * len(values)
     for coefficient in reversed(EXP2_COEFFICIENTS[:-1]):
         addend = T.broadcast(float32(coefficient), _LANES)
         powers = [I.bind(p * f + addend) for p, f in zip(powers, fractions, strict=True)]
     wholes = [I.bind(v - f) for v, f in zip(values, fractions, strict=True)]
     return [
-        I.bind(_pure("mask.scalef.ps", "float32", power, whole, power, *_MODE))
-        for power, whole in zip(powers, wholes, strict=True)
+        I.bind(avx512.scaled(power, whole)) for power, whole in zip(powers, wholes, strict=True)
     ]
-
-
-def _rounded(v: Expr) -> Expr:
-    """The integers nearest to v, ties to even."""
-    zeros = T.broadcast(T.int32(0), _LANES)
-    return I.bind(_pure("mask.cvtps2dq", "int32", v, zeros, *_MODE))
-
-
-def _as_bytes(words: Sequence[Expr], shift: Expr | None = None) -> Expr:
-    """Up to four vectors of int32, plus `shift`, as uint8, saturated: four of each by turns."""
-    words = [*words, *[T.broadcast(T.int32(0), _LANES)] * (_BLOCK - len(words))]
-    halves = [_pure("packssdw", "int16", *words[i : i + 2]) for i in (0, 2)]
-    if shift is not None:
-        halves = [half + shift for half in halves]
-    return T.reinterpret(_pure("packuswb", "int8", *halves), dtype=f"uint8x{TILE_BYTES}")
-
-
-def _pure(name: str, dtype: str, *args: Expr) -> Expr:
-    """A function of whole registers."""
-    lanes = TILE_BYTES // np.dtype(dtype).itemsize
-    number = T.llvm_lookup_intrinsic_id(f"llvm.x86.avx512.{name}.512")
-    return T.call_llvm_pure_intrin(number, *args, dtype=f"{dtype}x{lanes}")
