@@ -38,7 +38,7 @@ def schedule_layer_norm(kernel: LayerNorm, cpu: Cpu, storage: ActStorage) -> Sch
     pairs = 2 * neon_epilogue.LANES
     in_steps = kernel.out == "int8" and storage.saturates and n % pairs == 0
     quant_args = neon_epilogue.STEPS_ARGS if in_steps else 4
-    together = min(_rows(cpu), kernel.rows)
+    together = min(_rows(kernel, cpu), kernel.rows)
     rows_of = functools.partial(
         _Rows, kernel=kernel, storage=storage, lanes=lanes, width=width, in_steps=in_steps
     )
@@ -70,12 +70,13 @@ def _packing_steps() -> Mapping[str, Callable[[Mapping[str, Array]], Array]]:
     }
 
 
-def _rows(cpu: Cpu) -> int:
+def _rows(kernel: LayerNorm, cpu: Cpu) -> int:
     """Rows that are summed up side by side: a row's sums are chains of dependent operations.
 
-    With 16 registers they are two; ARM's cores have not been measured.
+    float32 results wait for memory rather than for those: four rows of them, of which as many
+    streams are read, took a third longer within a model. ARM's cores have not been measured.
     """
-    if cpu.arch != "x86_64":
+    if kernel.out != "int8" or cpu.arch != "x86_64":
         return 1
     return 4 if cpu.vector_registers >= 32 else 2
 
