@@ -9,8 +9,8 @@
       y of the tile before, finished
       p = s as integers of 1/256
 
-A core multiplies tiles while it computes vectors, if it meets them close together: hence the
-products of three tiles of rows at a time, a few of them to each row of exponentials.
+A core multiplies tiles while it computes vectors, if it meets them close together: hence three
+tiles of rows are under way at a time, and each row of exponentials brings a few products along.
 
 What the tiles can do costs no vector instruction. A bias, loaded as each row of the sums at first,
 makes s a float32: one whose exponent leaves integers the low bits of its mantissa. What lies
@@ -52,7 +52,8 @@ _LANES = 16  # of a vector of 32 bits, which is a row of a tile of sums
 _BLOCK = 4  # vectors of scores, which become one of p and a tile's row
 # The tiles' numbers.
 _Y, _P, _V, _S, _Q, _K = range(6)
-# 1.5 * 2**23 plus an integer of 22 bits and a sign has it in its low bits.
+# 1.5 * 2**23 plus an integer of up to 2**22 either way has it in its low bits; 64 products of 255
+# and 128 come to half of that.
 _MAGIC = int(np.float32(12582912).view(np.int32))
 
 
