@@ -14,6 +14,7 @@ from gfcompile.targets.target import Cpu, Gpu
 from gfcompile.targets.tvm.kernel import Attention, Dense, DftFilter, Generic, Kernel
 from gfcompile.targets.tvm.schedules import (
     cpu_amx,
+    cpu_amx_attention,
     cpu_amx_float,
     cpu_attention,
     cpu_dense,
@@ -79,6 +80,8 @@ def space_of(kernel: Kernel, device: Cpu | Gpu) -> Space | None:
         return _ON_GPU.get(type(kernel))
     amx = (cpu_amx, cpu_amx_float) if device.amx else ()
     if isinstance(kernel, Dense) and any(schedule.takes(kernel) for schedule in amx):
+        return None
+    if isinstance(kernel, Attention) and device.amx and cpu_amx_attention.takes(kernel):
         return None
     if isinstance(kernel, Dense) and cpu_in_order.takes(kernel, device):
         return None

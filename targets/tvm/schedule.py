@@ -26,6 +26,7 @@ from gfcompile.targets.tvm.kernel import (
 )
 from gfcompile.targets.tvm.schedules import (
     cpu_amx,
+    cpu_amx_attention,
     cpu_amx_float,
     cpu_attention,
     cpu_conv,
@@ -60,6 +61,17 @@ def _dense_cpu(
     return cpu_dense.schedule_dense(kernel, cpu, storage, choice)
 
 
+def _attention_cpu(
+    kernel: Attention,
+    cpu: Cpu,
+    storage: ActStorage,
+    choice: cpu_attention.AttentionChoice | None = None,
+) -> Scheduled:
+    if cpu.amx and cpu_amx_attention.takes(kernel):
+        return cpu_amx_attention.schedule_attention(kernel, cpu, storage)
+    return cpu_attention.schedule_attention(kernel, cpu, storage, choice)
+
+
 # Kernel class -> its schedule on a CPU, its schedule on a GPU.
 _SCHEDULES: dict[type, tuple[Callable[..., Scheduled], Callable[..., Scheduled]]] = {
     Dense: (_dense_cpu, gpu_dense.schedule_dense),
@@ -69,7 +81,7 @@ _SCHEDULES: dict[type, tuple[Callable[..., Scheduled], Callable[..., Scheduled]]
     CircularFilter: (cpu_filter.schedule_circular_filter, gpu_filter.schedule_circular_filter),
     Patchify: (cpu_tokens.schedule_patchify, gpu_tokens.schedule_patchify),
     TokenMean: (cpu_tokens.schedule_token_mean, gpu_tokens.schedule_token_mean),
-    Attention: (cpu_attention.schedule_attention, gpu_attention.schedule_attention),
+    Attention: (_attention_cpu, gpu_attention.schedule_attention),
     SelectTokens: (cpu_select.schedule_select_tokens, gpu_select.schedule_select_tokens),
     InversePermutation: (
         cpu_select.schedule_inverse_permutation,

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from run_kernel import CPUS, host_cpu, poison, run_kernel, tvm_target
 
 from gfcompile.targets.target import Cpu
+from gfcompile.targets.tvm.choices import space_of
 from gfcompile.targets.tvm.kernel import ActStorage, Array, Attention, Softmax, quant_args
+from gfcompile.targets.tvm.schedule import schedule
 from gfcompile.targets.tvm.schedules.cpu_attention import (
     choose_tiles,
     schedule_attention,
@@ -99,7 +101,7 @@ def check(kernel: Attention, cpu: Cpu, *, threads: int = 1, extreme: bool = Fals
     """Runs the kernel, holds the result against the reference and returns it."""
     given_problem = problem(kernel, cpu, extreme=extreme)
     storage = act_storage(cpu)
-    scheduled = schedule_attention(kernel, cpu, storage)
+    scheduled = schedule(kernel, cpu, storage)
     y = run_kernel(scheduled, given_problem.args, cpu, threads=threads)["y"]
     value, bound = given_problem.value, given_problem.bound
     if kernel.out == "float32":
@@ -184,13 +186,85 @@ def test_results_do_not_depend_on_threads(x: Act) -> None:
 @pytest.mark.parametrize("cpu", CPUS)
 def test_no_more_than_a_tile_of_rows_of_the_matrix_is_held(cpu: str, x: Act) -> None:
     kernel = Attention(batch=1, tokens=197, heads=6, dim=64, x=x)
-    temps = schedule_attention(kernel, CPUS[cpu], act_storage(CPUS[cpu])).temps
+    temps = schedule(kernel, CPUS[cpu], act_storage(CPUS[cpu])).temps
+    # By AMX, the scores of the next tile are computed beside those of one.
+    tiles = {"s": 2 if "sums" in temps else 1, "p": 1}
     for name in ("s", *(("p",) if x == "int8" else ())):
         dtype, (workers, rows, columns) = temps[name]
         assert workers <= CPUS[cpu].cores
         # And what keeps the scratch of two workers a page apart.
-        assert rows <= 16 + -(-4096 // (columns * np.dtype(dtype).itemsize))
+        assert rows <= 16 * tiles[name] + -(-4096 // (columns * np.dtype(dtype).itemsize))
         assert columns < 2 * 197
+
+
+@pytest.mark.parametrize(
+    ("kernel", "threads"),
+    [
+        # Rows, columns and groups of four vectors that tiles divide, and that they do not.
+        (Attention(batch=1, tokens=16, heads=1, dim=16, x="int8"), 1),
+        (Attention(batch=3, tokens=17, heads=2, dim=48, x="int8", out="int8"), 4),
+        (Attention(batch=1, tokens=64, heads=3, dim=64, x="int8", out="int8"), 2),
+        (Attention(batch=2, tokens=68, heads=2, dim=64, x="int8", out="int8"), 2),
+        (Attention(batch=1, tokens=97, heads=2, dim=32, x="int8"), 3),
+        (Attention(batch=1, tokens=138, heads=1, dim=64, x="int8", out="int8"), 1),
+        (Attention(batch=1, tokens=197, heads=3, dim=64, x="int8", out="int8"), 2),
+        (Attention(batch=1, tokens=290, heads=1, dim=64, x="int8", out="int8"), 1),
+    ],
+    ids=str,
+)
+def test_tiles_compute_the_bits_of_vnni(kernel: Attention, threads: int) -> None:
+    cpu = CPUS["avx512_amx"]
+    y = check(kernel, cpu, threads=threads)
+    vnni = run_kernel(
+        schedule_attention(kernel, cpu, act_storage(cpu)), problem(kernel, cpu).args, cpu
+    )
+    np.testing.assert_array_equal(y, vnni["y"])
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0, 1e6])
+def test_tiles_take_any_scale(scale: float) -> None:
+    """Of -128 and 127 alone: all weights equal, or all on one token; those in between vanish."""
+    kernel = Attention(batch=1, tokens=21, heads=2, dim=64, x="int8")
+    cpu = CPUS["avx512_amx"]
+    args = dict(problem(kernel, cpu, extreme=True).args)
+    args["params"] = args["params"] * np.array([scale / args["params"][0], 1, 1, 1, 1], np.float32)
+    results = [
+        run_kernel(build(kernel, cpu, act_storage(cpu)), args, cpu)["y"]
+        for build in (schedule, schedule_attention)
+    ]
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize("step", [1e-9, 1e-3, 0.3])
+def test_tiles_saturate(step: float) -> None:
+    """Results that no int32 counts the steps of, those that no int8 does, and a few small ones."""
+    kernel = Attention(batch=1, tokens=21, heads=2, dim=32, x="int8", out="int8")
+    cpu = CPUS["avx512_amx"]
+    args = problem(kernel, cpu).args | {"quant": quant_args(step, 5)}
+    results = [
+        run_kernel(build(kernel, cpu, act_storage(cpu)), args, cpu)["y"]
+        for build in (schedule, schedule_attention)
+    ]
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tiles"),
+    [
+        (Attention(batch=1, tokens=16, heads=1, dim=64, x="int8"), True),
+        (Attention(batch=1, tokens=15, heads=1, dim=64, x="int8"), False),
+        (Attention(batch=1, tokens=197, heads=1, dim=20, x="int8"), False),
+        (Attention(batch=1, tokens=197, heads=1, dim=80, x="int8"), False),
+        (Attention(batch=1, tokens=197, heads=1, dim=64), False),
+    ],
+    ids=str,
+)
+def test_amx_takes_what_fills_tiles(kernel: Attention, tiles: bool) -> None:
+    cpu = CPUS["avx512_amx"]
+    assert ("config" in schedule(kernel, cpu, act_storage(cpu)).consts) == tiles
+    assert (space_of(kernel, cpu) is None) == tiles
+    vnni = CPUS["avx512_vnni"]
+    assert not schedule(kernel, vnni, act_storage(vnni)).consts
 
 
 @pytest.mark.parametrize("x", ["float32", "int8"])
@@ -212,17 +286,20 @@ SCALAR = re.compile(r"\b(v?(mul|add|sub|max|min|div)ss|f(mul|add|sub|maxnm|minnm
 
 
 @pytest.mark.parametrize("x", ["float32", "int8"])
-@pytest.mark.parametrize("cpu", ["avx2", "avx512_vnni", "a72"])
+@pytest.mark.parametrize("cpu", ["avx2", "avx512_vnni", "avx512_amx", "a72"])
 def test_compiled_kernels_are_vectors_and_small(cpu: str, x: Act, tmp_path: Path) -> None:
     import tvm
 
     kernel = Attention(batch=1, tokens=197, heads=6, dim=64, x=x, out=x)
-    scheduled = schedule_attention(kernel, CPUS[cpu], act_storage(CPUS[cpu]))
+    scheduled = schedule(kernel, CPUS[cpu], act_storage(CPUS[cpu]))
     func = scheduled.steps[-1].func.with_attr("global_symbol", "main")
     module = tvm.compile(tvm.IRModule({"main": func}), tvm_target(CPUS[cpu])).mod
     assembly = module.inspect_source("asm")
     # The maximum and the sum of a row's last vector, the scale, the quotient.
     assert len(SCALAR.findall(assembly)) <= 16
+    assert (
+        ("tdpbusd" in assembly) == ("config" in scheduled.consts) == (CPUS[cpu].amx and x == "int8")
+    )
     assert "expf" not in assembly
     assert "exp2f" not in assembly
     module.write_to_file(str(tmp_path / "kernel.o"))

@@ -61,7 +61,7 @@ from gfcompile.targets.tvm.schedules.math import (
 )
 
 # Below every score: what stands in the columns that only fill up a vector.
-_MASKED = -3e38
+MASKED = -3e38
 # Vectors of a row that a step of the softmax takes: each is a long chain of dependent operations.
 _SOFTMAX_VECTORS = 4
 # An exponential, in vector instructions.
@@ -132,7 +132,7 @@ def schedule_attention(
     args = ("x", "params", "k", "v", *biases, *scratch, *quant, "y")
     return Scheduled(
         steps=(
-            Step(func=_lay_out(plan, temps, pack_args), args=pack_args),
+            Step(func=lay_out(plan, temps, pack_args), args=pack_args),
             Step(func=_attention(plan, temps, args), args=args),
         ),
         temps=temps,
@@ -140,7 +140,7 @@ def schedule_attention(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Segment:
+class Segment:
     """Equal panels of columns, side by side.
 
     Attributes:
@@ -157,7 +157,7 @@ class _Segment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
+class Plan:
     """How a kernel is cut.
 
     Attributes:
@@ -170,8 +170,8 @@ class _Plan:
     storage: ActStorage
     product: Product
     rows: int
-    scores: tuple[_Segment, ...]
-    values: tuple[_Segment, ...]
+    scores: tuple[Segment, ...]
+    values: tuple[Segment, ...]
     workers: int
 
     @property
@@ -203,6 +203,13 @@ class _Plan:
     def value_groups(self) -> int:
         return ceil(self.kernel.tokens / self.product.group)
 
+    def value_group(self, group: Expr) -> Expr:
+        """Where a group of tokens lies in v: p may have its columns in another order."""
+        return group
+
+    def finish_keys(self, buffers: Mapping[str, Buffer], task: Expr) -> None:
+        """What else k and its bias need, laid out."""
+
     @property
     def p_columns(self) -> int:
         return max(self.score_columns, self.value_groups * self.product.group)
@@ -232,22 +239,20 @@ class _Plan:
         return -128 if self.product.x_dtype == "int8" else 0
 
 
-def _plan(
-    kernel: Attention, cpu: Cpu, storage: ActStorage, choice: AttentionChoice | None
-) -> _Plan:
+def _plan(kernel: Attention, cpu: Cpu, storage: ActStorage, choice: AttentionChoice | None) -> Plan:
     product = activation_product_of(kernel.x, cpu)
     if choice is None:
         rows, scores, values = choose_tiles(kernel, product, cpu.vector_registers)
     else:
         rows, scores, values = choice.rows, choice.scores, choice.values
     tiles = kernel.batch * kernel.heads * ceil(kernel.tokens / rows)
-    return _Plan(
+    return Plan(
         kernel=kernel,
         storage=storage,
         product=product,
         rows=rows,
-        scores=_segments(kernel.tokens, product, scores),
-        values=_segments(kernel.dim, product, values),
+        scores=segments_of(kernel.tokens, product, scores),
+        values=segments_of(kernel.dim, product, values),
         workers=min(cpu.cores, tiles),
     )
 
@@ -273,7 +278,7 @@ def _tile_costs(
     def cycles(rows: int, n: int, k: int, vectors: int) -> float:
         return sum(
             segment.panels * tile_cycles(product, Tile(rows=rows, vectors=segment.vectors), k)
-            for segment in _segments(n, product, vectors)
+            for segment in segments_of(n, product, vectors)
         )
 
     def costs(rows: int, n: int, k: int) -> list[tuple[float, int]]:
@@ -298,19 +303,19 @@ def _tile_costs(
     return sorted(choices)
 
 
-def _segments(n: int, product: Product, vectors: int) -> tuple[_Segment, ...]:
+def segments_of(n: int, product: Product, vectors: int) -> tuple[Segment, ...]:
     """Panels of `vectors` vectors, and a narrower one with what is left of n columns."""
     panel = vectors * product.columns
     full, rest = divmod(n, panel)
-    segments = [_Segment(first=0, panels=full, vectors=vectors, width=panel)] if full else []
+    segments = [Segment(first=0, panels=full, vectors=vectors, width=panel)] if full else []
     if rest:
         step = product.vector_step
         narrow = ceil(rest / (product.columns * step)) * step
-        segments.append(_Segment(first=full * vectors, panels=1, vectors=narrow, width=rest))
+        segments.append(Segment(first=full * vectors, panels=1, vectors=narrow, width=rest))
     return tuple(segments)
 
 
-def _vectors(segments: Sequence[_Segment]) -> int:
+def _vectors(segments: Sequence[Segment]) -> int:
     return segments[-1].first + segments[-1].panels * segments[-1].vectors
 
 
@@ -325,7 +330,7 @@ class _Filled:
         return T.broadcast(tirx.const(self._value, base), int(lanes))
 
 
-def _columns(buffer: Buffer, task: Expr, product: Product, segment: _Segment) -> View:
+def _columns(buffer: Buffer, task: Expr, product: Product, segment: Segment) -> View:
     """k or v, laid out, as the weights of one segment."""
 
     def index(panel: Expr, group: Expr, vector: Expr, _element: Expr) -> list[Expr]:
@@ -335,7 +340,7 @@ def _columns(buffer: Buffer, task: Expr, product: Product, segment: _Segment) ->
     return View(buffer, index)
 
 
-def _buffers(plan: _Plan, temps: Any, names: Sequence[str]) -> dict[str, Buffer]:
+def buffers_of(plan: Plan, temps: Any, names: Sequence[str]) -> dict[str, Buffer]:
     """The arguments `names` of the function under construction."""
     kernel, storage = plan.kernel, plan.storage
     rows, width = kernel.batch * kernel.tokens, kernel.heads * kernel.dim
@@ -353,13 +358,13 @@ def _zero_point(params: Buffer, index: int, storage: ActStorage) -> Expr:
     return tirx.Cast("int32", params[index]) + storage.offset
 
 
-def _lay_out(plan: _Plan, temps: Any, names: Sequence[str]) -> Any:
+def lay_out(plan: Plan, temps: Any, names: Sequence[str]) -> Any:
     """k as (groups of channels, tokens, group), v as (groups of tokens, channels, group)."""
     kernel, product, storage = plan.kernel, plan.product, plan.storage
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("lay_out")
         I.func_attr({"tirx.noalias": True})
-        buffers = _buffers(plan, temps, names)
+        buffers = buffers_of(plan, temps, names)
         x, params = buffers["x"], buffers["params"]
         with I.parallel(kernel.batch * kernel.heads) as task:
             row = I.bind(task // kernel.heads * kernel.tokens)
@@ -382,6 +387,7 @@ def _lay_out(plan: _Plan, temps: Any, names: Sequence[str]) -> Any:
             if "k_bias" in buffers:
                 factor = I.bind(-_zero_point(params, 1, storage))
                 _add_columns(plan.scores, plan.score_groups, product, buffers, "k", task, factor)
+                plan.finish_keys(buffers, task)
             if "v_bias" in buffers:
                 factor = tirx.const(-plan.p_offset, "int32")
                 _add_columns(plan.values, plan.value_groups, product, buffers, "v", task, factor)
@@ -404,7 +410,7 @@ def _as_weights(
     return value
 
 
-def _lay_out_keys(plan: _Plan, load: Callable[..., Expr], k: Buffer, task: Expr) -> None:
+def _lay_out_keys(plan: Plan, load: Callable[..., Expr], k: Buffer, task: Expr) -> None:
     """Groups of channels move as units: a transposition of words, unless they are 16 bytes.
 
     The last tokens are read again for columns beyond them, whose scores nothing reads.
@@ -437,7 +443,7 @@ def _lay_out_keys(plan: _Plan, load: Callable[..., Expr], k: Buffer, task: Expr)
             I.buffer_store(k, value, [task, channel // group, at])
 
 
-def _lay_out_values(plan: _Plan, load: Callable[..., Expr], v: Buffer, task: Expr) -> None:
+def _lay_out_values(plan: Plan, load: Callable[..., Expr], v: Buffer, task: Expr) -> None:
     """The tokens of a group are interleaved; those beyond the last one are 0."""
     tokens, dim = plan.kernel.tokens, plan.kernel.dim
     product, group = plan.product, plan.product.group
@@ -446,10 +452,11 @@ def _lay_out_values(plan: _Plan, load: Callable[..., Expr], v: Buffer, task: Exp
         with I.serial(plan.value_groups * group) as token, I.serial(dim) as channel:
             value = load(tirx.min(token, tokens - 1), channel, 1)
             value = tirx.Select(token < tokens, value, tirx.const(0, product.w_dtype))
-            I.buffer_store(v, value, [task, token // group, channel * group + token % group])
+            at = channel * group + token % group
+            I.buffer_store(v, value, [task, plan.value_group(token // group), at])
         return
 
-    def lay_out(first: Expr, present: int) -> None:
+    def lay_out_group(first: Expr, present: int) -> None:
         """A group that begins with the token `first`."""
         with I.serial(dim // lanes) as block:
             zeros = T.broadcast(tirx.const(0, product.w_dtype), lanes)
@@ -458,14 +465,14 @@ def _lay_out_values(plan: _Plan, load: Callable[..., Expr], v: Buffer, task: Exp
             for i, value in enumerate(_interleaved(rows, product.w_dtype)):
                 width = lanes * group if group < 16 else group
                 at = T.ramp(block * (lanes * group) + i * width, 1, width)
-                I.buffer_store(v, value, [task, first // group, at])
+                I.buffer_store(v, value, [task, plan.value_group(first // group), at])
 
     full, rest = divmod(tokens, group)
     if full:
         with I.serial(full) as index:
-            lay_out(index * group, group)
+            lay_out_group(index * group, group)
     if rest:
-        lay_out(full * group, rest)
+        lay_out_group(full * group, rest)
 
 
 def _transposed(rows: Sequence[Expr]) -> list[Expr]:
@@ -497,7 +504,7 @@ def _interleaved(rows: Sequence[Expr], dtype: str) -> list[Expr]:
 
 
 def _add_columns(
-    segments: Sequence[_Segment],
+    segments: Sequence[Segment],
     groups: int,
     product: Product,
     buffers: dict[str, Buffer],
@@ -507,7 +514,7 @@ def _add_columns(
 ) -> None:
     """The bias of k or v: the sums of its columns, which are a product with ones, times factor."""
     step = product.vector_step
-    every = _Segment(first=0, panels=_vectors(segments) // step, vectors=step, width=0)
+    every = Segment(first=0, panels=_vectors(segments) // step, vectors=step, width=0)
     weights = _columns(buffers[name], task, product, every)
     with I.serial(every.panels) as panel:
         (sums,) = tile_sums(
@@ -527,14 +534,14 @@ def _add_columns(
             I.buffer_store(buffers[f"{name}_bias"], value, [task, panel * columns + lane])
 
 
-def _attention(plan: _Plan, temps: Any, names: Sequence[str]) -> Any:
+def _attention(plan: Plan, temps: Any, names: Sequence[str]) -> Any:
     """All after the layout."""
     kernel, rows = plan.kernel, plan.rows
     tiles = kernel.batch * kernel.heads * plan.row_tiles
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("attention")
         I.func_attr({"tirx.noalias": True})
-        buffers = _buffers(plan, temps, names)
+        buffers = buffers_of(plan, temps, names)
         with I.parallel(plan.workers) as worker:
             first = worker * tiles // plan.workers
             last = (worker + 1) * tiles // plan.workers
@@ -566,7 +573,7 @@ class _RowTile:
         column: of y, and of the queries in x, in which the head begins.
     """
 
-    plan: _Plan
+    plan: Plan
     buffers: Mapping[str, Buffer]
     task: Expr
     worker: Expr
@@ -588,7 +595,7 @@ class _RowTile:
                         value = tirx.Cast("float32", sums[r][at + lane])
                         if at + product.lanes > segment.width:
                             present = at + lane < segment.width
-                            value = tirx.Select(present, value, float32(_MASKED))
+                            value = tirx.Select(present, value, float32(MASKED))
                         I.buffer_store(
                             self.buffers["s"], value, [self.worker, r, first + at + lane]
                         )
@@ -618,7 +625,7 @@ class _RowTile:
                 I.buffer_store(halves, tirx.Cast("float16", value), [self.worker, r, at])
 
         self._reduce_rows(
-            float32(_MASKED),
+            float32(MASKED),
             tirx.max,
             score,
             None,
@@ -710,13 +717,13 @@ class _RowTile:
 
     def _products(
         self,
-        segments: Sequence[_Segment],
+        segments: Sequence[Segment],
         left: View,
         weights: str,
         bias: View | _Filled,
         k: int,
         span: int = 0,
-    ) -> Iterator[tuple[_Segment, Expr, list[Buffer]]]:
+    ) -> Iterator[tuple[Segment, Expr, list[Buffer]]]:
         """For each segment, within the loop over its panels: their first column, and sums."""
         product = self.plan.product
         for segment in segments:

@@ -1,13 +1,15 @@
-"""Layer normalization on a CPU: a row stays in the first-level cache for its three passes."""
+"""Layer normalization on a CPU: a few rows stay in the first-level cache for three passes."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tvm.script import tirx as T
 
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.kernel import ActStorage, Array, LayerNorm, Scheduled, Step
-from gfcompile.targets.tvm.schedules import neon_epilogue
+from gfcompile.targets.tvm.schedules import avx512, neon_epilogue
 from gfcompile.targets.tvm.schedules.cpu_tiling import (
     ceil_div,
     fitting_lanes,
@@ -26,8 +28,8 @@ _ACCUMULATORS = 4
 
 
 def schedule_layer_norm(kernel: LayerNorm, cpu: Cpu, storage: ActStorage) -> Scheduled:
-    """Mean, then the variance about it (E[x^2] - E[x]^2 would cancel), then the row."""
-    n, eps = kernel.n, kernel.eps
+    """Means, then the variances about them (E[x^2] - E[x]^2 would cancel), then the rows."""
+    n = kernel.n
     lanes = fitting_lanes(n, cpu.float_lanes)
     # Of the last pass, as many vectors as fill one when they are narrowed to bytes.
     width = next(
@@ -36,12 +38,10 @@ def schedule_layer_norm(kernel: LayerNorm, cpu: Cpu, storage: ActStorage) -> Sch
     pairs = 2 * neon_epilogue.LANES
     in_steps = kernel.out == "int8" and storage.saturates and n % pairs == 0
     quant_args = neon_epilogue.STEPS_ARGS if in_steps else 4
-
-    def element(x: Any, row: Expr) -> Callable[[Expr], Expr]:
-        return lambda j: x[row, j]
-
-    def squared_distance(x: Any, row: Expr, mean: Expr) -> Callable[[Expr], Expr]:
-        return lambda j: (x[row, j] - mean) * (x[row, j] - mean)
+    together = min(_rows(kernel, cpu), kernel.rows)
+    rows_of = functools.partial(
+        _Rows, kernel=kernel, storage=storage, lanes=lanes, width=width, in_steps=in_steps
+    )
 
     @T.prim_func(s_tir=True)
     def layer_norm(
@@ -52,24 +52,9 @@ def schedule_layer_norm(kernel: LayerNorm, cpu: Cpu, storage: ActStorage) -> Sch
         y: T.Buffer((kernel.rows, n), storage.dtype_of(kernel.out)),
     ):
         T.func_attr({"tirx.noalias": True})
-        for row in row_loop(kernel.rows, n):
-            source: T.let = kernel.x_row(row)
-            mean: T.let = _row_sum(n, lanes, element(x, source)) * T.float32(1 / n)
-            squares: T.let = _row_sum(n, lanes, squared_distance(x, source, mean))
-            variance: T.let = squares * T.float32(1 / n)
-            scale: T.let = T.float32(1) / T.sqrt(variance + T.float32(eps))
-            for v in T.serial(ceil_div(n, width)):
-                j: T.let = T.min(v * width, n - width)
-                if in_steps:
-                    _store_steps(x, source, gamma, beta, quant, y, row, j, width, mean, scale)
-                else:
-                    for lane in T.vectorized(width):
-                        y[row, j + lane] = stored(
-                            (x[source, j + lane] - mean) * scale * gamma[j + lane] + beta[j + lane],
-                            kernel.out,
-                            quant,
-                            storage,
-                        )
+        for block in row_loop(ceil_div(kernel.rows, together), together * n):
+            first: T.let = T.min(block * together, kernel.rows - together)
+            rows_of(x=x, gamma=gamma, beta=beta, quant=quant, y=y).normalize(first, together)
 
     args = ("x", "gamma", "beta", *(("quant",) if kernel.out == "int8" else ()), "y")
     steps = (Step(func=keep_params(layer_norm, args), args=args),)
@@ -85,53 +70,133 @@ def _packing_steps() -> Mapping[str, Callable[[Mapping[str, Array]], Array]]:
     }
 
 
-def _store_steps(
-    x: Any,
-    source: Expr,
-    gamma: Any,
-    beta: Any,
-    quant: Any,
-    y: Any,
-    row: Expr,
-    start: Expr,
-    width: int,
-    mean: Expr,
-    scale: Expr,
-) -> None:
-    """Writes `width` results of a row, counted in steps before they are rounded."""
-    lanes = neon_epilogue.LANES
-    steps = neon_epilogue.Steps(quant, ())
+def _rows(kernel: LayerNorm, cpu: Cpu) -> int:
+    """Rows that are summed up side by side: a row's sums are chains of dependent operations.
 
-    def value(at: Expr) -> Expr:
-        distance = x[source, span(at, lanes)] - T.broadcast(mean, lanes)
-        normal = distance * T.broadcast(scale, lanes)
-        return T.bind(normal * gamma[span(at, lanes)] + beta[span(at, lanes)])
-
-    for i in range(0, width, 2 * lanes):
-        two = [value(start + i), value(start + i + lanes)]
-        T.buffer_store(y, steps.stored(two), [row, span(start + i, 2 * lanes)])
+    float32 results wait for memory rather than for those: four rows of them, of which as many
+    streams are read, took a third longer within a model. ARM's cores have not been measured.
+    """
+    if kernel.out != "int8" or cpu.arch != "x86_64":
+        return 1
+    return 4 if cpu.vector_registers >= 32 else 2
 
 
-def _row_sum(n: int, lanes: int, term: Callable[[Expr], Expr]) -> Expr:
-    """Writes the sum of `term` over n elements, whose index is a vector's or a single one."""
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """What is built for a few rows at once.
+
+    Attributes:
+        lanes: of the vectors that rows are summed up in.
+        width: elements of those that results are computed in.
+        in_steps: whether they are counted in steps of int8 before they are rounded.
+    """
+
+    kernel: LayerNorm
+    storage: ActStorage
+    lanes: int
+    width: int
+    in_steps: bool
+    x: Any
+    gamma: Any
+    beta: Any
+    quant: Any
+    y: Any
+
+    def normalize(self, first: Expr, count: int) -> None:
+        """Writes the results of `count` rows."""
+        n, width = self.kernel.n, self.width
+        sources = [T.bind(self.kernel.x_row(first + i)) for i in range(count)]
+        means, scales = (T.alloc_buffer((count,), "float32") for _ in range(2))
+        for i, (mean, scale) in enumerate(self._statistics(sources)):
+            T.buffer_store(means, mean, [i])
+            T.buffer_store(scales, scale, [i])
+        with T.serial(count) as i:
+            row = T.bind(first + i)
+            source = T.bind(self.kernel.x_row(row))
+            mean, scale = T.bind(means[i]), T.bind(scales[i])
+            with T.serial(ceil_div(n, width)) as v:
+                j = T.bind(T.min(v * width, n - width))
+                if self.in_steps:
+                    self._store_steps(row, source, j, mean, scale)
+                else:
+                    self._store(row, source, j, mean, scale)
+
+    def _statistics(self, sources: Sequence[Expr]) -> Iterator[tuple[Expr, Expr]]:
+        """Of each row the mean, and what the distances from it are to be multiplied by."""
+        n, x = self.kernel.n, self.x
+
+        def element(row: Expr) -> Callable[[Expr], Expr]:
+            return lambda j: x[row, j]
+
+        def squared_distance(row: Expr, mean: Expr) -> Callable[[Expr], Expr]:
+            return lambda j: (x[row, j] - mean) * (x[row, j] - mean)
+
+        sums = _row_sums(n, self.lanes, [element(row) for row in sources])
+        means = [T.bind(total * T.float32(1 / n)) for total in sums]
+        terms = [squared_distance(row, mean) for row, mean in zip(sources, means, strict=True)]
+        variances = [squares * T.float32(1 / n) for squares in _row_sums(n, self.lanes, terms)]
+        eps = T.float32(self.kernel.eps)
+        scales = [T.float32(1) / T.sqrt(variance + eps) for variance in variances]
+        return zip(means, scales, strict=True)
+
+    def _normal(self, source: Expr, at: Expr, mean: Expr, scale: Expr) -> Expr:
+        return (self.x[source, at] - mean) * scale * self.gamma[at] + self.beta[at]
+
+    def _store(self, row: Expr, source: Expr, start: Expr, mean: Expr, scale: Expr) -> None:
+        """Writes `width` results of a row."""
+        kernel, lanes = self.kernel, self.lanes
+        if kernel.out == "int8" and lanes == avx512.LANES:
+            mean, scale = splat(mean, lanes), splat(scale, lanes)
+            vectors = [span(start + i, lanes) for i in range(0, self.width, lanes)]
+            values = [T.bind(self._normal(source, at, mean, scale)) for at in vectors]
+            levels = avx512.quantized(values, self.quant, self.storage)
+            T.buffer_store(self.y, levels, [row, span(start, self.width)])
+            return
+        with T.vectorized(self.width) as lane:
+            value = self._normal(source, start + lane, mean, scale)
+            value = stored(value, kernel.out, self.quant, self.storage)
+            T.buffer_store(self.y, value, [row, start + lane])
+
+    def _store_steps(self, row: Expr, source: Expr, start: Expr, mean: Expr, scale: Expr) -> None:
+        """Writes `width` results of a row, counted in steps before they are rounded."""
+        lanes = neon_epilogue.LANES
+        steps = neon_epilogue.Steps(self.quant, ())
+        mean, scale = T.broadcast(mean, lanes), T.broadcast(scale, lanes)
+        for i in range(0, self.width, 2 * lanes):
+            two = [
+                T.bind(self._normal(source, span(start + at, lanes), mean, scale))
+                for at in (i, i + lanes)
+            ]
+            T.buffer_store(self.y, steps.stored(two), [row, span(start + i, 2 * lanes)])
+
+
+def _row_sums(n: int, lanes: int, terms: Sequence[Callable[[Expr], Expr]]) -> list[Expr]:
+    """Writes the sum of each term over n elements, whose index is a vector's or a single one."""
     vectors, rest = divmod(n, lanes)
     ways = min(_ACCUMULATORS, vectors)
-    sums = T.alloc_buffer((ways, lanes), "float32")
+    sums = [T.alloc_buffer((ways, lanes), "float32") for _ in terms]
 
     def add(way: int, vector: Expr) -> None:
-        value = sums[way, span(0, lanes)] + term(span(vector * lanes, lanes))
-        T.buffer_store(sums, value, [way, span(0, lanes)])
+        for acc, term in zip(sums, terms, strict=True):
+            value = acc[way, span(0, lanes)] + term(span(vector * lanes, lanes))
+            T.buffer_store(acc, value, [way, span(0, lanes)])
 
-    for way in range(ways):
-        T.buffer_store(sums, splat(0.0, lanes), [way, span(0, lanes)])
+    for acc in sums:
+        for way in range(ways):
+            T.buffer_store(acc, splat(0.0, lanes), [way, span(0, lanes)])
     with T.serial(vectors // ways) as group:
         for way in range(ways):
             add(way, group * ways + way)
     for way in range(vectors % ways):
         add(way, vectors // ways * ways + way)
+    return [_total(n, rest, lanes, acc, term) for acc, term in zip(sums, terms, strict=True)]
+
+
+def _total(n: int, rest: int, lanes: int, sums: Any, term: Callable[[Expr], Expr]) -> Expr:
+    """The sum of a row's running sums and of what fills no vector."""
     total = T.alloc_buffer((1,), "float32")
     partial = sums[0, span(0, lanes)]
-    for way in range(1, ways):
+    for way in range(1, int(sums.shape[0])):
         partial = partial + sums[way, span(0, lanes)]
     T.buffer_store(total, sum_of_lanes(partial, lanes), [0])
     with T.serial(rest) as j:

@@ -47,7 +47,7 @@ GELU_TO_QUANTIZE_ERROR = 2e-6
 
 # 2**f for |f| <= 1/2, a minimax fit of the relative error with the first coefficient held at 1, so
 # that 2**0 is 1: 9.2e-8 in exact arithmetic, 1.9e-7 with the roundings of float32.
-_EXP2_COEFFICIENTS = (
+EXP2_COEFFICIENTS = (
     1.0,
     0.6931470036506653,
     0.24022242426872253,
@@ -127,7 +127,7 @@ def exp2(v: Expr) -> Expr:
     def power(v: Expr, shifted: Expr) -> Expr:
         exponent = tirx.reinterpret("int32", shifted) << tirx.const(23, "int32")
         fraction = v - (shifted - float32(_ROUND_MAGIC))
-        mantissa = let(fraction, lambda f: _horner(_EXP2_COEFFICIENTS, f))
+        mantissa = let(fraction, lambda f: _horner(EXP2_COEFFICIENTS, f))
         return tirx.reinterpret("float32", tirx.reinterpret("int32", mantissa) + exponent)
 
     return let(tirx.max(v, float32(_EXP2_LOWEST)), scaled)
