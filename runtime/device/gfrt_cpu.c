@@ -234,8 +234,8 @@ static const void *arena_data(gfrt_context *context, const gfi_tensor *tensor) {
 
 static gfrt_status cpu_write(gfrt_context *context, const gfi_tensor *tensor, const void *data) {
     const cpu_context *state = context->state;
-    gfi_pool_begin(state->pool); /* to wake up takes about as long as the copy */
-    memcpy(state->arena + tensor->offset, data, gfi_tensor_bytes(tensor));
+    gfi_pool_begin(state->pool);
+    gfi_pool_copy(state->pool, state->arena + tensor->offset, data, gfi_tensor_bytes(tensor));
     return GFRT_OK;
 }
 

@@ -28,6 +28,8 @@
  * a line from the thread that begins tasks there, and is needless if all are awake. */
 #define END_LOOKS 16
 
+#define COPY_BYTES 65536 /* from so many on, all threads copy */
+
 typedef struct {
     gfi_caller caller; /* first: the kernel hands back a pointer to it */
     gfi_pool *pool;
@@ -264,6 +266,29 @@ static int launch(gfi_caller *caller, gfi_task task, void *closure, int tasks) {
     return atomic_load_explicit(&pool->code, memory_order_relaxed);
 }
 
+gfi_caller *gfi_pool_caller(gfi_pool *pool) { return &pool->workers[0].caller; }
+
+typedef struct {
+    char *to;
+    const char *from;
+    size_t size;
+} copy;
+
+static int copy_part(int task, gfi_parallel *group, void *closure) {
+    const copy *whole = closure;
+    size_t lines = (whole->size + CACHE_LINE - 1) / CACHE_LINE, count = (size_t)group->tasks;
+    size_t first = lines * (size_t)task / count * CACHE_LINE;
+    size_t end = lines * ((size_t)task + 1) / count * CACHE_LINE;
+    end = end < whole->size ? end : whole->size;
+    memcpy(whole->to + first, whole->from + first, end - first);
+    return 0;
+}
+
+void gfi_pool_copy(gfi_pool *pool, void *to, const void *from, size_t size) {
+    copy whole = {to, from, size};
+    launch(gfi_pool_caller(pool), copy_part, &whole, size < COPY_BYTES ? 1 : 0);
+}
+
 static void *allocate(gfi_caller *caller, uint64_t size) {
     worker *w = (worker *)caller;
     size_t room = w->pool->workspace - w->used;
@@ -297,8 +322,6 @@ static void complain(gfi_caller *caller, const char *const *parts, int32_t count
     for (char *at = w->message; (at = strchr(at, '\n'));)
         *at = ' '; /* an error is one line */
 }
-
-gfi_caller *gfi_pool_caller(gfi_pool *pool) { return &pool->workers[0].caller; }
 
 void gfi_pool_begin(gfi_pool *pool) {
     /* Relaxed: it decides on nothing but how long threads look for work. */
