@@ -76,6 +76,8 @@ class Session:
         """
         batches = self._batches(array)
         results = self._engine.run(batches)
+        if len(results) == 1:
+            return results[0]
         return [np.concatenate(parts) for parts in zip(*results, strict=True)]
 
     def classify(self, image: "Photo", top: int = 5) -> list[tuple[int, str, float]]:
@@ -174,7 +176,8 @@ class Session:
             raise UserError(
                 f"input {spec.name} has the shape {spec.shape}{several}, got {array.shape}"
             )
-        return np.split(np.ascontiguousarray(array), array.shape[0] // batch)
+        whole = np.ascontiguousarray(array)
+        return [whole] if len(whole) == batch else np.split(whole, len(whole) // batch)
 
 
 def load(

@@ -329,6 +329,14 @@ class Context:
             raise GfrtError(f"{threads} threads: give a number from 0 (one for each big CPU) on")
         self.inputs, self.outputs = model.inputs, model.outputs
         self._steps = self._library.step_count(model._handle)
+        # Between two inferences every line of this program has left the caches: a call makes as
+        # little as it can.
+        self._input_pointers = ctypes.c_void_p * len(self.inputs)
+        self._input_sizes = ctypes.c_size_t * len(self.inputs)
+        self._output_pointers = ctypes.c_void_p * len(self.outputs)
+        sizes = [info.size_bytes for info in self.outputs]
+        self._output_sizes = (ctypes.c_size_t * len(sizes))(*sizes)
+        self._targets = [ctypes.c_char * size for size in sizes]
         self._library.check(
             self._library.context_create(model._handle, threads, ctypes.byref(self._handle))
         )
@@ -346,14 +354,14 @@ class Context:
             _check_array(info, data)
         sources = [_address(data) for data in inputs]
         results = [bytearray(info.size_bytes) for info in self.outputs]
-        targets = [(ctypes.c_char * len(result)).from_buffer(result) for result in results]
+        targets = [kind.from_buffer(results[i]) for i, kind in enumerate(self._targets)]
         self._library.check(
             self._library.run(
                 self._handle,
-                _array(ctypes.c_void_p, [address for address, _, _ in sources]),
-                _array(ctypes.c_size_t, [size for _, size, _ in sources]),
-                _array(ctypes.c_void_p, [ctypes.addressof(target) for target in targets]),
-                _array(ctypes.c_size_t, [len(result) for result in results]),
+                self._input_pointers(*[address for address, _, _ in sources]),
+                self._input_sizes(*[size for _, size, _ in sources]),
+                self._output_pointers(*map(ctypes.addressof, targets)),
+                self._output_sizes,
             )
         )
         return [_as_array(results[i], info) for i, info in enumerate(self.outputs)]
@@ -452,14 +460,11 @@ def _tensor_info(info: _Info) -> TensorInfo:
     )
 
 
-def _array(kind: Any, values: Sequence[int]) -> Any:
-    return (kind * len(values))(*values)
-
-
 def _check_array(info: TensorInfo, data: Any) -> None:
-    if not hasattr(data, "__array_interface__"):
+    if not hasattr(data, "dtype"):
         return  # a plain buffer: the library checks its size
-    if str(data.dtype) != info.dtype or tuple(data.shape) != info.shape:
+    fits = data.dtype == info.dtype or str(data.dtype) == info.dtype
+    if not fits or tuple(data.shape) != info.shape:
         raise GfrtError(
             f"input {info.name} is {info.dtype} {info.shape}, got {data.dtype} {tuple(data.shape)}"
         )
@@ -467,7 +472,7 @@ def _check_array(info: TensorInfo, data: Any) -> None:
 
 def _address(data: Any) -> Tuple[int, int, Any]:
     """Where the bytes of `data` lie, how many they are, and what keeps them there."""
-    if hasattr(data, "__array_interface__"):
+    if hasattr(data, "dtype"):
         array = data if data.flags.c_contiguous else data.copy(order="C")
         return array.__array_interface__["data"][0], array.nbytes, array
     view = memoryview(data)

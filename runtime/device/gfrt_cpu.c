@@ -234,8 +234,8 @@ static const void *arena_data(gfrt_context *context, const gfi_tensor *tensor) {
 
 static gfrt_status cpu_write(gfrt_context *context, const gfi_tensor *tensor, const void *data) {
     const cpu_context *state = context->state;
-    gfi_pool_rouse(state->pool); /* it takes about as long as the copy */
-    memcpy(state->arena + tensor->offset, data, gfi_tensor_bytes(tensor));
+    gfi_pool_begin(state->pool);
+    gfi_pool_copy(state->pool, state->arena + tensor->offset, data, gfi_tensor_bytes(tensor));
     return GFRT_OK;
 }
 
@@ -280,6 +280,7 @@ static gfrt_status cpu_run(gfrt_context *context) {
     bool moved = state->stays && sched_getaffinity(0, sizeof before, &before) == 0 &&
                  sched_setaffinity(0, sizeof state->big, &state->big) == 0;
     gfrt_status status = run_steps(context);
+    gfi_pool_end(state->pool);
     if (moved)
         sched_setaffinity(0, sizeof before, &before);
     return status;

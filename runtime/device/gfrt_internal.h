@@ -228,8 +228,11 @@ gfrt_status gfi_pool_create(uint32_t threads, size_t workspace, const gfi_table 
                             const cpu_set_t *cpus, gfi_pool **pool);
 void gfi_pool_destroy(gfi_pool *pool);
 gfi_caller *gfi_pool_caller(gfi_pool *pool);
-/* Wakes the threads, so that they are awake when the first loop comes. */
-void gfi_pool_rouse(gfi_pool *pool);
+/* An inference begins: wakes the threads, which then look for loops until it ends. */
+void gfi_pool_begin(gfi_pool *pool);
+void gfi_pool_end(gfi_pool *pool);
+/* As memcpy, by all threads. */
+void gfi_pool_copy(gfi_pool *pool, void *to, const void *from, size_t size);
 /* Before a run: forgets what kernels complained about, and the scratch they did not release. */
 void gfi_pool_reset(gfi_pool *pool);
 /* What a kernel complained about since then; "" if it did not. */

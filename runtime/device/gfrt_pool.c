@@ -1,7 +1,11 @@
 /* Worker threads that stay. A kernel's parallel loop is cut into one task for each thread, and each
  * thread takes the task of its own number: it finds in its caches what it wrote there in the kernel
  * before. A thread that is done takes tasks that nobody has begun, so a thread that the system has
- * put aside holds nobody up. */
+ * put aside holds nobody up.
+ *
+ * An inference has a hundred loops of some ten microseconds, and a line of cache that another core
+ * wrote takes a tenth of one. So what is shared lies in lines by who writes it, and a loop passes
+ * through no lock: only a thread that goes to sleep takes one, and who has to wake it. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,12 +13,22 @@
 
 #include "gfrt_internal.h"
 
-#define CACHE_LINE 64
+/* Two of x86's, which fetches them in pairs; one of Apple's. */
+#define CACHE_LINE 128
 
-/* How long a thread looks for work before it sleeps: more than lies between two kernels, or than
- * the input takes to be copied; about what a wake-up takes. */
-#define SPIN_SECONDS 50e-6
-#define LOOKS 64 /* between two looks at the clock */
+/* How long a thread looks for work before it sleeps, as waking it takes the waker some 25 us and
+ * itself as long again. Within an inference, longer than the loops are apart; after it, as long as
+ * a caller may take from one to the next. */
+#define BUSY_SECONDS 2e-3
+#define IDLE_SECONDS 200e-6
+/* Then, if there are more threads than CPUs, one that has work may be waiting for this CPU. */
+#define YIELD_SECONDS 20e-6
+#define LOOKS 32 /* between two looks at the clock */
+/* Looks for a task's end before the calling thread asks whether it has begun: a question that takes
+ * a line from the thread that begins tasks there, and is needless if all are awake. */
+#define END_LOOKS 16
+
+#define COPY_BYTES 65536 /* from so many on, all threads copy */
 
 typedef struct {
     gfi_caller caller; /* first: the kernel hands back a pointer to it */
@@ -23,11 +37,14 @@ typedef struct {
     char *workspace;
     size_t used;
     char message[256];
-    /* The last loop whose task of this worker's number has been taken, by whomever. */
+    /* The last loop whose task of this worker's number has been taken, by whomever; and the last
+     * one whose task of this number is finished. */
     _Alignas(CACHE_LINE) atomic_uint_least32_t taken;
+    _Alignas(CACHE_LINE) atomic_uint_least32_t finished;
 } worker;
 
 struct gfi_pool {
+    /* These do not change. */
     uint32_t threads;
     uint32_t started;
     size_t workspace; /* per thread */
@@ -36,19 +53,22 @@ struct gfi_pool {
     worker *workers; /* number 0 is the calling thread */
     bool stays;      /* on `cpus` */
     cpu_set_t cpus;
-    bool in_task;
 
-    /* The loop at hand; it does not change while a task of it is open or running. */
+    /* What the calling thread writes. Number of the loop in the upper half, its tasks in the lower
+     * one: a thread that comes late finds every task of its loop taken. The rest does not change
+     * while a task of the loop is open or running. */
+    _Alignas(CACHE_LINE) atomic_uint_least64_t loop;
     gfi_task task;
     void *closure;
     gfi_parallel group;
+    bool in_task;
+    atomic_bool busy; /* an inference is under way */
 
-    /* Number of the loop in the upper half, its tasks in the lower one: a thread that comes late
-     * finds every task of its loop taken. */
-    _Alignas(CACHE_LINE) atomic_uint_least64_t loop;
-    _Alignas(CACHE_LINE) atomic_int finished;
-    atomic_int code; /* of a task that failed */
+    /* What is rarely written. */
+    _Alignas(CACHE_LINE) atomic_uint sleepers; /* workers */
+    atomic_bool waits;                         /* asleep: the calling thread */
     atomic_bool stop;
+    atomic_int code; /* of a task that failed */
     pthread_mutex_t mutex;
     pthread_cond_t wake, done;
 };
@@ -61,47 +81,93 @@ static void pause_briefly(void) {
 #endif
 }
 
-/* Whether task `index` of loop `number` is the calling thread's now. */
+/* Whether a thread that has been looking since `start`, 0 at first, is to look for longer. */
+static bool looks_on(double *start, double seconds) {
+    double now = gfi_now();
+    if (*start == 0)
+        *start = now;
+    if (now - *start >= seconds)
+        return false;
+    if (now - *start >= YIELD_SECONDS)
+        sched_yield();
+    return true;
+}
+
+/* Whether task `index` of loop `number` is the calling thread's now. Relaxed: who takes it is all
+ * that this decides. What the task reads was published with `loop`. */
 static bool take(gfi_pool *pool, int index, uint32_t number) {
     atomic_uint_least32_t *taken = &pool->workers[index].taken;
-    uint_least32_t last = atomic_load(taken);
-    return (int32_t)(number - last) > 0 && atomic_compare_exchange_strong(taken, &last, number);
+    uint_least32_t last = atomic_load_explicit(taken, memory_order_relaxed);
+    return (int32_t)(number - last) > 0 &&
+           atomic_compare_exchange_strong_explicit(taken, &last, number, memory_order_relaxed,
+                                                   memory_order_relaxed);
 }
 
-static void run_task(gfi_pool *pool, worker *w, int index, int tasks) {
+static void run_task(gfi_pool *pool, worker *w, int index) {
     int code = pool->table->call_task(&w->caller, pool->task, index, &pool->group, pool->closure);
-    if (code != 0)
-        atomic_store(&pool->code, code);
-    if (atomic_fetch_add(&pool->finished, 1) + 1 == tasks) {
-        pthread_mutex_lock(&pool->mutex);
-        pthread_cond_signal(&pool->done);
-        pthread_mutex_unlock(&pool->mutex);
-    }
+    if (code != 0) /* relaxed: it is read once the task is known to be finished */
+        atomic_store_explicit(&pool->code, code, memory_order_relaxed);
 }
 
-/* Runs the task of this thread, then those that nobody has begun. */
+/* Acquire: what the task wrote is there, and it reads no more of the pool. */
+static bool is_finished(gfi_pool *pool, int index, uint32_t number) {
+    return atomic_load_explicit(&pool->workers[index].finished, memory_order_acquire) == number;
+}
+
+/* ---- workers ---- */
+
+/* Runs the task of this thread, then those that nobody has begun. The calling thread runs the first
+ * one itself. */
 static void run_tasks(gfi_pool *pool, worker *w, uint_least64_t loop) {
     uint32_t number = (uint32_t)(loop >> 32);
     int tasks = (int)(uint32_t)loop, own = (int)(w - pool->workers);
     for (int i = 0; i < tasks; i++) {
         int index = own < tasks ? (own + i) % tasks : i;
-        if (take(pool, index, number))
-            run_task(pool, w, index, tasks);
+        if (index == 0 || !take(pool, index, number))
+            continue;
+        run_task(pool, w, index);
+        /* Sequentially consistent, as is what `wait_for` does in the other order: either this
+         * thread sees that the other one waits, or that one sees that the task is finished. */
+        atomic_store(&pool->workers[index].finished, number);
+        if (atomic_load(&pool->waits)) {
+            pthread_mutex_lock(&pool->mutex);
+            pthread_cond_signal(&pool->done);
+            pthread_mutex_unlock(&pool->mutex);
+        }
     }
+}
+
+/* Acquire: the loop's task is there, and what other threads wrote in loops before. */
+static uint_least64_t current_loop(gfi_pool *pool) {
+    return atomic_load_explicit(&pool->loop, memory_order_acquire);
 }
 
 /* The loop after `seen`, or `seen` if none comes for a while. */
 static uint_least64_t look_for_loop(gfi_pool *pool, uint_least64_t seen) {
-    double end = gfi_now() + SPIN_SECONDS;
+    double start = 0, seconds;
     do {
         for (int i = 0; i < LOOKS; i++) {
-            uint_least64_t loop = atomic_load_explicit(&pool->loop, memory_order_acquire);
+            uint_least64_t loop = current_loop(pool);
             if (loop != seen)
                 return loop;
             pause_briefly();
         }
-    } while (gfi_now() < end);
+        bool busy = atomic_load_explicit(&pool->busy, memory_order_relaxed);
+        seconds = busy ? BUSY_SECONDS : IDLE_SECONDS;
+    } while (looks_on(&start, seconds));
     return seen;
+}
+
+/* The loop after `seen`, or `seen` if there are to be no more. */
+static uint_least64_t sleep_until_loop(gfi_pool *pool, uint_least64_t seen) {
+    uint_least64_t loop;
+    pthread_mutex_lock(&pool->mutex);
+    atomic_fetch_add_explicit(&pool->sleepers, 1, memory_order_relaxed);
+    while ((loop = current_loop(pool)) == seen && !atomic_load(&pool->stop))
+        pthread_cond_wait(&pool->wake, &pool->mutex);
+    atomic_fetch_sub_explicit(&pool->sleepers, 1, memory_order_relaxed);
+    pthread_mutex_unlock(&pool->mutex);
+    return loop;
 }
 
 static void *work(void *argument) {
@@ -112,18 +178,16 @@ static void *work(void *argument) {
     uint_least64_t seen = 0;
     while (!atomic_load(&pool->stop)) {
         uint_least64_t loop = look_for_loop(pool, seen);
-        if (loop == seen) {
-            pthread_mutex_lock(&pool->mutex);
-            while (atomic_load(&pool->loop) == seen && !atomic_load(&pool->stop))
-                pthread_cond_wait(&pool->wake, &pool->mutex);
-            pthread_mutex_unlock(&pool->mutex);
-            loop = atomic_load(&pool->loop);
-        }
-        run_tasks(pool, w, loop);
+        if (loop == seen)
+            loop = sleep_until_loop(pool, seen);
+        if (loop != seen)
+            run_tasks(pool, w, loop);
         seen = loop;
     }
     return NULL;
 }
+
+/* ---- the calling thread ---- */
 
 static void wake_all(gfi_pool *pool) {
     pthread_mutex_lock(&pool->mutex);
@@ -131,25 +195,42 @@ static void wake_all(gfi_pool *pool) {
     pthread_mutex_unlock(&pool->mutex);
 }
 
-/* Tells the other threads of a loop; of one without tasks, they just wake up. */
-static void announce(gfi_pool *pool, int tasks) {
-    uint_least64_t number = (atomic_load(&pool->loop) >> 32) + 1;
-    atomic_store(&pool->loop, number << 32 | (uint32_t)tasks);
-    wake_all(pool);
+/* Tells the other threads of a loop; of one without tasks, they just wake up. Its number.
+ *
+ * Release: what the loop needs is there before its number. That a thread goes to sleep may be seen
+ * too late here, as nothing orders the store before the load: it then sleeps through this loop,
+ * whose tasks others take, and is woken by the next one. To have that ordered, each loop would wait
+ * until all threads have given up their copies of the line. */
+static uint32_t announce(gfi_pool *pool, int tasks) {
+    uint32_t number =
+        (uint32_t)(atomic_load_explicit(&pool->loop, memory_order_relaxed) >> 32) + 1;
+    atomic_store_explicit(&pool->loop, (uint_least64_t)number << 32 | (uint32_t)tasks,
+                          memory_order_release);
+    if (atomic_load_explicit(&pool->sleepers, memory_order_relaxed) > 0)
+        wake_all(pool);
+    return number;
 }
 
-static void wait_for(gfi_pool *pool, int tasks) {
-    double end = gfi_now() + SPIN_SECONDS;
+static bool is_finished_soon(gfi_pool *pool, int index, uint32_t number, int looks) {
+    for (int i = 0; i < looks; i++) {
+        if (is_finished(pool, index, number))
+            return true;
+        pause_briefly();
+    }
+    return false;
+}
+
+static void wait_for(gfi_pool *pool, int index, uint32_t number) {
+    double start = 0;
     do {
-        for (int i = 0; i < LOOKS; i++) {
-            if (atomic_load_explicit(&pool->finished, memory_order_acquire) == tasks)
-                return;
-            pause_briefly();
-        }
-    } while (gfi_now() < end);
+        if (is_finished_soon(pool, index, number, LOOKS))
+            return;
+    } while (looks_on(&start, IDLE_SECONDS));
     pthread_mutex_lock(&pool->mutex);
-    while (atomic_load(&pool->finished) < tasks)
+    atomic_store(&pool->waits, true);
+    while (atomic_load(&pool->workers[index].finished) != number)
         pthread_cond_wait(&pool->done, &pool->mutex);
+    atomic_store(&pool->waits, false);
     pthread_mutex_unlock(&pool->mutex);
 }
 
@@ -167,13 +248,45 @@ static int launch(gfi_caller *caller, gfi_task task, void *closure, int tasks) {
     pool->closure = closure;
     pool->group = (gfi_parallel){NULL, tasks};
     pool->in_task = true;
-    atomic_store(&pool->finished, 0);
-    atomic_store(&pool->code, 0);
-    announce(pool, tasks);
-    run_tasks(pool, w, atomic_load(&pool->loop));
-    wait_for(pool, tasks);
+    atomic_store_explicit(&pool->code, 0, memory_order_relaxed);
+    uint32_t number = announce(pool, tasks);
+    run_task(pool, w, 0);
+    for (int i = 1; i < tasks; i++) {
+        if (is_finished_soon(pool, i, number, END_LOOKS))
+            continue;
+        if (take(pool, i, number)) {
+            run_task(pool, w, i);
+            /* Relaxed: this thread alone asks. */
+            atomic_store_explicit(&pool->workers[i].finished, number, memory_order_relaxed);
+        }
+    }
+    for (int i = 1; i < tasks; i++)
+        wait_for(pool, i, number);
     pool->in_task = false;
-    return atomic_load(&pool->code);
+    return atomic_load_explicit(&pool->code, memory_order_relaxed);
+}
+
+gfi_caller *gfi_pool_caller(gfi_pool *pool) { return &pool->workers[0].caller; }
+
+typedef struct {
+    char *to;
+    const char *from;
+    size_t size;
+} copy;
+
+static int copy_part(int task, gfi_parallel *group, void *closure) {
+    const copy *whole = closure;
+    size_t lines = (whole->size + CACHE_LINE - 1) / CACHE_LINE, count = (size_t)group->tasks;
+    size_t first = lines * (size_t)task / count * CACHE_LINE;
+    size_t end = lines * ((size_t)task + 1) / count * CACHE_LINE;
+    end = end < whole->size ? end : whole->size;
+    memcpy(whole->to + first, whole->from + first, end - first);
+    return 0;
+}
+
+void gfi_pool_copy(gfi_pool *pool, void *to, const void *from, size_t size) {
+    copy whole = {to, from, size};
+    launch(gfi_pool_caller(pool), copy_part, &whole, size < COPY_BYTES ? 1 : 0);
 }
 
 static void *allocate(gfi_caller *caller, uint64_t size) {
@@ -210,11 +323,15 @@ static void complain(gfi_caller *caller, const char *const *parts, int32_t count
         *at = ' '; /* an error is one line */
 }
 
-gfi_caller *gfi_pool_caller(gfi_pool *pool) { return &pool->workers[0].caller; }
-
-void gfi_pool_rouse(gfi_pool *pool) {
+void gfi_pool_begin(gfi_pool *pool) {
+    /* Relaxed: it decides on nothing but how long threads look for work. */
+    atomic_store_explicit(&pool->busy, true, memory_order_relaxed);
     if (pool->threads > 1)
         announce(pool, 0);
+}
+
+void gfi_pool_end(gfi_pool *pool) {
+    atomic_store_explicit(&pool->busy, false, memory_order_relaxed);
 }
 
 void gfi_pool_reset(gfi_pool *pool) {
@@ -265,9 +382,11 @@ gfrt_status gfi_pool_create(uint32_t threads, size_t workspace, const gfi_table 
     if (cpus)
         pool->cpus = *cpus;
     atomic_init(&pool->loop, 0);
-    atomic_init(&pool->finished, 0);
-    atomic_init(&pool->code, 0);
+    atomic_init(&pool->busy, false);
+    atomic_init(&pool->sleepers, 0);
+    atomic_init(&pool->waits, false);
     atomic_init(&pool->stop, false);
+    atomic_init(&pool->code, 0);
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->wake, NULL);
     pthread_cond_init(&pool->done, NULL);
@@ -276,6 +395,7 @@ gfrt_status gfi_pool_create(uint32_t threads, size_t workspace, const gfi_table 
         workers[i].pool = pool;
         workers[i].workspace = workspaces ? workspaces + i * each : NULL;
         atomic_init(&workers[i].taken, 0);
+        atomic_init(&workers[i].finished, 0);
     }
     for (pool->started = 1; pool->started < threads; pool->started++) {
         worker *w = &workers[pool->started];

@@ -26,8 +26,8 @@ _LIBC = """
     posix_memalign pthread_cond_broadcast pthread_cond_destroy pthread_cond_init pthread_cond_signal
     pthread_cond_wait pthread_create pthread_getspecific pthread_join pthread_key_create
     pthread_key_delete pthread_mutex_destroy pthread_mutex_init pthread_mutex_lock
-    pthread_mutex_unlock pthread_setspecific sched_getaffinity sched_setaffinity snprintf strchr
-    strcmp strcspn strdup strerror strlen strspn vsnprintf
+    pthread_mutex_unlock pthread_setspecific sched_getaffinity sched_setaffinity sched_yield
+    snprintf strchr strcmp strcspn strdup strerror strlen strspn vsnprintf
 """
 # What LLVM may turn the operators of a graph into; the runtime needs none of them.
 _LIBM = """

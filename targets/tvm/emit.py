@@ -525,8 +525,10 @@ class _PlanBuilder:
         )
 
     def build(self) -> tuple[tuple[PlanStep, ...], Arena]:
-        arena = plan_arena(self._lifetimes())
-        self._offsets = arena.offsets
+        host = self._hosts()
+        arena = plan_arena(self._lifetimes(host))
+        guests = {name: arena.offsets[host[name]] for name in host}
+        self._offsets = {**arena.offsets, **guests}
         for name in self.program.inputs:
             self._activation(name, self.program.tensors[name].shape)
         steps = [step for i, call in enumerate(self.program.calls) for step in self._steps(i, call)]
@@ -549,7 +551,23 @@ class _PlanBuilder:
             for offset, grouped in self._grouped.items()
         )
 
-    def _lifetimes(self) -> list[Lifetime]:
+    def _hosts(self) -> Mapping[str, str]:
+        """For each tensor that takes the place of one before it: the first of that place."""
+        program = self.program
+        last = {
+            name: i for i, call in enumerate(program.calls) for name in call.reads.values()
+        } | dict.fromkeys(program.outputs, len(program.calls))
+        host: dict[str, str] = {}
+        for i, call in enumerate(program.calls):
+            for result, argument in self.scheduled[call.kernel].in_place.items():
+                name, before = call.writes[result], call.reads[argument]
+                alone = [*call.reads.values()].count(before) == 1 and last[before] == i
+                fits = self._size(name) == self._size(before)
+                if alone and fits and before not in program.inputs:
+                    host[name] = host.get(before, before)
+        return host
+
+    def _lifetimes(self, host: Mapping[str, str]) -> list[Lifetime]:
         first = dict.fromkeys(self.program.inputs, 0)
         last: dict[str, int] = {}
         sizes = {name: self._size(name) for name in self.program.tensors}
@@ -567,6 +585,9 @@ class _PlanBuilder:
                 temporaries[name] = Lifetime(name=name, size_bytes=size, first=made, last=i)
         for name in self.program.outputs:
             last[name] = len(self.program.calls)
+        for name, of in host.items():  # in the order of the calls
+            last[of] = last[name]
+            del first[name]
         return [*temporaries.values()] + [
             Lifetime(name=name, size_bytes=sizes[name], first=first[name], last=last.get(name, 0))
             for name in first

@@ -354,12 +354,15 @@ class Scheduled:
             absorbs the storage offset times the weight's column sums).
         temps: scratch tensors that live for this kernel alone: dtype and shape.
         consts: tensors that the schedule itself brings along, such as DFT matrices.
+        in_place: for a result that may lie where an argument does, if nobody else needs that: the
+            argument. Its elements are read before those of the result are written there.
     """
 
     steps: tuple[Step, ...]
     pack: Mapping[str, Callable[[Mapping[str, Array]], Array]] = field(default_factory=dict)
     temps: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     consts: Mapping[str, Array] = field(default_factory=dict)
+    in_place: Mapping[str, str] = field(default_factory=dict)
 
 
 def quant_args(scale: float, zero_point: int) -> Array:

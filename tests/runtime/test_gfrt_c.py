@@ -42,18 +42,26 @@ def build(toy: Toy, toy_kernels_x86: Path, tmp_path_factory: pytest.TempPathFact
     return compile_program
 
 
-@pytest.mark.parametrize("sanitize", ["address,undefined", "thread"])
-def test_the_whole_api_under_sanitizers(
-    build: Build, toy: Toy, other_toy: Toy, sanitize: str
-) -> None:
-    program = build(HERE / "api_check.c", sanitize, f"-Wl,{WRAPPED}")
-    command = [program, toy.folder, other_toy.folder]
+def run_silently(command: Sequence[Path | str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if "unexpected memory mapping" in result.stderr:
         # ThreadSanitizer's fixed shadow memory and newer kernels' address randomization collide.
         command = [need("setarch"), "--addr-no-randomize", *command]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("sanitize", ["address,undefined", "thread"])
+def test_the_whole_api_under_sanitizers(
+    build: Build, toy: Toy, other_toy: Toy, sanitize: str
+) -> None:
+    program = build(HERE / "api_check.c", sanitize, f"-Wl,{WRAPPED}")
+    run_silently([program, toy.folder, other_toy.folder])
+
+
+@pytest.mark.parametrize("sanitize", ["address,undefined", "thread"])
+def test_loops_run_every_task_once_and_idle_threads_sleep(build: Build, sanitize: str) -> None:
+    run_silently([build(HERE / "pool_check.c", sanitize)])
 
 
 def open_all(program: Path, toy: Toy, data: Sequence[bytes]) -> list[tuple[int, str]]:

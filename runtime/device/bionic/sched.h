@@ -7,6 +7,7 @@ typedef struct {
     unsigned long bits[1024 / (8 * sizeof(unsigned long))];
 } cpu_set_t;
 
+int sched_yield(void);
 int sched_getaffinity(int process, size_t size, cpu_set_t *set);
 int sched_setaffinity(int process, size_t size, const cpu_set_t *set);
 int __sched_cpucount(size_t size, const cpu_set_t *set);
