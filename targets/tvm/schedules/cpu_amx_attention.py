@@ -34,7 +34,12 @@ from tvm.script.ir_builder import tirx as I
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.kernel import ActStorage, Attention, Scheduled, Step
 from gfcompile.targets.tvm.schedules import avx512
-from gfcompile.targets.tvm.schedules.cpu_amx import TILE_BYTES, instruct, load_tile, tile_config
+from gfcompile.targets.tvm.schedules.amx_pipeline import (
+    TILE_BYTES,
+    instruct,
+    load_tile,
+    tile_config,
+)
 from gfcompile.targets.tvm.schedules.cpu_attention import (
     MASKED,
     Plan,
