@@ -355,6 +355,26 @@ def test_blocks_of_amx_are_finished_whatever_a_thread_has_of_them(kernel: Dense)
     assert all((result == results[0]).all() for result in results)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(("m", "k"), [(197, 64), (68, 192), (17, 640), (64, 384), (9, 4)])
+def test_amx_adds_to_a_residual_in_its_place(m: int, k: int, threads: int) -> None:
+    cpu, kernel = CPUS["avx512_amx"], Dense(m=m, n=96, k=k, x="int8", residual_rows=m)
+    given = problem(kernel, cpu)
+    scheduled = scheduled_for(kernel, cpu)
+    assert scheduled.in_place == {"y": "residual"}
+    apart = run_kernel(scheduled, given.args, cpu)["y"]
+    (step,) = scheduled.steps
+    args = tuple("residual" if name == "y" else name for name in step.args)
+    inside = replace(scheduled, steps=(replace(step, args=args),))
+    after = run_kernel(inside, given.args, cpu, threads=threads)
+    np.testing.assert_array_equal(after["residual"], apart)
+
+
+def test_amx_keeps_a_residual_that_columns_overlap_in() -> None:
+    kernel = Dense(m=32, n=80, k=64, x="int8", residual_rows=32)
+    assert not scheduled_for(kernel, CPUS["avx512_amx"]).in_place
+
+
 @pytest.mark.parametrize("cpu", CPUS)
 @pytest.mark.parametrize("x", ["float32", "int8"])
 def test_tiles_fit_the_registers_and_cover_what_they_must(cpu: str, x: str) -> None:

@@ -53,11 +53,13 @@ class Block:
     """A block of the result, by its first row.
 
     Attributes:
+        start: the first row that no block before has computed.
         group: of columns.
         columns: the first one of each vector.
     """
 
     row: Expr
+    start: Expr
     group: Expr
     columns: Sequence[Expr]
 
@@ -73,7 +75,7 @@ class Pipeline:
         tile_rows: of a tile; a block has one or two, which overlap if they must.
         vectors: of columns, in a block.
         accumulators: tiles of sums, numbers 0 and on.
-        finishes: vectors that finish a row of all these tiles.
+        finishes: steps that finish a row of all these tiles.
         chunks: tiles along k.
         products: of a chunk.
         w_lines: cache lines of the weights of a vector of columns.
@@ -96,7 +98,7 @@ class Pipeline:
         w: Buffer,
         config: Buffer,
         multiply: Callable[[Expr, Expr, Expr], Iterator[None]],
-        finish: Callable[[Block, Sequence[Buffer], Expr], Iterator[None]],
+        finish: Callable[[Block, Sequence[Buffer], Expr, Expr], Iterator[None]],
     ) -> None:
         """Emits the kernel's loops.
 
@@ -104,7 +106,8 @@ class Pipeline:
             w: packed weights, (panels, lines, a line).
             config: the operand of ldtilecfg.
             multiply: emits the products of (a row, a panel of w, a chunk), one after the other.
-            finish: emits the vectors of (a block, its sums, a row of its tiles), likewise.
+            finish: emits the vectors of (a block, its sums, a row of its tiles, whether that comes
+                for the first time), likewise.
         """
         turn_rows = ceil(self.tile_rows / self.chunks)
         turns = ceil(self.tile_rows / turn_rows)
@@ -119,8 +122,10 @@ class Pipeline:
             def finish_rows(turn: Expr) -> Iterator[None]:
                 overlaps = turns * turn_rows > self.tile_rows
                 for r in range(turn_rows):
-                    row = clamped(turn * turn_rows + r, self.tile_rows - 1, overlaps)
-                    yield from finish(waiting.block, sums, I.bind(row))
+                    row = turn * turn_rows + r
+                    is_new = row < self.tile_rows if overlaps else T.bool(True)
+                    place = I.bind(clamped(row, self.tile_rows - 1, overlaps))
+                    yield from finish(waiting.block, sums, place, is_new)
 
             with _serial(share.first, share.end, usual=self.tasks.columns) as task:
                 column, start, steps = share.at(task)
@@ -131,7 +136,7 @@ class Pipeline:
                 ]
                 panel = I.bind(group * self.columns.group_blocks + first)
                 with _serial(0, steps, usual=self.tasks.steps) as i:
-                    at, last = (start + i) * self.block_rows, self.rows - self.block_rows
+                    at, last = I.bind((start + i) * self.block_rows), self.rows - self.block_rows
                     row = I.bind(clamped(at, last, self.rows % self.block_rows != 0))
                     done = I.bind(self.tasks.pass_of(start, i) * self.chunks)
 
@@ -157,7 +162,7 @@ class Pipeline:
                     for number, stored in enumerate(sums):
                         to = T.address_of(stored[0])
                         instruct("tilestored64", T.int8(number), to, T.int64(TILE_BYTES))
-                    waiting.keep(Block(row=row, group=group, columns=places))
+                    waiting.keep(Block(row=row, start=at, group=group, columns=places))
             with _serial(0, waiting.exists * turns, usual=turns) as turn:
                 _all(finish_rows(turn))
             instruct("tilerelease")
@@ -253,11 +258,11 @@ class _Waiting:
     """The block that waits to be finished, if there is one."""
 
     def __init__(self, vectors: int) -> None:
-        self._state = _own(3 + vectors, "int32")
-        self._store([0] * (3 + vectors))
+        self._state = _own(4 + vectors, "int32")
+        self._store([0] * (4 + vectors))
 
     def keep(self, block: Block) -> None:
-        self._store([1, block.row, block.group, *block.columns])
+        self._store([1, block.row, block.start, block.group, *block.columns])
 
     @property
     def exists(self) -> Expr:
@@ -266,9 +271,8 @@ class _Waiting:
 
     @property
     def block(self) -> Block:
-        size = int(self._state.shape[0])
-        columns = [self._state[i] for i in range(3, size)]
-        return Block(row=self._state[1], group=self._state[2], columns=columns)
+        _, row, start, group, *columns = [self._state[i] for i in range(int(self._state.shape[0]))]
+        return Block(row=row, start=start, group=group, columns=columns)
 
     def _store(self, values: Sequence[Expr]) -> None:
         for i, value in enumerate(values):

@@ -9,6 +9,7 @@ columns overlap at the end as those of `cpu_dense` do.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import ceil
 
 from tvm import tirx
@@ -63,9 +64,11 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
     tile_rows = ceil(m / (row_tiles * row_steps))
     block_rows = min(row_tiles * tile_rows, m)
     offset = block_rows - tile_rows  # of the second tile, which overlaps the first if it must
-    paired = min(_PAIR, kernel.n // kernel.out_groups // product.block)
+    group_columns = kernel.n // kernel.out_groups
+    paired = min(_PAIR, group_columns // product.block)
     tile = Tile(rows=block_rows, vectors=paired)
     columns = Columns(kernel=kernel, product=product, tile=tile)
+    row_overlap = m % block_rows
     lanes = product.lanes
     tiles = [(t, v) for v in range(paired) for t in range(row_tiles)]
     pipeline = Pipeline(
@@ -76,7 +79,7 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
         tile_rows=tile_rows,
         vectors=paired,
         accumulators=len(tiles),
-        finishes=len(tiles),
+        finishes=row_tiles,
         chunks=k // depth,
         products=len(tiles),
         w_lines=ceil(k * columns.block / TILE_BYTES),
@@ -86,6 +89,21 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
     by_table = kernel.gelu and kernel.out == "int8" and not kernel.residual_rows
     if by_table:
         consts["gelu"] = amx_gelu.table()
+    # Lines of y then come from where the thread wrote them last, not from another core.
+    in_place = (
+        kernel.residual_rows == m
+        and kernel.residual_dtype == kernel.out == "float32"
+        and group_columns % (paired * lanes) == 0
+    )
+
+    @contextmanager
+    def once(is_new: Expr) -> Iterator[None]:
+        """What is added to in its place is so only once; other rows may be written again."""
+        if in_place:
+            with I.If(is_new), I.Then():
+                yield
+        else:
+            yield
 
     with IRBuilder() as builder, I.prim_func(s_tir=True):
         I.func_name("dense")
@@ -118,20 +136,32 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
                 value = finish(kernel, operands, acc[at + lane] + bias[place[1]], *place, group)
                 I.buffer_store(y, value, list(place))
 
-        def finish_row(block: Block, sums: Sequence[Buffer], r: Expr) -> Iterator[None]:
-            for acc, (t, v) in zip(sums, tiles, strict=True):
-                place = block.row + t * offset + r, block.columns[v], block.group
-                if by_table:
-                    finish_gelu(acc.vload([r * lanes], f"int32x{lanes}"), *place)
-                else:
-                    finish_vector(acc, r * lanes, *place)
+        def finish_row(
+            block: Block, sums: Sequence[Buffer], r: Expr, is_new: Expr
+        ) -> Iterator[None]:
+            for t in range(row_tiles):
+                row = block.row + t * offset + r
+                conditions = [is_new]
+                if row_overlap:
+                    conditions.append(row >= block.start)
+                if t > 0 and offset < tile_rows:
+                    conditions.append(offset + r >= tile_rows)
+                with once(tirx.all(*conditions)):
+                    for acc, (of, v) in zip(sums, tiles, strict=True):
+                        if of == t and by_table:
+                            vector = acc.vload([r * lanes], f"int32x{lanes}")
+                            finish_gelu(vector, row, block.columns[v], block.group)
+                        elif of == t:
+                            finish_vector(acc, r * lanes, row, block.columns[v], block.group)
                 yield
 
         pipeline.emit(w, config, multiply, finish_row)
+
     return Scheduled(
         steps=(Step(func=builder.get(), args=("x", *operand_names(kernel), *consts)),),
         pack=packing(kernel, product, tile, storage, block=columns.block),
         consts=consts,
+        in_place={"y": "residual"} if in_place else {},
     )
 
 
