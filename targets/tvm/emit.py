@@ -560,6 +560,8 @@ class _PlanBuilder:
         host: dict[str, str] = {}
         for i, call in enumerate(program.calls):
             for result, argument in self.scheduled[call.kernel].in_place.items():
+                if argument not in call.reads:
+                    continue  # a constant
                 name, before = call.writes[result], call.reads[argument]
                 alone = [*call.reads.values()].count(before) == 1 and last[before] == i
                 fits = self._size(name) == self._size(before)
