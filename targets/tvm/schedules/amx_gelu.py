@@ -18,16 +18,17 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
 
 from gfcompile.targets.tvm.kernel import ActStorage, Array
+from gfcompile.targets.tvm.schedules import avx512
+from gfcompile.targets.tvm.schedules.avx512 import LANES
 from gfcompile.targets.tvm.schedules.cpu_dot import Buffer
-from gfcompile.targets.tvm.schedules.math import Expr
+from gfcompile.targets.tvm.schedules.cpu_tiling import splat
+from gfcompile.targets.tvm.schedules.math import ROUND_MAGIC, ROUND_MAGIC_BITS, Expr
 
-LANES = 16
 _SEGMENTS, _WIDTH = 32, 0.25
 # Within the last segment, where H is next to nothing.
 _LIMIT = (_SEGMENTS - 0.51) * _WIDTH
-# Added to a number it leaves the nearest multiple of 1/4, or of 1, in the low bits.
-_QUARTER_MAGIC, _MAGIC = 1.5 * 2**21, 1.5 * 2**23
-_MAGIC_BITS = 0x4B400000
+# As ROUND_MAGIC, for the nearest multiple of the width.
+_WIDTH_MAGIC = ROUND_MAGIC * _WIDTH
 
 
 def table() -> Array:
@@ -58,33 +59,29 @@ def quantized_gelu(
     """
     floats, ints = f"float32x{LANES}", f"int32x{LANES}"
 
-    def floats_of(value: Expr) -> Expr:
-        return T.broadcast(
-            tirx.const(value, "float32") if isinstance(value, float) else value, LANES
-        )
-
-    def ints_of(value: Expr) -> Expr:
-        return T.broadcast(tirx.const(value, "int32") if isinstance(value, int) else value, LANES)
+    def lanes_of(value: Expr, dtype: str = "float32") -> Expr:
+        return splat(value, LANES, dtype)
 
     v = I.bind(v)
-    a = I.bind(tirx.reinterpret(floats, tirx.reinterpret(ints, v) & ints_of(0x7FFFFFFF)))
-    within = I.bind(tirx.min(a, floats_of(_LIMIT)))
+    a = I.bind(tirx.reinterpret(floats, tirx.reinterpret(ints, v) & lanes_of(0x7FFFFFFF, "int32")))
+    within = I.bind(tirx.min(a, lanes_of(_LIMIT)))
     # By way of its bits: TVM takes (a + b) - b for a.
-    segment = I.bind(tirx.reinterpret(ints, within + floats_of(_QUARTER_MAGIC)))
-    d = I.bind(within - (tirx.reinterpret(floats, segment) - floats_of(_QUARTER_MAGIC)))
+    segment = I.bind(tirx.reinterpret(ints, within + lanes_of(_WIDTH_MAGIC)))
+    d = I.bind(within - (tirx.reinterpret(floats, segment) - lanes_of(_WIDTH_MAGIC)))
 
     def coefficient(power: int) -> Expr:
         low, high = (coefficients.vload([power, at], floats) for at in (0, LANES))
-        pick = T.llvm_lookup_intrinsic_id("llvm.x86.avx512.vpermi2var.ps.512")
-        return T.call_llvm_pure_intrin(pick, low, segment, high, dtype=floats)
+        return avx512.picked(low, high, segment)
 
     p = coefficient(3)
     for power in (2, 1, 0):
         p = p * d + coefficient(power)
-    steps = (v + a - p) * floats_of(quant[0] * tirx.const(0.5, "float32"))
+    steps = (v + a - p) * lanes_of(quant[0] * tirx.const(0.5, "float32"))
     # Bits of a float32 order as integers do: what is too large for the magic number stays so.
-    bits = tirx.reinterpret(ints, tirx.max(steps, floats_of(quant[1])) + floats_of(_MAGIC))
-    shift = tirx.Cast("int32", quant[3]) + tirx.const(-_MAGIC_BITS, "int32")
-    limited = tirx.max(tirx.min(bits + ints_of(shift), ints_of(127)), ints_of(-128))
+    bits = tirx.reinterpret(ints, tirx.max(steps, lanes_of(quant[1])) + lanes_of(ROUND_MAGIC))
+    shift = tirx.Cast("int32", quant[3]) + tirx.const(-ROUND_MAGIC_BITS, "int32")
+    limited = tirx.max(
+        tirx.min(bits + lanes_of(shift), lanes_of(127, "int32")), lanes_of(-128, "int32")
+    )
     stored = tirx.reinterpret(f"{storage.dtype}x{LANES}", tirx.Cast(f"int8x{LANES}", limited))
     return stored ^ T.broadcast(tirx.const(storage.offset, storage.dtype), LANES)

@@ -35,6 +35,11 @@ def rounded(v: Expr) -> Expr:
     return _pure("mask.cvtps2dq", "int32", v, T.broadcast(T.int32(0), LANES), *_MODE)
 
 
+def picked(low: Expr, high: Expr, numbers: Expr) -> Expr:
+    """For each lane one of the 32 float32 of `low` and `high`, by the low five bits of a number."""
+    return _pure("vpermi2var.ps", "float32", low, numbers, high)
+
+
 def packed(words: Sequence[Expr], dtype: str, shift: Expr | None = None) -> Expr:
     """Up to four registers of int32 as one of int8 or uint8, plus `shift` (int16), saturated.
 

@@ -50,16 +50,19 @@ from gfcompile.targets.tvm.schedules.cpu_attention import (
 from gfcompile.targets.tvm.schedules.cpu_dense import registers
 from gfcompile.targets.tvm.schedules.cpu_dot import Buffer, activation_product_of
 from gfcompile.targets.tvm.schedules.cpu_tiling import apart, fold_lanes
-from gfcompile.targets.tvm.schedules.math import EXP2_COEFFICIENTS, LOG2_E, Expr, float32
+from gfcompile.targets.tvm.schedules.math import (
+    EXP2_COEFFICIENTS,
+    LOG2_E,
+    ROUND_MAGIC_BITS,
+    Expr,
+    float32,
+)
 
 _ROWS = 16  # of a tile
 _LANES = 16  # of a vector of 32 bits, which is a row of a tile of sums
 _BLOCK = 4  # vectors of scores, which become one of p and a tile's row
 # The tiles' numbers.
 _Y, _P, _V, _S, _Q, _K = range(6)
-# 1.5 * 2**23 plus an integer of up to 2**22 either way has it in its low bits; 64 products of 255
-# and 128 come to half of that.
-_MAGIC = int(np.float32(12582912).view(np.int32))
 
 
 def takes(kernel: Attention) -> bool:
@@ -147,7 +150,8 @@ class _TilePlan(Plan):
         k, bias = buffers["k"], buffers["k_bias"]
         with I.serial(self.score_tiles) as tile, I.vectorized(_LANES) as lane:
             at = tile * _LANES + lane
-            value = bias[task, at] + tirx.const(_MAGIC, "int32")
+            # Integers of up to 2**22 fit: 64 products of 255 and 128 come to half of that.
+            value = bias[task, at] + tirx.const(ROUND_MAGIC_BITS, "int32")
             I.buffer_store(bias, tirx.Select(at < tokens, value, masked), [task, at])
         beyond = (self.score_columns - tokens) * group
         if beyond:

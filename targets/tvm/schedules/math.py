@@ -58,8 +58,8 @@ EXP2_COEFFICIENTS = (
 _EXP2_LOWEST = -126.0
 
 # 1.5 * 2**23: adding it leaves the nearest integer, ties to even, in the low bits of the sum.
-_ROUND_MAGIC = 12582912.0
-_ROUND_MAGIC_BITS = 0x4B400000
+ROUND_MAGIC = 12582912.0
+ROUND_MAGIC_BITS = 0x4B400000
 
 
 def float32(value: float) -> Expr:
@@ -122,11 +122,11 @@ def exp2(v: Expr) -> Expr:
     """
 
     def scaled(v: Expr) -> Expr:
-        return let(v + float32(_ROUND_MAGIC), lambda shifted: power(v, shifted))
+        return let(v + float32(ROUND_MAGIC), lambda shifted: power(v, shifted))
 
     def power(v: Expr, shifted: Expr) -> Expr:
         exponent = tirx.reinterpret("int32", shifted) << tirx.const(23, "int32")
-        fraction = v - (shifted - float32(_ROUND_MAGIC))
+        fraction = v - (shifted - float32(ROUND_MAGIC))
         mantissa = let(fraction, lambda f: _horner(EXP2_COEFFICIENTS, f))
         return tirx.reinterpret("float32", tirx.reinterpret("int32", mantissa) + exponent)
 
@@ -189,8 +189,8 @@ def _quantize_saturating(steps: Expr, zero_point: Expr) -> Expr:
 
 def round_to_int32(v: Expr, shift: Expr = 0) -> Expr:
     """The integer nearest to a float32 within +-2**22, ties to even, plus `shift`."""
-    bits = tirx.reinterpret("int32", v + float32(_ROUND_MAGIC))
-    return bits + (shift + tirx.const(-_ROUND_MAGIC_BITS, "int32"))
+    bits = tirx.reinterpret("int32", v + float32(ROUND_MAGIC))
+    return bits + (shift + tirx.const(-ROUND_MAGIC_BITS, "int32"))
 
 
 def dequantize(q: Expr, dequant: Any, storage: ActStorage) -> Expr:
