@@ -84,7 +84,7 @@ def tune_model(
         with open_cache(note=progress.note) as cache:
             graph = lowered_graph(compilation, cache, progress)
         calls = _MEASURED_CALLS if runner.how == "measured" else 1
-        found = tasks(program_of(graph, config.precision), level, calls=calls)
+        found = tasks(program_of(graph, config.precision, target), level, calls=calls)
         if not found:
             raise UserError(f"{config.model} on {target.name} has no kernel that leaves a choice")
         tuner = Tuner(

@@ -10,6 +10,7 @@ from gfcompile.compile.emission import Emission, EmissionRequest, Pruning, Reque
 from gfcompile.compile.verify import verify
 from gfcompile.runtime.bundle import TensorSpec
 from gfcompile.targets.target import Cpu, Gpu, Target, peaks
+from gfcompile.targets.tvm.blocked import in_blocks
 from gfcompile.targets.tvm.emit import Tuned, emit
 from gfcompile.targets.tvm.halves import in_halves
 from gfcompile.targets.tvm.kernel import Kernel, SelectTokens
@@ -39,7 +40,7 @@ def emit_plan(
     if half:
         target = target.for_float16()
     with request.progress.stage("compile the kernels"):
-        program = program_of(graph, request.precision)
+        program = program_of(graph, request.precision, target)
         library = f"lib{request.model}.so"
         tuning = _Tuning(tuning_db)
         artifact = emit(
@@ -107,14 +108,18 @@ def emit_plan(
     )
 
 
-def program_of(graph: "Graph", precision: RequestedPrecision) -> Program:
-    """The kernel calls that compute `graph`, in float16 if that is asked for.
+def program_of(graph: "Graph", precision: RequestedPrecision, target: Target) -> Program:
+    """The kernel calls that compute `graph` on `target`, in float16 if that is asked for.
 
     Raises:
         CompileError: a node that nothing takes, or a weight that float16 cannot hold.
     """
     program = partition(graph.model)
-    return in_halves(program) if precision == "float16" else program
+    if precision == "float16":
+        program = in_halves(program)
+    # ARM's cores have not been measured; a GPU has no use for it.
+    has_use = target.gpu is None and target.cpu.arch == "x86_64"
+    return in_blocks(program) if has_use else program
 
 
 def _half_compute(target: Target) -> str:

@@ -343,12 +343,14 @@ def kernel_name(kernel: Kernel) -> str:
             # Layers that differ in eps alone are rare, but must not share a name.
             eps = re.sub(r"\W", "_", f"{kernel.eps:.6g}")
             skips = f"_skips{kernel.leading}of{kernel.images}" if kernel.leading else ""
-            return f"layer_norm_{kernel.rows}x{kernel.n}_eps{eps}{skips}{suffix}"
+            blocks = "_from_blocks" * kernel.x_in_blocks + "_to_blocks" * kernel.y_in_blocks
+            return f"layer_norm_{kernel.rows}x{kernel.n}_eps{eps}{skips}{blocks}{suffix}"
         case DftFilter() | CircularFilter():
             form = "dft" if isinstance(kernel, DftFilter) else "circular"
             shape = f"{kernel.batch}x{kernel.h}x{kernel.w}x{kernel.c}"
             operands = _short(kernel.k_dtype) if kernel.x != "int8" else "i8"
             operands += "_x16" if kernel.x == "float16" else ""
+            operands += "_blocks" * (isinstance(kernel, DftFilter) and kernel.in_blocks)
             return f"{form}_filter_{shape}_{operands}"
         case Patchify():
             grid = f"{kernel.batch}x{kernel.grid_h}x{kernel.grid_w}"

@@ -90,11 +90,20 @@ class Conv:
         return (self.w + 2 * self.pad_w - self.kernel_w) // self.stride_w + 1
 
 
+CHANNEL_BLOCK = 16  # float32 of a line of cache
+
+
+def channel_blocks(rows: int, channels: int) -> tuple[int, int, int]:
+    """The shape of (rows, channels) in blocks of channels: (blocks, rows, channels of a block)."""
+    return channels // CHANNEL_BLOCK, rows, CHANNEL_BLOCK
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerNorm:
     """Layer normalization over the last axis of (rows, n).
 
     With `leading` l, x has l rows more before those of each of `images` images; they are skipped.
+    x or y may lie in blocks of channels: see `channel_blocks`.
 
     Arguments: x (rows + images * leading, n) float32, gamma (n,), beta (n,), quant (4,) if `out` is
     int8, y (rows, n).
@@ -106,6 +115,8 @@ class LayerNorm:
     out: Act = "float32"
     images: int = 1
     leading: int = 0
+    x_in_blocks: bool = False
+    y_in_blocks: bool = False
 
     @property
     def x_rows(self) -> int:
@@ -122,7 +133,8 @@ class LayerNorm:
 class DftFilter:
     """irfft2(rfft2(x) * K), both orthonormal, per channel: (batch, h, w, c).
 
-    With float16 x, a CPU that has float16 arithmetic computes in it.
+    With float16 x, a CPU that has float16 arithmetic computes in it. x and y may lie in blocks of
+    channels: see `channel_blocks`.
 
     Arguments: x; k_re, k_im (h, w // 2 + 1, c), `k_dtype` float32 or float16 (the bits of a
     float16 travel as uint16); y as x, but float32. The half spectrum stands for its Hermitian
@@ -135,6 +147,7 @@ class DftFilter:
     c: int
     x: Half = "float32"
     k_dtype: Half = "float32"
+    in_blocks: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

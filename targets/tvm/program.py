@@ -52,7 +52,7 @@ class Program:
     Attributes:
         unscheduled: kinds of products and convolutions that no schedule of ours covers.
         selections: which tokens each TopK of the graph chose.
-        stored_in: int8 values of the graph that have no tensor of their layout: the tensor that
+        stored_in: values of the graph that have no tensor of their layout: the tensor that
             holds them, and the place of each element in it, as flat indices.
     """
 

@@ -1,6 +1,7 @@
 """The filter's CPU kernels against numpy's FFT in float64, on every instruction set at hand."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -94,6 +95,30 @@ def _check_circular(
 @pytest.mark.parametrize("name", NATIVE + ARM)
 def test_dft_filter_equals_numpy(name: str) -> None:
     _check_dft((1, 14, 14, 48), CPUS[name])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("grid", [(14, 14), (5, 8)])
+@pytest.mark.parametrize("name", NATIVE)
+def test_blocks_of_channels_hold_the_same_bits(
+    name: str, grid: tuple[int, int], threads: int
+) -> None:
+    cpu, (h, w) = CPUS[name], grid
+    shape = (2, h, w, 48)
+    x, k = _input(*shape), _spectral_weight(h, w, 48)
+    arguments = {"k_re": k.real, "k_im": k.imag}
+    kernel = DftFilter(batch=2, h=h, w=w, c=48)
+
+    def filtered(kernel: DftFilter, x: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        scheduled = schedule_dft_filter(kernel, cpu, ActStorage())
+        given = arguments | {"x": x, "y": np.zeros_like(x)}
+        return run_kernel(scheduled, given, cpu, threads=threads)["y"]
+
+    def in_blocks(pixels: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        return np.ascontiguousarray(np.moveaxis(pixels.reshape(2, h, w, 3, 16), 3, 0))
+
+    got = filtered(replace(kernel, in_blocks=True), in_blocks(x))
+    np.testing.assert_array_equal(got, in_blocks(filtered(kernel, x)))
 
 
 @pytest.mark.parametrize("name", NATIVE + ARM)

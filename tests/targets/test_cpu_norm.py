@@ -9,7 +9,7 @@ import pytest
 import torch
 from run_kernel import CPUS, run_kernel
 
-from gfcompile.targets.tvm.kernel import Act, ActStorage, LayerNorm, quant_args
+from gfcompile.targets.tvm.kernel import Act, ActStorage, LayerNorm, channel_blocks, quant_args
 from gfcompile.targets.tvm.schedule import act_storage
 from gfcompile.targets.tvm.schedules.cpu_norm import schedule_layer_norm
 
@@ -128,3 +128,30 @@ def test_any_split_into_threads_gives_the_whole_result() -> None:
     scheduled = schedule_layer_norm(kernel, cpu, ActStorage())
     one, three = (run_kernel(scheduled, arguments, cpu, threads=n)["y"] for n in (1, 3))
     np.testing.assert_array_equal(one, three)
+
+
+def _in_blocks(rows: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    blocks, count, width = channel_blocks(*rows.shape)
+    return np.ascontiguousarray(rows.reshape(count, blocks, width).swapaxes(0, 1))
+
+
+@pytest.mark.parametrize("name", ["sse", "avx2", "avx512"])
+def test_blocks_of_channels_hold_the_same_bits(name: str) -> None:
+    cpu, storage = CPUS[name], act_storage(CPUS[name])
+    given: dict[str, Any] = {**_arguments(7, 96), "quant": quant_args(0.02, 3)}
+
+    def normalized(kernel: LayerNorm) -> npt.NDArray[np.generic]:
+        x, y = given["x"], np.zeros((7, 96), storage.dtype_of(kernel.out))
+        arguments = {
+            "x": _in_blocks(x) if kernel.x_in_blocks else x,
+            "y": _in_blocks(y) if kernel.y_in_blocks else y,
+        }
+        return run_kernel(schedule_layer_norm(kernel, cpu, storage), given | arguments, cpu)["y"]
+
+    kernel = LayerNorm(rows=7, n=96, eps=1e-6)
+    got = normalized(replace(kernel, y_in_blocks=True))
+    np.testing.assert_array_equal(got, _in_blocks(normalized(kernel)))
+    for out in ("float32", "int8"):
+        whole = replace(kernel, out=out)
+        got = normalized(replace(whole, x_in_blocks=True))
+        np.testing.assert_array_equal(got, normalized(whole))

@@ -15,6 +15,7 @@ from tvm.script import tirx as T
 from gfcompile.targets.spectral import cosine_matrix, sine_matrix
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.kernel import (
+    CHANNEL_BLOCK,
     ActStorage,
     Array,
     CircularFilter,
@@ -83,11 +84,6 @@ class _Blocks:
             return np.stack([constant[..., s : s + self.width] for s in starts])
 
         return pack
-
-
-# The bytes of a position up to which workers start at different rows: 0.94 of the time of two
-# threads with 256, 0.96 with 512, but 1.06 of that of one thread with 1024.
-_NARROW_BYTES = 512
 
 
 def _cut(batch: int, c: int, vectors: int, cpu: Cpu, lanes: int = 0) -> _Blocks:
@@ -254,7 +250,10 @@ def schedule_dft_filter(
     spectrum_shape = (blocks.workers, apart(h, padded * lanes, dtype), padded, lanes)
     line_shape = (blocks.workers, apart(line, lanes, dtype), lanes)
     row_groups = ceil_div(h, rows)
-    starts_apart = np.dtype("float32").itemsize * c <= _NARROW_BYTES
+    grid_shape: tuple[int, ...] = (kernel.batch, h, w, c)
+    if kernel.in_blocks:
+        assert blocks.width == CHANNEL_BLOCK, kernel
+        grid_shape = (c // CHANNEL_BLOCK, kernel.batch, h, w, CHANNEL_BLOCK)
     k_shape = (blocks.per_image, h, w // 2 + 1, blocks.width)
     in_registers = _fits_registers(kernel, cpu)
     consts = {
@@ -272,11 +271,17 @@ def schedule_dft_filter(
     along_w = _RealDft(n=w, columns=rows * vectors, most_rows=tile.rows, lanes=lanes, dtype=dtype)
     along_h = _RealDft(n=h, columns=tile.columns, most_rows=tile.rows, lanes=lanes, dtype=dtype)
 
+    def pixel(b: Expr, i: Expr, j: Expr, first: Expr, count: int) -> Index:
+        """Where `count` channels of a pixel are, all of one block."""
+        if kernel.in_blocks:
+            return first // CHANNEL_BLOCK, b, i, j, span(first % CHANNEL_BLOCK, count)
+        return b, i, j, span(first, count)
+
     def grid(buffer: Any, b: Expr, i: Expr, c0: Expr) -> "_View":
         """Columns are the vectors of `rows` rows of the image, positions go along w."""
         return _View(
             buffer,
-            lambda j, v: (b, i + v // vectors, j, span(c0 + v % vectors * lanes, lanes)),
+            lambda j, v: pixel(b, i + v // vectors, j, c0 + v % vectors * lanes, lanes),
             dtype,
         )
 
@@ -292,18 +297,6 @@ def schedule_dft_filter(
     def spectrum_parts(buffer: Any, worker: Expr, v: Expr) -> "_View":
         return _View(buffer, lambda u, k: (worker, u, k * vectors + v, span(0, lanes)))
 
-    def first_row(worker: Expr, g: Expr) -> Expr:
-        """The first row of the group that a worker transforms as number `g`.
-
-        A core fetches lines ahead within a page, where they hold other workers' channels. If these
-        are many, and all workers are at the same rows, they take lines of y from each other all
-        the time; so each then starts at a place of its own.
-        """
-        if not starts_apart:
-            return T.bind(T.min(g * rows, h - rows))
-        start = worker * row_groups // blocks.workers
-        return T.bind(T.min((g + start) % row_groups * rows, h - rows))
-
     def ask_for_next(x: Any, b: Expr, i: Expr, c0: Expr, turn: Expr) -> None:
         """Asks for these rows of the next block: another core has half of them in its cache.
 
@@ -311,7 +304,7 @@ def schedule_dft_filter(
         """
         is_mine = turn + 1 < blocks.tasks_per_worker
         with T.If(is_mine), T.Then(), T.serial(rows) as row, T.serial(w) as j:
-            prefetch_line(x, [b, i + row, j, c0 + blocks.width])
+            prefetch_line(x, list(pixel(b, i + row, j, c0 + blocks.width, 1)))
 
     def ask_for_constant(k: Any, block: Expr, i: Expr) -> None:
         """Asks for these rows of K, which are in no cache: the spectrum is there before them."""
@@ -337,7 +330,7 @@ def schedule_dft_filter(
             all_rows.forward(grid(x, b, 0, c0), spectrum_rows(spectrum, worker, 0), bases)
             return
         with T.serial(row_groups) as g:
-            i = first_row(worker, g)
+            i = T.bind(T.min(g * rows, h - rows))
             if cpu.arch == "x86_64":
                 ask_for_next(x, b, i, c0, turn)
                 ask_for_constant(k_re, block, i)
@@ -353,7 +346,7 @@ def schedule_dft_filter(
             all_rows.inverse(spectrum_rows(spectrum, worker, 0), grid(y, b, 0, c0), bases)
             return
         with T.serial(row_groups) as g:
-            i = first_row(worker, g)
+            i = T.bind(T.min(g * rows, h - rows))
             source, target = spectrum_rows(spectrum, worker, i), grid(y, b, i, c0)
             along_w.inverse(source, target, bases, along_w.part(line, worker))
 
@@ -385,7 +378,7 @@ def schedule_dft_filter(
 
     @T.prim_func(s_tir=True)
     def dft_filter(
-        x: T.Buffer((kernel.batch, h, w, c), kernel.x),
+        x: T.Buffer(grid_shape, kernel.x),
         k_re: T.Buffer(k_shape, _stored(kernel.k_dtype)),
         k_im: T.Buffer(k_shape, _stored(kernel.k_dtype)),
         w_bases: T.Buffer(consts["w_bases"].shape, dtype),
@@ -394,7 +387,7 @@ def schedule_dft_filter(
         h_bases_back: T.Buffer(consts["h_bases_back"].shape, dtype),
         spectrum: T.Buffer(spectrum_shape, dtype),
         line: T.Buffer(line_shape, dtype),
-        y: T.Buffer((kernel.batch, h, w, c), "float32"),
+        y: T.Buffer(grid_shape, "float32"),
     ):
         T.func_attr({"tirx.noalias": True})
         for worker in T.parallel(blocks.workers):
