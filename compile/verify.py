@@ -231,7 +231,7 @@ def _tensor_info(tensor: Tensor) -> TensorInfo:
 
 
 def _values(program: Program, records: Sequence[TraceRecord]) -> dict[str, Array]:
-    """What one run wrote, by the name of the graph's value and in its layout."""
+    """What one run wrote and recorded, by the name of the graph's value and in its layout."""
     values = {
         record.tensor.name: logical_values(record)
         for record in records
@@ -240,6 +240,7 @@ def _values(program: Program, records: Sequence[TraceRecord]) -> dict[str, Array
     stored = {
         name: values[tensor].reshape(-1)[places]
         for name, (tensor, places) in program.stored_in.items()
+        if tensor in values
     }
     return values | stored
 
