@@ -65,6 +65,16 @@ class Block:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Turns:
+    """Chunks from `first` to `end` that bring so many rows along each, from `first_row` on."""
+
+    first: int
+    end: int
+    rows: int
+    first_row: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pipeline:
     """How a dense kernel is cut into blocks.
 
@@ -98,7 +108,7 @@ class Pipeline:
         w: Buffer,
         config: Buffer,
         multiply: Callable[[Expr, Expr, Expr], Iterator[None]],
-        finish: Callable[[Block, Sequence[Buffer], Expr, Expr], Iterator[None]],
+        finish: Callable[[Block, Sequence[Buffer], Expr], Iterator[None]],
     ) -> None:
         """Emits the kernel's loops.
 
@@ -106,11 +116,9 @@ class Pipeline:
             w: packed weights, (panels, lines, a line).
             config: the operand of ldtilecfg.
             multiply: emits the products of (a row, a panel of w, a chunk), one after the other.
-            finish: emits the vectors of (a block, its sums, a row of its tiles, whether that comes
-                for the first time), likewise.
+            finish: emits the vectors of (a block, its sums, a row of its tiles), likewise.
         """
-        turn_rows = ceil(self.tile_rows / self.chunks)
-        turns = ceil(self.tile_rows / turn_rows)
+        turns = self._turns()
         lanes = self.columns.product.lanes
         with _launch() if self.tasks.count > 1 else nullcontext():
             sums = [_own(self.tile_rows * lanes, "int32") for _ in range(self.accumulators)]
@@ -119,13 +127,10 @@ class Pipeline:
             share = _Share(self.tasks)
             lines = I.bind(share.by_passes(self._lines))
 
-            def finish_rows(turn: Expr) -> Iterator[None]:
-                overlaps = turns * turn_rows > self.tile_rows
-                for r in range(turn_rows):
-                    row = turn * turn_rows + r
-                    is_new = row < self.tile_rows if overlaps else T.bool(True)
-                    place = I.bind(clamped(row, self.tile_rows - 1, overlaps))
-                    yield from finish(waiting.block, sums, place, is_new)
+            def finish_rows(turn: Expr, like: _Turns) -> Iterator[None]:
+                first = like.first_row + (turn - like.first) * like.rows
+                for r in range(like.rows):
+                    yield from finish(waiting.block, sums, first + r)
 
             with _serial(share.first, share.end, usual=self.tasks.columns) as task:
                 column, start, steps = share.at(task)
@@ -149,23 +154,37 @@ class Pipeline:
 
                     for number in range(self.accumulators):
                         instruct("tilezero", T.int8(number))
-                    finishing = I.bind(waiting.exists * turns)
-                    with _serial(0, finishing, usual=turns) as chunk:
-                        _alternate(
-                            chunk_products(chunk),
-                            self.products,
-                            finish_rows(chunk),
-                            turn_rows * self.finishes,
-                        )
-                    with _serial(finishing, self.chunks, usual=self.chunks - turns) as chunk:
+                    exists = I.bind(waiting.exists)
+                    for like in turns:
+                        first, end = exists * like.first, exists * like.end
+                        with _serial(first, end, usual=like.end - like.first) as chunk:
+                            _alternate(
+                                chunk_products(chunk),
+                                self.products,
+                                finish_rows(chunk, like),
+                                like.rows * self.finishes,
+                            )
+                    done_turns = turns[-1].end
+                    usual = self.chunks - done_turns
+                    with _serial(exists * done_turns, self.chunks, usual=usual) as chunk:
                         _all(chunk_products(chunk))
                     for number, stored in enumerate(sums):
                         to = T.address_of(stored[0])
                         instruct("tilestored64", T.int8(number), to, T.int64(TILE_BYTES))
                     waiting.keep(Block(row=row, start=at, group=group, columns=places))
-            with _serial(0, waiting.exists * turns, usual=turns) as turn:
-                _all(finish_rows(turn))
+            with _serial(0, waiting.exists * self.tile_rows, usual=self.tile_rows) as row:
+                _all(finish(waiting.block, sums, row))
             instruct("tilerelease")
+
+    def _turns(self) -> list[_Turns]:
+        """The rows of a tile, dealt to chunks evenly: those that get one more come first."""
+        count = min(self.chunks, self.tile_rows)
+        rows, more = divmod(self.tile_rows, count)
+        turns = [
+            _Turns(first=0, end=more, rows=rows + 1, first_row=0),
+            _Turns(first=more, end=count, rows=rows, first_row=more * (rows + 1)),
+        ]
+        return [like for like in turns if like.end > like.first]
 
     def _lines(self, passes: int) -> int:
         """How many to ask for beside a chunk, if the weights are passed over so often."""

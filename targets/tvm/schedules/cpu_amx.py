@@ -97,10 +97,10 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
     )
 
     @contextmanager
-    def once(is_new: Expr) -> Iterator[None]:
+    def once(conditions: Sequence[Expr]) -> Iterator[None]:
         """What is added to in its place is so only once; other rows may be written again."""
-        if in_place:
-            with I.If(is_new), I.Then():
+        if in_place and conditions:
+            with I.If(tirx.all(*conditions)), I.Then():
                 yield
         else:
             yield
@@ -136,17 +136,15 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
                 value = finish(kernel, operands, acc[at + lane] + bias[place[1]], *place, group)
                 I.buffer_store(y, value, list(place))
 
-        def finish_row(
-            block: Block, sums: Sequence[Buffer], r: Expr, is_new: Expr
-        ) -> Iterator[None]:
+        def finish_row(block: Block, sums: Sequence[Buffer], r: Expr) -> Iterator[None]:
             for t in range(row_tiles):
                 row = block.row + t * offset + r
-                conditions = [is_new]
+                conditions = []
                 if row_overlap:
                     conditions.append(row >= block.start)
                 if t > 0 and offset < tile_rows:
                     conditions.append(offset + r >= tile_rows)
-                with once(tirx.all(*conditions)):
+                with once(conditions):
                     for acc, (of, v) in zip(sums, tiles, strict=True):
                         if of == t and by_table:
                             vector = acc.vload([r * lanes], f"int32x{lanes}")

@@ -133,9 +133,7 @@ def schedule_dense(kernel: Dense, cpu: Cpu, storage: ActStorage) -> Scheduled:
                     instruct("tdpbssd", *map(T.int8, (d + e, _X_TILE, _W_TILE + e)))
                     yield
 
-        def finish_row(
-            block: Block, sums: Sequence[Buffer], r: Expr, _is_new: Expr
-        ) -> Iterator[None]:
+        def finish_row(block: Block, sums: Sequence[Buffer], r: Expr) -> Iterator[None]:
             with I.vectorized(lanes) as lane:
                 place = (block.row + r, block.columns[0] + lane)
                 total = _total([stored[r * lanes + lane] for stored in sums])
