@@ -221,6 +221,17 @@ def test_tiles_compute_the_bits_of_vnni(kernel: Attention, threads: int) -> None
     np.testing.assert_array_equal(y, vnni["y"])
 
 
+@pytest.mark.parametrize("tokens", [16, 49])
+def test_a_thread_does_the_tiles_of_all_its_workers(tokens: int) -> None:
+    """Of one, of a few or of none: 4 workers, or as many as there are tiles."""
+    cpu = CPUS["avx512_amx"]
+    assert cpu.cores == 4
+    kernel = Attention(batch=1, tokens=tokens, heads=3, dim=16, x="int8")
+    results = [check(kernel, cpu, threads=threads) for threads in (1, 2, 3, 7)]
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0, 1e6])
 def test_tiles_take_any_scale(scale: float) -> None:
     """Of -128 and 127 alone: all weights equal, or all on one token; those in between vanish."""

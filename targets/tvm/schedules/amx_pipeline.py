@@ -120,8 +120,8 @@ class Pipeline:
         """
         turns = self._turns()
         lanes = self.columns.product.lanes
-        with _launch() if self.tasks.count > 1 else nullcontext():
-            sums = [_own(self.tile_rows * lanes, "int32") for _ in range(self.accumulators)]
+        with launch() if self.tasks.count > 1 else nullcontext():
+            sums = [own(self.tile_rows * lanes, "int32") for _ in range(self.accumulators)]
             waiting = _Waiting(self.vectors)
             instruct("ldtilecfg", T.address_of(config[0]))
             share = _Share(self.tasks)
@@ -132,7 +132,7 @@ class Pipeline:
                 for r in range(like.rows):
                     yield from finish(waiting.block, sums, first + r)
 
-            with _serial(share.first, share.end, usual=self.tasks.columns) as task:
+            with usual_serial(share.first, share.end, usual=self.tasks.columns) as task:
                 column, start, steps = share.at(task)
                 group = column // self.columns.group_tiles
                 first = I.bind(self.columns.first(column))
@@ -140,13 +140,13 @@ class Pipeline:
                     I.bind(self.columns.column(group, first + v)) for v in range(self.vectors)
                 ]
                 panel = I.bind(group * self.columns.group_blocks + first)
-                with _serial(0, steps, usual=self.tasks.steps) as i:
+                with usual_serial(0, steps, usual=self.tasks.steps) as i:
                     at, last = I.bind((start + i) * self.block_rows), self.rows - self.block_rows
                     row = I.bind(clamped(at, last, self.rows % self.block_rows != 0))
                     done = I.bind(self.tasks.pass_of(start, i) * self.chunks)
 
                     def chunk_products(chunk: Expr) -> Iterator[None]:
-                        with _serial(0, lines, usual=self._lines(self.tasks.steps)) as line:
+                        with usual_serial(0, lines, usual=self._lines(self.tasks.steps)) as line:
                             for v in range(self.vectors):
                                 ahead = panel + self.vectors + v
                                 prefetch_line(w, [ahead, (done + chunk) * lines + line, 0])
@@ -157,7 +157,7 @@ class Pipeline:
                     exists = I.bind(waiting.exists)
                     for like in turns:
                         first, end = exists * like.first, exists * like.end
-                        with _serial(first, end, usual=like.end - like.first) as chunk:
+                        with usual_serial(first, end, usual=like.end - like.first) as chunk:
                             _alternate(
                                 chunk_products(chunk),
                                 self.products,
@@ -166,13 +166,13 @@ class Pipeline:
                             )
                     done_turns = turns[-1].end
                     usual = self.chunks - done_turns
-                    with _serial(exists * done_turns, self.chunks, usual=usual) as chunk:
+                    with usual_serial(exists * done_turns, self.chunks, usual=usual) as chunk:
                         _all(chunk_products(chunk))
                     for number, stored in enumerate(sums):
                         to = T.address_of(stored[0])
                         instruct("tilestored64", T.int8(number), to, T.int64(TILE_BYTES))
                     waiting.keep(Block(row=row, start=at, group=group, columns=places))
-            with _serial(0, waiting.exists * self.tile_rows, usual=self.tile_rows) as row:
+            with usual_serial(0, waiting.exists * self.tile_rows, usual=self.tile_rows) as row:
                 _all(finish(waiting.block, sums, row))
             instruct("tilerelease")
 
@@ -209,19 +209,33 @@ def tile_config(tiles: Sequence[tuple[int, int]]) -> Array:
     return config
 
 
-def _serial(start: Expr, stop: Expr, *, usual: int) -> AbstractContextManager[Expr]:
+def usual_serial(start: Expr, stop: Expr, *, usual: int) -> AbstractContextManager[Expr]:
     loop: AbstractContextManager[Expr] = I.serial(start, stop, annotations={USUAL_LENGTH: usual})
     return loop
 
 
 @contextmanager
-def _launch() -> Iterator[None]:
+def launch() -> Iterator[None]:
     """What each thread does, once: a parallel loop within becomes the thread's share of it."""
     with I.attr(T.int32(0), "pragma_parallel_launch_point", T.int32(1)):
         yield
 
 
-def _own(size: int, dtype: str) -> Buffer:
+def share_of(count: int) -> tuple[Expr, Expr]:
+    """Of a parallel loop within a launch, the first turn of the thread, and where its turns end.
+
+    How many threads there are is known when the kernel runs.
+    """
+    share = own(2, "int32")
+    I.buffer_store(share, T.int32(count), [0])
+    I.buffer_store(share, T.int32(0), [1])
+    with I.parallel(count) as turn:
+        I.buffer_store(share, tirx.min(share[0], turn), [0])
+        I.buffer_store(share, turn + 1, [1])
+    return I.bind(share[0]), I.bind(share[1])
+
+
+def own(size: int, dtype: str) -> Buffer:
     """Memory of a thread's own, on its stack, a whole number of cache lines.
 
     TVM would have an array that is allocated out of the parallel loop be one for all threads.
@@ -236,8 +250,7 @@ def _own(size: int, dtype: str) -> Buffer:
 class _Share:
     """A thread's share of the tasks: of a column all parts as one, if it has all of them.
 
-    How many threads there are is known when the kernel runs. One alone would read the weights once
-    for each part of the rows.
+    A thread alone would read the weights once for each part of the rows.
     """
 
     first: Expr
@@ -248,13 +261,7 @@ class _Share:
         if tasks.count == 1:
             self.first, self.end = 0, 1
             return
-        share = _own(2, "int32")
-        I.buffer_store(share, T.int32(tasks.count), [0])
-        I.buffer_store(share, T.int32(0), [1])
-        with I.parallel(tasks.count) as task:
-            I.buffer_store(share, tirx.min(share[0], task), [0])
-            I.buffer_store(share, task + 1, [1])
-        self.first, end = (I.bind(share[i]) for i in range(2))
+        self.first, end = share_of(tasks.count)
         self._has_all = I.bind(end - self.first == tasks.count)
         self.end = self._or_if_all(end, tasks.columns)
 
@@ -277,7 +284,7 @@ class _Waiting:
     """The block that waits to be finished, if there is one."""
 
     def __init__(self, vectors: int) -> None:
-        self._state = _own(4 + vectors, "int32")
+        self._state = own(4 + vectors, "int32")
         self._store([0] * (4 + vectors))
 
     def keep(self, block: Block) -> None:

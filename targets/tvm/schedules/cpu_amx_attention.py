@@ -11,6 +11,8 @@
 
 A core multiplies tiles while it computes vectors, if it meets them close together: hence three
 tiles of rows are under way at a time, and each row of exponentials brings a few products along.
+With the first tile and the last one there is less under way: so all that a thread does is one
+sequence, however many workers' shares it has.
 
 What the tiles can do costs no vector instruction. A bias, loaded as each row of the sums at first,
 makes s a float32: one whose exponent leaves integers the low bits of its mantissa. What lies
@@ -20,7 +22,8 @@ v_zero * sum(p).
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -37,8 +40,12 @@ from gfcompile.targets.tvm.schedules import avx512
 from gfcompile.targets.tvm.schedules.amx_pipeline import (
     TILE_BYTES,
     instruct,
+    launch,
     load_tile,
+    own,
+    share_of,
     tile_config,
+    usual_serial,
 )
 from gfcompile.targets.tvm.schedules.cpu_attention import (
     MASKED,
@@ -47,7 +54,6 @@ from gfcompile.targets.tvm.schedules.cpu_attention import (
     lay_out,
     segments_of,
 )
-from gfcompile.targets.tvm.schedules.cpu_dense import registers
 from gfcompile.targets.tvm.schedules.cpu_dot import Buffer, activation_product_of
 from gfcompile.targets.tvm.schedules.cpu_tiling import apart, fold_lanes
 from gfcompile.targets.tvm.schedules.math import (
@@ -167,41 +173,46 @@ def _attention(plan: _TilePlan, types: Any, names: Sequence[str]) -> Any:
         I.func_name("attention")
         I.func_attr({"tirx.noalias": True})
         buffers = buffers_of(plan, types, names)
-        with I.parallel(plan.workers) as worker:
+        with launch() if plan.workers > 1 else nullcontext():
+            worker, end = share_of(plan.workers) if plan.workers > 1 else (0, 1)
             first = I.bind(worker * tiles // plan.workers)
-            last = I.bind((worker + 1) * tiles // plan.workers)
-            worker_tiles = _RowTiles(
+            last = I.bind(end * tiles // plan.workers)
+            thread_tiles = _RowTiles(
                 plan=plan,
                 buffers=buffers,
                 worker=worker,
-                peaks=registers(_ROWS, "float32"),
-                factors=registers(_ROWS, "float32"),
-                zero_points=registers(TILE_BYTES, "int8"),
+                accumulators=own(_BLOCK * _LANES, "float32"),
+                peaks=own(_ROWS, "float32"),
+                factors=own(_ROWS, "float32"),
+                zero_points=own(TILE_BYTES, "int8"),
             )
-            worker_tiles.begin()
-            worker_tiles.load_queries(first)
-            with I.serial(plan.score_tiles) as step:
-                worker_tiles.score(first, step)
-            with I.serial(first, last) as index:
-                worker_tiles.maxima(index)
-                with I.If(index + 1 < last), I.Then():
-                    worker_tiles.load_queries(index + 1)
-                worker_tiles.exponentials(index, first, last)
-                with I.If(index > first), I.Then():
-                    worker_tiles.finish(index - 1)
-                worker_tiles.levels(index)
-            with I.serial(plan.blocks * plan.value_tiles) as step:
-                worker_tiles.combine(last - 1, step)
-            worker_tiles.finish(last - 1)
-            instruct("tilerelease")
+            with _if(first < last):
+                thread_tiles.begin()
+                thread_tiles.load_queries(first)
+                with I.serial(plan.score_tiles) as step:
+                    thread_tiles.score(first, step)
+                with usual_serial(first, last, usual=tiles) as index:
+                    thread_tiles.maxima(index)
+                    with _if(index + 1 < last):
+                        thread_tiles.load_queries(index + 1)
+                    thread_tiles.exponentials(index, first, last)
+                    with _if(index > first):
+                        thread_tiles.finish(index - 1)
+                    thread_tiles.levels(index)
+                with I.serial(plan.blocks * plan.value_tiles) as step:
+                    thread_tiles.combine(last - 1, step)
+                thread_tiles.finish(last - 1)
+                instruct("tilerelease")
     return builder.get()
 
 
 @dataclass(frozen=True, kw_only=True)
 class _RowTiles:
-    """What is built for the tiles of rows of a worker, by their `index` over all heads.
+    """What is built for the tiles of rows of a thread, by their `index` over all heads.
 
     Attributes:
+        worker: whose scratch the thread has.
+        accumulators: of a row, in registers.
         peaks: the maximum of each row.
         factors: what each row's exponentials are to be multiplied by.
         zero_points: that of v, as a row of a tile.
@@ -210,6 +221,7 @@ class _RowTiles:
     plan: _TilePlan
     buffers: Mapping[str, Buffer]
     worker: Expr
+    accumulators: Buffer
     peaks: Buffer
     factors: Buffer
     zero_points: Buffer
@@ -337,7 +349,7 @@ class _RowTiles:
         tiles = self.plan.score_tiles
         ways = min(_BLOCK, tiles)
         full, rest = divmod(tiles, ways)
-        acc = registers(ways * _LANES, "float32")
+        acc = self.accumulators
 
         def add(vectors: Sequence[Expr]) -> None:
             for way, term in enumerate(terms(vectors)):
@@ -381,6 +393,12 @@ class _RowTiles:
     def _column(self, index: Expr) -> Expr:
         """Of y, and of the queries in x, in which the head begins."""
         return self._task(index) % self.plan.kernel.heads * self.plan.kernel.dim
+
+
+@contextmanager
+def _if(condition: Expr) -> Iterator[None]:
+    with I.If(condition), I.Then():
+        yield
 
 
 def _share(turn: Expr, steps: int) -> Any:
