@@ -19,7 +19,7 @@ bursts, they would keep the loads of x and w waiting.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from math import ceil
 
@@ -120,7 +120,7 @@ class Pipeline:
         """
         turns = self._turns()
         lanes = self.columns.product.lanes
-        with launch() if self.tasks.count > 1 else nullcontext():
+        with launch(self.tasks.count):
             sums = [own(self.tile_rows * lanes, "int32") for _ in range(self.accumulators)]
             waiting = _Waiting(self.vectors)
             instruct("ldtilecfg", T.address_of(config[0]))
@@ -215,8 +215,14 @@ def usual_serial(start: Expr, stop: Expr, *, usual: int) -> AbstractContextManag
 
 
 @contextmanager
-def launch() -> Iterator[None]:
-    """What each thread does, once: a parallel loop within becomes the thread's share of it."""
+def launch(count: int) -> Iterator[None]:
+    """What each thread does, once: a parallel loop within becomes the thread's share of it.
+
+    A loop of one turn needs no threads but the caller's.
+    """
+    if count == 1:
+        yield
+        return
     with I.attr(T.int32(0), "pragma_parallel_launch_point", T.int32(1)):
         yield
 
@@ -226,6 +232,8 @@ def share_of(count: int) -> tuple[Expr, Expr]:
 
     How many threads there are is known when the kernel runs.
     """
+    if count == 1:
+        return 0, 1
     share = own(2, "int32")
     I.buffer_store(share, T.int32(count), [0])
     I.buffer_store(share, T.int32(0), [1])
@@ -258,11 +266,9 @@ class _Share:
 
     def __init__(self, tasks: Tasks) -> None:
         self._tasks = tasks
-        if tasks.count == 1:
-            self.first, self.end = 0, 1
-            return
         self.first, end = share_of(tasks.count)
-        self._has_all = I.bind(end - self.first == tasks.count)
+        if tasks.count > 1:
+            self._has_all = I.bind(end - self.first == tasks.count)
         self.end = self._or_if_all(end, tasks.columns)
 
     def at(self, task: Expr) -> tuple[Expr, Expr, Expr]:

@@ -22,8 +22,7 @@ v_zero * sum(p).
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -173,8 +172,8 @@ def _attention(plan: _TilePlan, types: Any, names: Sequence[str]) -> Any:
         I.func_name("attention")
         I.func_attr({"tirx.noalias": True})
         buffers = buffers_of(plan, types, names)
-        with launch() if plan.workers > 1 else nullcontext():
-            worker, end = share_of(plan.workers) if plan.workers > 1 else (0, 1)
+        with launch(plan.workers):
+            worker, end = share_of(plan.workers)
             first = I.bind(worker * tiles // plan.workers)
             last = I.bind(end * tiles // plan.workers)
             thread_tiles = _RowTiles(
@@ -186,17 +185,17 @@ def _attention(plan: _TilePlan, types: Any, names: Sequence[str]) -> Any:
                 factors=own(_ROWS, "float32"),
                 zero_points=own(TILE_BYTES, "int8"),
             )
-            with _if(first < last):
+            with I.If(first < last), I.Then():
                 thread_tiles.begin()
                 thread_tiles.load_queries(first)
                 with I.serial(plan.score_tiles) as step:
                     thread_tiles.score(first, step)
                 with usual_serial(first, last, usual=tiles) as index:
                     thread_tiles.maxima(index)
-                    with _if(index + 1 < last):
+                    with I.If(index + 1 < last), I.Then():
                         thread_tiles.load_queries(index + 1)
                     thread_tiles.exponentials(index, first, last)
-                    with _if(index > first):
+                    with I.If(index > first), I.Then():
                         thread_tiles.finish(index - 1)
                     thread_tiles.levels(index)
                 with I.serial(plan.blocks * plan.value_tiles) as step:
@@ -393,12 +392,6 @@ class _RowTiles:
     def _column(self, index: Expr) -> Expr:
         """Of y, and of the queries in x, in which the head begins."""
         return self._task(index) % self.plan.kernel.heads * self.plan.kernel.dim
-
-
-@contextmanager
-def _if(condition: Expr) -> Iterator[None]:
-    with I.If(condition), I.Then():
-        yield
 
 
 def _share(turn: Expr, steps: int) -> Any:

@@ -61,7 +61,13 @@ def schedule_layer_norm(kernel: LayerNorm, cpu: Cpu, storage: ActStorage) -> Sch
     x_shape = channel_blocks(kernel.x_rows, n) if kernel.x_in_blocks else (kernel.x_rows, n)
     y_shape = channel_blocks(kernel.rows, n) if kernel.y_in_blocks else (kernel.rows, n)
     rows_of = functools.partial(
-        _Rows, kernel=kernel, storage=storage, lanes=lanes, width=width, in_steps=in_steps
+        _Rows,
+        kernel=kernel,
+        storage=storage,
+        lanes=lanes,
+        width=width,
+        by_vector=by_vector,
+        in_steps=in_steps,
     )
 
     @T.prim_func(s_tir=True)
@@ -109,6 +115,7 @@ class _Rows:
     Attributes:
         lanes: of the vectors that rows are summed up in.
         width: elements of those that results are computed in.
+        by_vector: whether these are made of vectors of their own, which AVX-512 narrows together.
         in_steps: whether they are counted in steps of int8 before they are rounded.
     """
 
@@ -116,6 +123,7 @@ class _Rows:
     storage: ActStorage
     lanes: int
     width: int
+    by_vector: bool
     in_steps: bool
     x: Any
     gamma: Any
@@ -177,7 +185,7 @@ class _Rows:
     def _store(self, row: Expr, source: Expr, start: Expr, mean: Expr, scale: Expr) -> None:
         """Writes `width` results of a row."""
         kernel, lanes = self.kernel, self.lanes
-        if kernel.out == "int8" and lanes == avx512.LANES:
+        if self.by_vector:
             mean, scale = splat(mean, lanes), splat(scale, lanes)
             starts = [start + i for i in range(0, self.width, lanes)]
             vector = _vector(lanes)
