@@ -4,9 +4,11 @@
 
 For each precision all contenders take turns, parent and pruned, our bundles and ONNX Runtime on
 the same graphs, so that speed-ups and ratios are of one run. Where the CPU has AMX, which makes all
-of an int8 model faster but its predictors, that which it gains by VNNI alone is told as well. Exits
-with 1 if pruning at 0.7 gains less than `MIN_SPEED_UP` in our bundle, or the bundle is slower than
-ONNX Runtime on its graph.
+of an int8 model faster but its predictors, that which it gains by VNNI alone is told as well. "at
+peak" is what pruning would gain if either model took nothing but its products, at the rate that the
+core reached on nothing else just before: the predictors' share of an int8 model is in it, as they
+stay in float32. Exits with 1 if pruning at 0.7 gains less than `MIN_SPEED_UP` in our bundle, or the
+bundle is slower than ONNX Runtime on its graph.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -27,15 +29,18 @@ from cpu import (
     PACKAGES,
     Contender,
     Precision,
+    core_peaks,
     describe_machine,
     interleave,
     onnx_runtime,
 )
 
 import gfcompile
-from gfcompile.compile.models import model_spec
+from gfcompile.compile.models import ModelSpec, model_spec
+from gfcompile.compile.pruning_gain import estimated_gain
 from gfcompile.runtime import Session, load
 from gfcompile.runtime.images import preprocess, stand_in_photos
+from gfcompile.runtime.roofline import Peaks
 from gfcompile.targets.host import host_target
 
 Array = npt.NDArray[np.generic]
@@ -44,6 +49,8 @@ VNNI_TARGET = "x86-64-v4"
 MIN_SPEED_UP = 1.45  # at a keep ratio of 0.7
 REQUIRED_AT = 0.7
 PREDICTOR = "score_predictor"
+# Beside AMX predictors are integers in digits: as many products as there are of digits.
+DIGIT_PRODUCTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +60,7 @@ class Result:
     Attributes:
         predictors: the share of our time, by our profile, that goes into choosing tokens.
         speed_up, ort_speed_up: the parent's median over this one's, ours and ONNX Runtime's.
+        at_peak: what `speed_up` would be at the core's peak; None where that is not known.
         ratio: our median over ONNX Runtime's for the same graph.
     """
 
@@ -65,6 +73,7 @@ class Result:
     predictors: float
     ort_median_ms: float
     speed_up: float
+    at_peak: float | None
     ort_speed_up: float
     ratio: float
 
@@ -73,13 +82,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     ratios: list[float] = [REQUIRED_AT] if options.quick else options.ratios
     rounds, repeats = (6, 2) if options.quick else (20, 3)
+    peaks = core_peaks(1)
     results = [
         result
         for precision, target in _cases()
-        for result in compare(options.model, ratios, precision, target, rounds, repeats)
+        for result in compare(options.model, ratios, precision, target, rounds, repeats, peaks)
     ]
     machine = describe_machine()
-    print(f"{machine['cpu']}, 1 thread; batch 1; load {machine['load']:.1f}\n")
+    print(f"{machine['cpu']}, 1 thread; batch 1; load {machine['load']:.1f}")
+    print("peak, G operations/s:", *(f"{k} {v:.0f}" for k, v in peaks.items()), "\n")
     print_table(results)
     if options.json:
         report = {
@@ -87,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "machine": machine,
             "versions": {package: metadata.version(package) for package in PACKAGES},
             "min_speed_up": MIN_SPEED_UP,
+            "peak_gops": peaks,
             "results": [asdict(result) for result in results],
         }
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -115,6 +127,7 @@ def compare(
     target: str,
     rounds: int,
     repeats: int,
+    peaks: Mapping[str, float],
 ) -> list[Result]:
     """The parent of `model` and `model` at each keep ratio, measured together."""
     parent = model_spec(model).parent
@@ -155,11 +168,36 @@ def compare(
             predictors=share,
             ort_median_ms=medians[f"ort {ratio}"],
             speed_up=medians["ours None"] / medians[f"ours {ratio}"],
+            at_peak=gain_at_peak(
+                model_spec(name, ratio), model_spec(parent), precision, target, peaks
+            ),
             ort_speed_up=medians["ort None"] / medians[f"ort {ratio}"],
             ratio=medians[f"ours {ratio}"] / medians[f"ort {ratio}"],
         )
         for (name, ratio), share in zip(cases, predictors, strict=True)
     ]
+
+
+def gain_at_peak(
+    spec: ModelSpec,
+    parent: ModelSpec,
+    precision: Precision,
+    target: str,
+    peaks: Mapping[str, float],
+) -> float | None:
+    """How many times as fast as `parent` the model would be if products alone took time."""
+    if "float32" not in peaks:
+        return None
+    integers, floats = peaks.get("vnni", peaks["float32"]), peaks["float32"]
+    if "amx" in peaks and target != VNNI_TARGET:
+        integers, floats = peaks["amx"], max(floats, peaks["amx"] / DIGIT_PRODUCTS)
+    products = Peaks(
+        float32_gflops=floats,
+        float16_gflops=floats,
+        int8_gops=integers,
+        bandwidth_gb_s=float("inf"),
+    )
+    return estimated_gain(spec, parent, products, int8=precision == "int8")
 
 
 def predictor_share(session: Session, image: Array) -> float:
@@ -170,13 +208,17 @@ def predictor_share(session: Session, image: Array) -> float:
 
 
 def print_table(results: Sequence[Result]) -> None:
-    print(f"{'':20} {'keep':>5} {'':8} {'':9} {'GMAC':>5} {'ms':>7} {'gain':>6}", end="")
+    print(
+        f"{'':20} {'keep':>5} {'':8} {'':9} {'GMAC':>5} {'ms':>7} {'gain':>6} {'at peak':>7}",
+        end="",
+    )
     print(f" {'predictors':>10} {'ORT ms':>7} {'gain':>6} {'ours/ORT':>9}")
     for r in results:
         keep = "all" if r.keep_ratio is None else f"{r.keep_ratio:g}"
+        at_peak = "" if r.at_peak is None else f"{r.at_peak:.2f}x"
         print(
             f"{r.model:20} {keep:>5} {r.precision:8} {r.target:9} {r.macs / 1e9:5.2f} "
-            f"{r.median_ms:7.2f} {r.speed_up:5.2f}x {r.predictors:10.1%} "
+            f"{r.median_ms:7.2f} {r.speed_up:5.2f}x {at_peak:>7} {r.predictors:10.1%} "
             f"{r.ort_median_ms:7.2f} {r.ort_speed_up:5.2f}x {r.ratio:9.2f}"
         )
 
