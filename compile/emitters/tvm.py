@@ -11,9 +11,10 @@ from gfcompile.compile.verify import verify
 from gfcompile.runtime.bundle import TensorSpec
 from gfcompile.targets.target import Cpu, Gpu, Target, peaks
 from gfcompile.targets.tvm.blocked import in_blocks
-from gfcompile.targets.tvm.emit import Tuned, emit
+from gfcompile.targets.tvm.emit import emit
 from gfcompile.targets.tvm.halves import in_halves
 from gfcompile.targets.tvm.kernel import Kernel, SelectTokens
+from gfcompile.targets.tvm.levels import Tuned
 from gfcompile.targets.tvm.partition import partition
 from gfcompile.targets.tvm.program import Program
 from gfcompile.targets.tvm.schedules.cpu_dot import HalfNeon

@@ -19,8 +19,8 @@ from gfcompile.compile.tuning_config import TuneConfig
 from gfcompile.runtime.errors import UserError
 from gfcompile.targets.target import Target, find_target
 from gfcompile.targets.tvm.choices import choices, device_key, kernel_key, space_of, to_json
-from gfcompile.targets.tvm.emit import kernel_name
 from gfcompile.targets.tvm.kernel import Dense, Kernel
+from gfcompile.targets.tvm.kernel_names import kernel_name
 from gfcompile.targets.tvm.tuning import tuner
 from gfcompile.targets.tvm.tuning.database import Database, Entry, load, shipped
 from gfcompile.targets.tvm.tuning.tasks import Task

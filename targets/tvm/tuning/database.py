@@ -32,8 +32,8 @@ from gfcompile.targets.tvm.choices import (
     parse_choice,
     space_of,
 )
-from gfcompile.targets.tvm.emit import Tuned
 from gfcompile.targets.tvm.kernel import Generic, Kernel
+from gfcompile.targets.tvm.levels import Tuned
 from gfcompile.targets.tvm.schedules.generic import GeneratedSchedule
 
 How = Literal["measured", "static"]

@@ -9,8 +9,10 @@ import numpy as np
 
 from gfcompile.targets.target import Cpu, Gpu, Target
 from gfcompile.targets.tvm.choices import Choice, choices, kernel_key, space_of
-from gfcompile.targets.tvm.emit import Artifact, Tuned, emit, kernel_name
+from gfcompile.targets.tvm.emit import Artifact, emit
 from gfcompile.targets.tvm.kernel import Generic, Kernel
+from gfcompile.targets.tvm.kernel_names import kernel_name
+from gfcompile.targets.tvm.levels import Tuned
 from gfcompile.targets.tvm.program import Call, Program, Tensor
 
 _LIBRARY = "libkernel.so"
