@@ -1,7 +1,8 @@
 """Runs a Scheduled kernel for a CPU: natively where this machine can, else under qemu.
 
 The kernel is compiled to an object and linked with run_kernel.c into a program, so that
-nothing of TVM's runtime takes part and a read or write out of bounds is caught.
+nothing of TVM's runtime takes part and a read or write out of bounds is caught. Where AMX alone
+is what a machine lacks, amx_in_software.c does its instructions.
 """
 
 import functools
@@ -44,12 +45,19 @@ _HALVES = ARM64.for_float16()
 HALF_LEVELS: Mapping[str, Cpu] = {"armv8": _HALVES.cpu, "float16": _HALVES.levels[0]}
 
 _HARNESS = Path(__file__).with_suffix(".c")
+_AMX_IN_SOFTWARE = Path(__file__).with_name("amx_in_software.c")
 _TYPE_CODES = {"i": 0, "u": 1, "f": 2}
 
 
 def host_cpu() -> Cpu:
     """The Cpu of ours that this machine is."""
     return cpu_level(platform.machine(), Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+
+
+def cpus_here() -> dict[str, Cpu]:
+    """This machine and, where it has the rest of the level, one with AMX, which software does."""
+    here = host_cpu()
+    return {"host": here} | ({"avx512_amx": AVX512_AMX} if here == AVX512_VNNI else {})
 
 
 def run_kernel(
@@ -134,12 +142,12 @@ def link(scheduled: Scheduled, names: list[str], cpu: Cpu, folder: Path) -> Path
         for i, step in enumerate(scheduled.steps)
     )
     harness = _compile_harness(cpu.arch, calls)
-    _zig(cpu.arch, str(harness), str(kernel), "-o", str(program), "-lm")
+    zig(cpu.arch, str(harness), str(kernel), "-o", str(program), "-lm")
     return program
 
 
 def emulator(cpu: Cpu) -> list[str]:
-    """What comes before a static program's name to run it here as on `cpu`."""
+    """What comes before a program's name, static for qemu, to run it here as on `cpu`."""
     if cpu.arch == "aarch64" and platform.machine() != "aarch64":
         assert cpu.qemu_cpu is not None
         return [need("qemu-aarch64"), "-cpu", cpu.qemu_cpu]
@@ -149,14 +157,25 @@ def emulator(cpu: Cpu) -> list[str]:
         (here.mcpu, here.features)
     ):
         return []
+    if cpu.amx and here == AVX512_VNNI:
+        return ["env", f"LD_PRELOAD={_amx_in_software()}"]
     pytest.skip(f"this machine cannot run code for {cpu.mcpu} {' '.join(cpu.features)}".rstrip())
+
+
+@functools.cache
+def _amx_in_software() -> Path:
+    path = _scratch() / "amx_in_software.so"
+    # TLS that exists before a signal asks for it.
+    options = ("-O2", "-mcpu=x86_64_v4", "-shared", "-fPIC", "-ftls-model=initial-exec")
+    zig("x86_64", *options, str(_AMX_IN_SOFTWARE), "-o", str(path))
+    return path
 
 
 @functools.cache
 def _compile_harness(arch: str, calls: str) -> Path:
     digest = hashlib.sha256(calls.encode()).hexdigest()[:16]
     path = _scratch() / f"{arch}-{digest}.o"
-    _zig(arch, "-O1", f"-DSTEPS={calls}", "-c", str(_HARNESS), "-o", str(path))
+    zig(arch, "-O1", f"-DSTEPS={calls}", "-c", str(_HARNESS), "-o", str(path))
     return path
 
 
@@ -169,7 +188,8 @@ def _scratch() -> Path:
     return folder
 
 
-def _zig(arch: str, *args: str) -> None:
+def zig(arch: str, *args: str) -> None:
+    """Runs `zig cc` for Linux on `arch`."""
     # Static for qemu, which then needs no arm64 libc; against the libc that is here otherwise,
     # which spares building zig's own.
     target = (

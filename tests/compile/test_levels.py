@@ -1,12 +1,14 @@
 """One library for several levels of x86: the best that a CPU has is taken, nothing beyond it."""
 
 import json
+import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from run_kernel import host_cpu
+from run_kernel import emulator, host_cpu
 from small_models import SPEC, build
 
 import gfcompile
@@ -104,6 +106,23 @@ def test_this_cpu_takes_its_best_level(bundle: Bundle, tmp_path: Path) -> None:
         assert_close(bundle, values)
 
 
+@pytest.mark.parametrize("bundle", ["int8"], indirect=True)
+def test_amx_computes_the_same_in_software(bundle: Bundle, tmp_path: Path) -> None:
+    """Where the CPU lacks it: its plan then asks for no more than the level below needs."""
+    if host_cpu().amx:
+        pytest.skip("this CPU has taken that level itself")
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle.path, folder)
+    *_, below, amx = plans(folder)
+    needs = parse(below.read_bytes()).cpu_features
+    amx.write_bytes(serialize(replace(parse(amx.read_bytes()), cpu_features=needs)))
+    prefix = tuple(emulator(AVX512_AMX))
+    for threads in ("1", "2"):
+        taken, values = logits(folder, tmp_path / "out", "--threads", threads, prefix=prefix)
+        assert taken == LEVELS.index(AVX512_AMX)
+        assert_close(bundle, values)
+
+
 def assert_close(bundle: Bundle, values: object) -> None:
     """Sums in other orders; in int8 a rounding may fall to the other side, 25 dB at worst."""
     golden = np.fromfile(bundle.path / "golden" / "logits.f32", np.float32)
@@ -112,13 +131,10 @@ def assert_close(bundle: Bundle, values: object) -> None:
 
 
 def test_a_plan_of_another_bundle_is_refused(bundle: Bundle, tmp_path: Path) -> None:
-    import dataclasses
-    import shutil
-
     folder = tmp_path / "mixed"
     shutil.copytree(bundle.path, folder)
     plan = parse((folder / "plan-1.bin").read_bytes())
-    other = dataclasses.replace(plan, library_id="0" * 32)
+    other = replace(plan, library_id="0" * 32)
     (folder / "plan-1.bin").write_bytes(serialize(other))
     result = run(folder)
     assert result.returncode == 1

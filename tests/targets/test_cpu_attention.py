@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from run_kernel import CPUS, host_cpu, poison, run_kernel, tvm_target
+from run_kernel import CPUS, cpus_here, host_cpu, poison, run_kernel, tvm_target
 
 from gfcompile.targets.target import Cpu
 from gfcompile.targets.tvm.choices import space_of
@@ -175,9 +175,10 @@ def test_layer_of_deit_tiny_under_qemu(cpu: str, x: Act) -> None:
 
 
 @pytest.mark.parametrize("x", ["float32", "int8"])
-def test_results_do_not_depend_on_threads(x: Act) -> None:
+@pytest.mark.parametrize("cpu", cpus_here())
+def test_results_do_not_depend_on_threads(cpu: str, x: Act) -> None:
     kernel = Attention(batch=2, tokens=29, heads=3, dim=16, x=x)
-    results = [check(kernel, host_cpu(), threads=threads) for threads in (1, 3, 16)]
+    results = [check(kernel, cpus_here()[cpu], threads=threads) for threads in (1, 3, 16)]
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
 

@@ -15,6 +15,7 @@ from run_kernel import (
     ARM_LEVELS,
     CPUS,
     compile_object,
+    cpus_here,
     host_cpu,
     poison,
     run_kernel,
@@ -290,9 +291,10 @@ def test_the_levels_of_arm_have_their_weights_in_common(kernel: Dense) -> None:
 @pytest.mark.parametrize("out", ["float32", "int8"])
 @pytest.mark.parametrize("gelu", [False, True], ids=["", "gelu"])
 @pytest.mark.parametrize("residual_rows", [0, 1, 4, 8])
-def test_every_epilogue(x: str, out: str, gelu: bool, residual_rows: int) -> None:
+@pytest.mark.parametrize("cpu", cpus_here())
+def test_every_epilogue(cpu: str, x: str, out: str, gelu: bool, residual_rows: int) -> None:
     kernel = Dense(m=8, n=40, k=20, gelu=gelu, residual_rows=residual_rows)
-    check(replace(kernel, x=x, out=out), host_cpu())  # type: ignore[arg-type]
+    check(replace(kernel, x=x, out=out), cpus_here()[cpu])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("x", ["float32", "int8"])
@@ -320,7 +322,7 @@ def test_every_size(m: int, n: int, k: int, x: str, out: str, threads: int) -> N
 
 @pytest.mark.parametrize("cpu", CPUS)
 def test_int8_products_never_saturate(cpu: str) -> None:
-    kernel = Dense(m=4, n=16, k=64, x="int8")
+    kernel = Dense(m=8, n=16, k=64, x="int8")  # rows enough for AMX
     y = check(kernel, CPUS[cpu], extreme=True)
     expected = problem(kernel, CPUS[cpu], extreme=True).value
     # The sums are integers below 2**24, so float32 has them exactly and rounds once, by `scale`.
