@@ -1,6 +1,7 @@
 """`gfcompile compile`, the command where none is named: a model in, a bundle out."""
 
 import argparse
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -243,12 +244,13 @@ def _next_step(bundle: "Bundle", target: "AnyTarget") -> str:
 
     from gfcompile.targets.target import ModelFormat
 
+    path = shlex.quote(str(bundle.path))
     if isinstance(target, ModelFormat):
-        return f"gfcompile run {bundle.path} PHOTO"
+        return f"gfcompile run {path} PHOTO"
     if target.gpu is not None:
-        return f"gfcompile validate {bundle.path} --device ssh://USER@BOARD"
+        return f"gfcompile validate {path} --device ssh://USER@BOARD"
     if target.cpu.android_api is not None:
-        return f"gfcompile validate {bundle.path} --device adb://SERIAL"
+        return f"gfcompile validate {path} --device adb://SERIAL"
     if target.cpu.arch == platform.machine():
-        return f"gfcompile run {bundle.path} PHOTO"
-    return f"gfcompile run {bundle.path} PHOTO --device qemu"
+        return f"gfcompile run {path} PHOTO"
+    return f"gfcompile run {path} PHOTO --device qemu"

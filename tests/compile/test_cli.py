@@ -21,6 +21,7 @@ import pytest
 
 from gfcompile.compile import cli, pipeline
 from gfcompile.compile.bundle import Bundle, write_bundle
+from gfcompile.compile.compile_command import _next_step
 from gfcompile.compile.pipeline import CompileConfig
 from gfcompile.compile.progress import Progress
 from gfcompile.runtime import session
@@ -29,6 +30,7 @@ from gfcompile.runtime.errors import BundleError, CompileError, UserError
 from gfcompile.runtime.images import imagenet_transform, preprocess, stand_in_photos
 from gfcompile.runtime.session import Latency
 from gfcompile.targets.coreml.options import CoremlOptions
+from gfcompile.targets.target import find_target
 from gfcompile.targets.tflite.options import TfliteOptions
 
 XS_FOR_HOST = ["--model", "gfnet_xs", "--target", "host"]
@@ -186,6 +188,11 @@ def test_terminal_tells_all_that_the_manifest_does(run: Callable[..., Run]) -> N
     assert row.index("torch") == header.index("against")
     assert row.split() == ["traced", "torch", "1.25e-06", "equal", "100%", "4", "ONNX", "Runtime"]
     assert lines[-1].startswith("next: ")
+
+
+def test_the_next_command_can_be_pasted() -> None:
+    bundle = Bundle(path=Path("my bundle"), manifest=MANIFEST)
+    assert _next_step(bundle, find_target("tflite")) == "gfcompile run 'my bundle' PHOTO"
 
 
 @pytest.mark.usefixtures("compiles")
