@@ -155,22 +155,14 @@ def compile_model(
     return bundle
 
 
-def check_batch(batch: int) -> None:
-    """Says early that no model takes so many images at once.
-
-    Raises:
-        UserError: it is below 1 or above MAX_BATCH.
-    """
-    if not 1 <= batch <= MAX_BATCH:
-        raise UserError(f"--batch {batch}: a model takes 1 to {MAX_BATCH} images at once")
-
-
 def check_config(config: CompileConfig) -> None:
     """Says at once what a compilation of a model of the zoo would refuse.
 
     Raises:
         UserError: see `compile_model`.
     """
+    if config.output is not None:
+        check_output(config.output)
     _job(config, SilentProgress()).check()
 
 
@@ -220,7 +212,10 @@ class _Job:
             raise UserError("a module of your own needs CompileConfig.image_size")
         elif config.keep_ratio is not None:
             raise UserError("a keep ratio is for models of the zoo, not for a module of your own")
-        check_batch(config.batch)
+        if not 1 <= config.batch <= MAX_BATCH:
+            raise UserError(
+                f"--batch {config.batch}: a model takes 1 to {MAX_BATCH} images at once"
+            )
         if config.fft == "native":
             raise UserError(
                 f"--fft native: {self.target.name} has no FFT of its own; "
