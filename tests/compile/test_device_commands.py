@@ -98,6 +98,7 @@ def test_what_was_asked_wrongly_ends_with_2(toy: Toy, capsys: Captured) -> None:
         (("--min-agreement", "99"), "--min-agreement 99: it takes 0 to 1"),
         (("--pin", "all"), "--pin all"),
         (("--threads", "-1"), "--threads -1"),
+        (("--threads", "257"), "--threads 257: it takes 0 to 256"),
         (("--device", "boat"), "unknown device 'boat'"),
         (("--against", "nowhere.json"), "nowhere.json: No such file"),
     ):
