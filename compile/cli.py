@@ -183,7 +183,9 @@ def _unknown_command(word: str) -> str:
 def _system_failure(error: OSError | MemoryError) -> str:
     if isinstance(error, MemoryError):
         return "out of memory; nothing was written"
-    where = f": {error.filename}" if error.filename is not None else ""
+    # Of a copy or a rename the second one is where it was to go, and what is full or in the way.
+    name = error.filename if error.filename2 is None else error.filename2
+    where = f": {name}" if name is not None else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full{where}; nothing was written"
     return f"{error.strerror or one_line(str(error))}{where}"

@@ -1,6 +1,8 @@
 """`gfcompile compile`, the command where none is named: a model in, a bundle out."""
 
 import argparse
+import dataclasses
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -105,7 +107,7 @@ def _tuning_db(text: str) -> Path | str:
 def compile_command(options: argparse.Namespace) -> None:
     """Compiles, after a training if images for one are given, and prints what came of it."""
     # Light until it compiles: a mistake in the arguments is answered before torch and TVM load.
-    from gfcompile.compile.pipeline import CompileConfig, check_batch, compile_model
+    from gfcompile.compile.pipeline import CompileConfig, check_config, compile_model
     from gfcompile.targets.coreml.options import CoremlOptions
     from gfcompile.targets.target import find_target
     from gfcompile.targets.tflite.options import TfliteOptions
@@ -113,15 +115,6 @@ def compile_command(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     progress = console_progress(quiet=options.quiet)
     check_training_arguments(options)
-    check_batch(options.batch)
-    if options.train_data is not None:
-        find_target(options.target)
-        options.checkpoint = train_for_int8(options, progress, output=None).path
-        if not is_first_process():
-            return
-        # As the checkpoint says.
-        options.weight_bits, options.group_size = 8, None
-        options.keep_float, options.int8_filters = [], []
     is_coreml = options.target == "coreml"
     # Core ML takes an image one at a time; asked for in so many words, that is refused.
     takes_tensor = options.input == "tensor" or (options.input is None and options.batch > 1)
@@ -156,6 +149,20 @@ def compile_command(options: argparse.Namespace) -> None:
         tuning_db=options.tuning_db,
         cache=not options.no_cache,
     )
+    if options.train_data is not None:
+        check_config(config)  # what is wrong with it is better said before hours of training
+        checkpoint = train_for_int8(options, progress, output=None).path
+        if not is_first_process():
+            return
+        # The rest is as the checkpoint says.
+        config = dataclasses.replace(
+            config,
+            checkpoint=checkpoint,
+            weight_bits=8,
+            group_size=None,
+            keep_float=(),
+            int8_filters=(),
+        )
     bundle = compile_model(config, progress)
     took = time.perf_counter() - started
     if options.quiet:
@@ -243,12 +250,13 @@ def _next_step(bundle: "Bundle", target: "AnyTarget") -> str:
 
     from gfcompile.targets.target import ModelFormat
 
+    path = shlex.quote(str(bundle.path))
     if isinstance(target, ModelFormat):
-        return f"gfcompile run {bundle.path} PHOTO"
+        return f"gfcompile run {path} PHOTO"
     if target.gpu is not None:
-        return f"gfcompile validate {bundle.path} --device ssh://USER@BOARD"
+        return f"gfcompile validate {path} --device ssh://USER@BOARD"
     if target.cpu.android_api is not None:
-        return f"gfcompile validate {bundle.path} --device adb://SERIAL"
+        return f"gfcompile validate {path} --device adb://SERIAL"
     if target.cpu.arch == platform.machine():
-        return f"gfcompile run {bundle.path} PHOTO"
-    return f"gfcompile run {bundle.path} PHOTO --device qemu"
+        return f"gfcompile run {path} PHOTO"
+    return f"gfcompile run {path} PHOTO --device qemu"

@@ -97,6 +97,9 @@ def validate_command(options: argparse.Namespace) -> int:
         print(json.dumps(result.to_dict(), indent=1, allow_nan=False))
     else:
         print_result(result, brief=options.quiet)
+        compared = result.latencies is None or result.budget.against_us is not None
+        if options.against == "last" and not compared:
+            _tell("note: the first result of this bundle by as many threads on this device")
         print(f"{path}: the result\n{report}: the report" if not options.quiet else path)
     return 0 if result.verdict.passed else MISSED
 

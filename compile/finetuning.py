@@ -200,8 +200,7 @@ def _load(config: FinetuneConfig) -> tuple[LoadedModel, LoadedModel]:
     spec = model_spec(config.model, config.keep_ratio)
     if spec.parent is None:
         raise UserError(f"{config.model} drops no patches, so there is nothing to fine-tune")
-    if config.path.resolve() == config.teacher.resolve():
-        raise UserError(f"{config.teacher}: is the teacher; give another --output")
+    config.check_output(config.teacher)
     if config.teacher.is_file() and is_quantized(config.teacher):
         raise UserError(
             f"{config.teacher}: is quantized; fine-tune from the float weights, and quantize then"

@@ -155,22 +155,14 @@ def compile_model(
     return bundle
 
 
-def check_batch(batch: int) -> None:
-    """Says early that no model takes so many images at once.
-
-    Raises:
-        UserError: it is below 1 or above MAX_BATCH.
-    """
-    if not 1 <= batch <= MAX_BATCH:
-        raise UserError(f"--batch {batch}: a model takes 1 to {MAX_BATCH} images at once")
-
-
 def check_config(config: CompileConfig) -> None:
     """Says at once what a compilation of a model of the zoo would refuse.
 
     Raises:
         UserError: see `compile_model`.
     """
+    if config.output is not None:
+        check_output(config.output)
     _job(config, SilentProgress()).check()
 
 
@@ -220,7 +212,10 @@ class _Job:
             raise UserError("a module of your own needs CompileConfig.image_size")
         elif config.keep_ratio is not None:
             raise UserError("a keep ratio is for models of the zoo, not for a module of your own")
-        check_batch(config.batch)
+        if not 1 <= config.batch <= MAX_BATCH:
+            raise UserError(
+                f"--batch {config.batch}: a model takes 1 to {MAX_BATCH} images at once"
+            )
         if config.fft == "native":
             raise UserError(
                 f"--fft native: {self.target.name} has no FFT of its own; "
@@ -231,6 +226,8 @@ class _Job:
             raise UserError(f"{config.checkpoint}: no such checkpoint file")
         if config.labels is not None and not config.labels.is_file():
             raise UserError(f"{config.labels}: no such file of labels")
+        if config.labels is not None:
+            _read_labels(config.labels)
         if config.calibration_data is not None:
             if self.precision != "int8":
                 raise UserError("--calibration-data is for --int8; add it or leave this out")
@@ -464,7 +461,12 @@ class _Job:
         if config.labels is not None:
             classes = graph.model.graph.outputs[0].shape
             assert classes is not None
-            labels = _read_labels(config.labels, int(classes.numpy()[-1]))
+            labels = _read_labels(config.labels)
+            if len(labels) != classes.numpy()[-1]:
+                raise UserError(
+                    f"{config.labels}: {len(labels)} labels for {classes.numpy()[-1]} classes; "
+                    "one line per class"
+                )
             (folder / "labels.txt").write_text("\n".join(labels) + "\n", encoding="utf-8")
         emission = self.emission(
             EmissionRequest(
@@ -628,8 +630,12 @@ def _golden(transform: Transform, batch: int) -> Golden:
     return Golden(pixels=pixels, inputs=[normalize(images, transform) for images in pixels])
 
 
-def _read_labels(path: Path, classes: int) -> list[str]:
-    labels = path.read_text(encoding="utf-8").splitlines()
-    if len(labels) != classes:
-        raise UserError(f"{path}: {len(labels)} labels for {classes} classes; one line per class")
-    return labels
+def _read_labels(path: Path) -> list[str]:
+    try:
+        # With or without the byte order mark that Windows' editors write, which is of no name.
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: byte {error.start} is not of UTF-8; save the labels as UTF-8 text, one line "
+            "per class"
+        ) from error

@@ -124,6 +124,7 @@ def quantize_model(
         UserError: something in `config`, or the data, that cannot be.
         CompileError: the model cannot be quantized, or training diverged.
     """
+    config.check_output(config.checkpoint)
     progress = progress or SilentProgress()
     with progress.stage("load model and data"):
         subject = _load(config, progress, module)

@@ -51,7 +51,6 @@ def report_command(options: argparse.Namespace) -> None:
                 "validate it again"
             )
     output = options.output or history_folder(options.bundle) / "report.html"
-    output.parent.mkdir(parents=True, exist_ok=True)
     command = ["gfcompile", "report", str(options.bundle)]
     command += [] if options.photo is None else ["--photo", str(options.photo)]
     _write(output, options.bundle, result, options.photo, shlex.join(command))
@@ -74,11 +73,13 @@ def _write(
     from gfcompile.runtime.report import look, write_report
 
     manifest = read_manifest(bundle)
+    picture = look(bundle, manifest, photo)
+    output.parent.mkdir(parents=True, exist_ok=True)
     write_report(
         output,
         manifest,
         result,
-        picture=look(bundle, manifest, photo),
+        picture=picture,
         commands=(command,) if command else (),
     )
 

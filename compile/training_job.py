@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gfcompile.compile.models import KeepRatio
 from gfcompile.compile.progress import Progress
+from gfcompile.runtime.errors import UserError
 from gfcompile.runtime.images import Transform
 
 if TYPE_CHECKING:
@@ -56,6 +57,20 @@ class TrainingJob(ABC):
     def state_path(self) -> Path:
         """Where the training is resumed from, until it is over."""
         return self.path.with_name(f"{self.path.name}.training")
+
+    def check_output(self, start: Path | None) -> None:
+        """Says early what would be met when the training is over.
+
+        Args:
+            start: the weights that it starts from.
+
+        Raises:
+            UserError: the checkpoint would replace these, or a folder.
+        """
+        if start is not None and self.path.resolve() == start.resolve():
+            raise UserError(f"{start}: is what the training starts from; give another --output")
+        if self.path.is_dir():
+            raise UserError(f"{self.path}: is a folder; give a file to write as --output")
 
     def read_data(
         self, transform: Transform, classes: int, progress: Progress

@@ -157,6 +157,8 @@ def check_training_arguments(options: argparse.Namespace) -> None:
                 raise UserError(f"{flag} is for --train-data; add it")
     elif getattr(options, "precision", "int8") != "int8":
         raise UserError("--train-data trains for --int8; add it")
+    elif getattr(options, "calibration_data", None) is not None:
+        raise UserError("--train-data calibrates on its own images; leave out --calibration-data")
 
 
 def quantize_config(options: argparse.Namespace, output: Path | None) -> "QuantizeConfig":

@@ -89,7 +89,7 @@ def verify(
             entry = dataclasses.replace(entry, how=f"{entry.how}, {place.how}")
     except DeviceError as error:
         return None, [f"the artifact was not verified on this machine: {error}"]
-    return entry, notes_on(entry)
+    return entry, [*notes_on(entry), *_not_run(artifact, target)]
 
 
 def _inferences(images: Sequence[Array], place: _Place, program: Program) -> list[Array]:
@@ -213,6 +213,15 @@ def _places_of_levels(artifact: Artifact, target: Target, folder: Path) -> Itera
                 images=1,
                 prefix=qemu_command(cpu=cpu.qemu_cpu, env={}),
             )
+
+
+def _not_run(artifact: Artifact, target: Target) -> list[str]:
+    """A note if the library has kernels for better CPUs than this machine's."""
+    if target.cpu.arch != platform.machine():
+        return []
+    needed = {feature for plan in artifact.better_plans for feature in plan.cpu_features}
+    missing = ", ".join(sorted(needed - cpu_flags()))
+    return [f"kernels for {missing} were not verified: this CPU lacks that"] if missing else []
 
 
 def _behind_stand_in(artifact: Artifact, gpu: Gpu, folder: Path, twin: Path) -> _Place:

@@ -81,7 +81,7 @@ class ValidateConfig:
         checks = [
             ("--runs", self.runs, 1, 1_000_000),
             ("--warmup", self.warmup, 0, 1_000_000),
-            ("--threads", self.threads, 0, 1024),
+            ("--threads", self.threads, 0, 256),  # gfrt_cpu.c's MAX_THREADS
             ("--timeout", self.timeout_s, 1, 1e6),
             ("--percentile", budget.percentile, 1, 100),
             ("--min-agreement", budget.min_agreement, 0, 1),

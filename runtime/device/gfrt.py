@@ -26,6 +26,7 @@ MANIFEST_FORMAT = 1
 LABELS_NAME = "labels.txt"
 
 _HUGE_PAGE = 2 << 20
+_MAX_THREADS = 256  # as gfrt_cpu.c has it
 
 
 class GfrtError(Exception):
@@ -70,7 +71,9 @@ def check_bundle(bundle: str, local: bool = True) -> Dict[str, Any]:
     arch = manifest.get("arch", "any")
     if local and arch not in ("any", platform.machine()):
         here = platform.machine()
-        hint = "use --device qemu or copy it to the board" if arch == "aarch64" else "copy it there"
+        # QEMU has no GPU.
+        emulated = arch == "aarch64" and manifest.get("device") != "cuda"
+        hint = "use --device qemu or copy it to the board" if emulated else "copy it there"
         raise GfrtError(f"the bundle is for {arch}, this machine is {here}: {hint}")
     for name in sorted(files):
         _check_file(Path(bundle), name, files[name])
@@ -325,8 +328,10 @@ class Context:
         self._library = model._library
         if not model._handle:
             raise GfrtError("the model is closed")
-        if not 0 <= threads <= 65535:
-            raise GfrtError(f"{threads} threads: give a number from 0 (one for each big CPU) on")
+        if not 0 <= threads <= _MAX_THREADS:
+            raise GfrtError(
+                f"{threads} threads: give 1 to {_MAX_THREADS}, or 0 for one for each big CPU"
+            )
         self.inputs, self.outputs = model.inputs, model.outputs
         self._steps = self._library.step_count(model._handle)
         # Between two inferences every line of this program has left the caches: a call makes as

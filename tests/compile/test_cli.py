@@ -21,6 +21,7 @@ import pytest
 
 from gfcompile.compile import cli, pipeline
 from gfcompile.compile.bundle import Bundle, write_bundle
+from gfcompile.compile.compile_command import _next_step
 from gfcompile.compile.pipeline import CompileConfig
 from gfcompile.compile.progress import Progress
 from gfcompile.runtime import session
@@ -29,6 +30,7 @@ from gfcompile.runtime.errors import BundleError, CompileError, UserError
 from gfcompile.runtime.images import imagenet_transform, preprocess, stand_in_photos
 from gfcompile.runtime.session import Latency
 from gfcompile.targets.coreml.options import CoremlOptions
+from gfcompile.targets.target import find_target
 from gfcompile.targets.tflite.options import TfliteOptions
 
 XS_FOR_HOST = ["--model", "gfnet_xs", "--target", "host"]
@@ -188,6 +190,11 @@ def test_terminal_tells_all_that_the_manifest_does(run: Callable[..., Run]) -> N
     assert lines[-1].startswith("next: ")
 
 
+def test_the_next_command_can_be_pasted() -> None:
+    bundle = Bundle(path=Path("my bundle"), manifest=MANIFEST)
+    assert _next_step(bundle, find_target("tflite")) == "gfcompile run 'my bundle' PHOTO"
+
+
 @pytest.mark.usefixtures("compiles")
 def test_quiet_prints_the_path_alone(run: Callable[..., Run]) -> None:
     assert run(*XS_FOR_HOST, "--quiet") == (0, "out\n", "")
@@ -261,6 +268,7 @@ def test_missing_bundle_is_one_line_and_exit_1(run: Callable[..., Run], tmp_path
         (CompileError("stage failed"), 1, "error: stage failed"),
         (BundleError("flipped byte"), 1, "error: flipped byte"),
         (OSError(errno.ENOSPC, "No space left on device", "out/w.bin"), 1, "disk is full: out/w"),
+        (OSError(errno.ENOSPC, "No space left", "cache", None, "out"), 1, "disk is full: out;"),
         (OSError(errno.EACCES, "Permission denied", "out"), 1, "Permission denied: out"),
         (MemoryError(), 1, "out of memory"),
         (KeyError("left\nright"), 1, "internal error: KeyError"),

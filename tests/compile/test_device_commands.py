@@ -98,6 +98,7 @@ def test_what_was_asked_wrongly_ends_with_2(toy: Toy, capsys: Captured) -> None:
         (("--min-agreement", "99"), "--min-agreement 99: it takes 0 to 1"),
         (("--pin", "all"), "--pin all"),
         (("--threads", "-1"), "--threads -1"),
+        (("--threads", "257"), "--threads 257: it takes 0 to 256"),
         (("--device", "boat"), "unknown device 'boat'"),
         (("--against", "nowhere.json"), "nowhere.json: No such file"),
     ):
@@ -108,13 +109,16 @@ def test_what_was_asked_wrongly_ends_with_2(toy: Toy, capsys: Captured) -> None:
 def test_a_regression_against_the_last_result_fails(toy: Toy, capsys: Captured) -> None:
     # The first of all has nothing to be compared with.
     assert validate(toy, "--against", "last") == 0
+    assert "note: the first result" in capsys.readouterr().err
     (path,) = history(toy.folder)
     result = read_result(path)
     assert result.latencies is not None
     fast = replace(result, latencies=Latencies.of([0.001] * 5))
     write_result(fast, path)
     assert validate(toy, "--against", "last") == 1
-    assert f"times that of {path.name}, 1.050 times is allowed" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert f"times that of {path.name}, 1.050 times is allowed" in told.out
+    assert "first result" not in told.err
     slow = replace(result, latencies=Latencies.of([1e9] * 5))
     write_result(slow, path)
     assert validate(toy, "--against", str(path), "--max-regression", "1") == 0

@@ -387,6 +387,7 @@ def test_from_a_parent_to_a_running_bundle(
         (("--model", DEIT.name, "--teacher", "none.pth"), "no such checkpoint"),
         (("--model", DEIT.name, "--teacher", "other.safetensors"), "does not fit small_deit_whole"),
         (("--model", DEIT.name, "--teacher", "t.pth", "--output", "t.pth"), "give another --outp"),
+        (("--model", DEIT.name, "--teacher", "t.pth", "--output", "."), "is a folder"),
         (("--model", DEIT.name, "--teacher", "t.pth", "--own-rate", "2"), "--own-rate 2.0 is not"),
         (("--model", DEIT.name, "--teacher", "t.pth", "--keep-ratio", "2"), "keep ratio 2"),
     ],

@@ -123,6 +123,14 @@ def test_amx_computes_the_same_in_software(bundle: Bundle, tmp_path: Path) -> No
         assert_close(bundle, values)
 
 
+def test_kernels_that_this_cpu_cannot_run_are_told_of(bundle: Bundle) -> None:
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    needed = {f for p in plans(bundle.path) for f in parse(p.read_bytes()).cpu_features}
+    told = [note for note in bundle.manifest.notes if "were not verified" in note]
+    assert len(told) == bool(needed - flags)
+    assert all(feature in told[0] for feature in needed - flags)
+
+
 def assert_close(bundle: Bundle, values: object) -> None:
     """Sums in other orders; in int8 a rounding may fall to the other side, 25 dB at worst."""
     golden = np.fromfile(bundle.path / "golden" / "logits.f32", np.float32)

@@ -55,6 +55,7 @@ def command(*more: str) -> list[str]:
 
 
 TRAINING = ("--train-data", "data", "--epochs", "2", "--batch-size", "8", "--device", "cpu")
+FOR_HOST = (*TRAINING, "--target", "host", "--int8")
 
 
 @pytest.mark.usefixtures("workplace")
@@ -130,7 +131,12 @@ def test_layers_are_kept_in_float_where_int8_is_only_calibrated(
         (["quantize", *command(*TRAINING, "--lr", "1e12", "--epochs", "9")], 1, "lower --lr"),
         (["quantize", *command(*TRAINING, "--weight-bits", "5")], 2, "choose 4 or 8"),
         (["quantize", *command(*TRAINING, "--keep-float", "haed")], 2, "no layer is called"),
+        (["quantize", *command(*TRAINING, "--output", "weights.safetensors")], 2, "starts from"),
+        (["quantize", *command(*TRAINING, "--output", "data")], 2, "data: is a folder"),
         (command(*TRAINING, "--target", "host"), 2, "--train-data trains for --int8"),
+        (command(*FOR_HOST, "--labels", "none.txt"), 2, "no such file of labels"),
+        (command(*FOR_HOST, "--output", "data"), 2, "not of a gfcompile bundle"),
+        (command(*FOR_HOST, "--calibration-data", "data"), 2, "leave out --calibration-data"),
         (command("--target", "host", "--weight-bits", "4"), 2, "are for --int8"),
         (command("--target", "host", "--int8", "--lr", "1"), 2, "--lr is for --train-data"),
     ],
@@ -139,6 +145,7 @@ def test_mistakes_are_said_in_one_line(
     arguments: list[str], code: int, complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == code
+    assert code == 1 or not list(Path().glob("*.training"))  # which was not even begun
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("gfcompile: error: ")
     assert complaint in line

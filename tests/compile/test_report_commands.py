@@ -40,6 +40,12 @@ def test_a_report_without_a_measurement_says_so(
     assert [path.name for path in output.parent.iterdir()] == ["page.html"]
 
 
+def test_a_report_that_cannot_be_written_leaves_no_folder(made: Path, tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "page.html"
+    assert main(["report", str(made), "--photo", "none.jpg", "--output", str(output)]) == 2
+    assert not output.parent.exists()
+
+
 def test_a_report_of_a_result_and_a_photo(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

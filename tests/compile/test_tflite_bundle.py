@@ -133,7 +133,8 @@ def test_equal_configurations_give_equal_files(tmp_path: Path) -> None:
 
 def test_labels_are_in_the_bundle_and_behind_the_model(tmp_path: Path) -> None:
     labels = tmp_path / "labels"
-    labels.write_text("\n".join(f"thing {i}" for i in range(10)), encoding="utf-8")
+    # With a byte order mark, as editors on Windows write it.
+    labels.write_text("\n".join(f"thing {i}" for i in range(10)), encoding="utf-8-sig")
     bundle = compiled(tmp_path, "float32", labels=labels)
     assert b"thing 0\nthing 1\n" in (bundle.path / "gfnet_small.tflite").read_bytes()
     with gfcompile.runtime.load(bundle.path) as session:

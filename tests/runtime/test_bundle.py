@@ -162,6 +162,11 @@ def test_another_architecture(arm_toy: Toy) -> None:
     assert check_bundle(arm_toy.folder, local=False).arch == "aarch64"
 
 
+def test_what_is_for_a_gpu_is_not_for_qemu(mine: Toy) -> None:
+    edit_manifest(mine, arch="aarch64", device="cuda")
+    refused(mine.folder, "the bundle is for aarch64, this machine is x86_64: copy it there")
+
+
 def test_another_kind_of_bundle(mine: Toy) -> None:
     edit_manifest(mine, kind="other")
     refused(mine.folder, "a bundle of kind 'other' does not run on this machine")

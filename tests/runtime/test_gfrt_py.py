@@ -151,8 +151,9 @@ def test_wrong_inputs_are_named(toy: Toy) -> None:
                 context.run(*inputs)
         with pytest.raises(gfrt.GfrtError, match="8 x 8 pixels"):
             model.normalize_u8(bytes(10))
-        with pytest.raises(gfrt.GfrtError, match="give a number from 0"):
-            model.context(threads=-1)
+        for threads in (-1, 257):
+            with pytest.raises(gfrt.GfrtError, match=f"{threads} threads: give 1 to 256, or 0"):
+                model.context(threads=threads)
 
 
 def test_an_exception_in_an_observer_reaches_the_caller(toy: Toy) -> None:
