@@ -89,7 +89,7 @@ def _check_file(bundle: Path, name: str, entry: Any) -> None:
         raise GfrtError(f"{MANIFEST_NAME} names a file outside the bundle: {name!r}")
     try:
         want_size, want_hash = int(entry["size_bytes"]), str(entry["sha256"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):  # the last one by infinity
         raise GfrtError(f"{MANIFEST_NAME} is damaged at file {name!r}") from None
     path = bundle.joinpath(*parts)
     try:
