@@ -154,3 +154,15 @@ def check_bundle(bundle: Path, *, local: bool = True) -> Manifest:
     except gfrt.GfrtError as error:
         raise BundleError(str(error)) from None
     return Manifest.from_dict(values)
+
+
+def model_file(bundle: Path, manifest: Manifest) -> Path:
+    """The file or folder that another's runtime loads: of those that `check_bundle` looks at.
+
+    Raises:
+        BundleError: the manifest names something else.
+    """
+    name = manifest.library
+    if not name or not any(f"{file}/".startswith(f"{name}/") for file in manifest.files):
+        raise BundleError(f"{bundle} has no model {name!r} among its files: copy the bundle again")
+    return bundle / name

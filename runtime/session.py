@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from gfcompile.runtime import images
 from gfcompile.runtime.bench import BenchResult, qemu_command, run_bench
-from gfcompile.runtime.bundle import Manifest, TensorSpec, check_bundle
+from gfcompile.runtime.bundle import Manifest, TensorSpec, check_bundle, model_file
 from gfcompile.runtime.device import gfrt
 from gfcompile.runtime.device.gfrt import StepProfile, TensorInfo, TraceRecord
 from gfcompile.runtime.engine import ComputeUnits, Engine, Latency, measure
@@ -234,7 +234,7 @@ def _format_engine(
     if manifest.kind == "tflite":
         from gfcompile.runtime.tflite import TfliteEngine
 
-        return TfliteEngine(folder / manifest.library, threads)
+        return TfliteEngine(model_file(folder, manifest), threads)
     opener = find_opener(manifest.kind)
     if opener is None:
         raise BundleError(f"a bundle of kind {manifest.kind!r} does not run on this machine")

@@ -26,6 +26,7 @@ MANIFEST_FORMAT = 1
 LABELS_NAME = "labels.txt"
 
 _HUGE_PAGE = 2 << 20
+_MANIFEST_LIMIT = 64 << 20
 
 
 class GfrtError(Exception):
@@ -39,6 +40,9 @@ def read_manifest(bundle: str) -> Dict[str, Any]:
     """manifest.json of the bundle in folder `bundle`, its format known to this file."""
     path = Path(bundle) / MANIFEST_NAME
     try:
+        size = _size(path)
+        if size > _MANIFEST_LIMIT:
+            raise GfrtError(f"{path} is damaged: {size} bytes are too many; copy the bundle again")
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         reason = "it has no manifest.json" if Path(bundle).is_dir() else "there is no such folder"
@@ -95,7 +99,7 @@ def _check_file(bundle: Path, name: str, entry: Any) -> None:
     try:
         if bundle.resolve() not in path.resolve().parents:
             raise GfrtError(f"{path} links to a file outside the bundle")
-        size = path.stat().st_size
+        size = _size(path)
         if size != want_size:
             raise GfrtError(
                 f"{path} has {size} bytes instead of {want_size}: copy the bundle again"
@@ -105,6 +109,8 @@ def _check_file(bundle: Path, name: str, entry: Any) -> None:
         raise GfrtError(f"{path} is missing: copy the bundle again") from None
     except OSError as error:
         raise GfrtError(f"{path} cannot be read: {error.strerror}") from error
+    except RuntimeError:  # before Python 3.13, by links that lead to each other
+        raise GfrtError(f"{path} cannot be read: it links to itself") from None
     except ValueError:  # there is less of it to map
         raise GfrtError(f"{path} was cut short just now: copy the bundle again") from None
     if digest != want_hash:
@@ -112,6 +118,14 @@ def _check_file(bundle: Path, name: str, entry: Any) -> None:
             f"{path} was changed: its sha256 is {digest[:16]}..., the manifest says "
             f"{want_hash[:16]}...: copy the bundle again"
         )
+
+
+def _size(path: Path) -> int:
+    """The size of a file or folder; refused is what may never begin or end, a pipe or a device."""
+    size = path.stat().st_size
+    if not path.is_file() and not path.is_dir():
+        raise GfrtError(f"{path} is no file: copy the bundle again")
+    return size
 
 
 def _digest(path: Path, size: int) -> str:
@@ -264,8 +278,9 @@ class Model:
         bundle = str(bundle)
         self._handle = ctypes.c_void_p()
         self.manifest = check_bundle(bundle) if verify else read_manifest(bundle)
-        library = self.manifest.get("library")
-        if not isinstance(library, str) or not library or "/" in library:
+        library, files = self.manifest.get("library"), self.manifest.get("files")
+        listed = isinstance(files, dict) and isinstance(library, str) and library in files
+        if not isinstance(library, str) or not listed or "/" in library:
             raise GfrtError(f"{bundle} has no library that gfrt could load")
         self._library = _Library(Path(bundle).resolve() / library)
         self._library.check(self._library.open(bundle.encode(), 0, ctypes.byref(self._handle)))

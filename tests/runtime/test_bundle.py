@@ -1,6 +1,8 @@
 """Bundles that are not what they should be: each is refused in one line that says what to do."""
 
+import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from toy_bundle import Toy, write_manifest
 
 from gfcompile.runtime import load
 from gfcompile.runtime.bundle import FORMAT_VERSION, Manifest, check_bundle, read_manifest
+from gfcompile.runtime.device import gfrt
 from gfcompile.runtime.errors import BundleError
 
 
@@ -156,10 +159,48 @@ def test_a_link_out_of_the_bundle(mine: Toy, tmp_path: Path) -> None:
     refused(mine.folder, "links to a file outside the bundle")
 
 
-@pytest.mark.parametrize("library", ["", "../libtoy.so", "/lib/libc.so", 3])
-def test_a_library_elsewhere_is_not_loaded(mine: Toy, library: Any) -> None:
+def test_links_that_lead_to_each_other_are_refused(mine: Toy) -> None:
+    (mine.folder / "plan.bin").unlink()
+    (mine.folder / "plan.bin").symlink_to("plan.bin")
+    refused(mine.folder, r"plan\.bin (cannot be read|links to)")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "plan.bin"])
+def test_a_pipe_is_not_waited_for(mine: Toy, name: str) -> None:
+    empty = {"sha256": hashlib.sha256().hexdigest(), "size_bytes": 0}
+    edit_manifest(mine, files={"plan.bin": empty})
+    (mine.folder / name).unlink()
+    os.mkfifo(mine.folder / name)
+    command = [sys.executable, "-m", "gfcompile", "run", str(mine.folder), "photo.jpg"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert result.stderr.endswith(f"{name} is no file: copy the bundle again\n")
+    assert result.returncode == 1
+
+
+def test_a_manifest_without_end_is_not_read(mine: Toy) -> None:
+    path = mine.folder / "manifest.json"
+    os.truncate(path, 1 << 40)
+    refused(mine.folder, r"manifest\.json is damaged: 1099511627776 bytes are too many")
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    refused(mine.folder, r"manifest\.json is no file")
+
+
+@pytest.mark.parametrize("library", ["", "../libtoy.so", "/lib/libc.so", "libother.so"])
+def test_a_library_that_was_not_checked_is_not_loaded(mine: Toy, library: str) -> None:
+    (mine.folder / "libother.so").symlink_to(mine.library)
     edit_manifest(mine, library=library)
     refused(mine.folder, "has no library that gfrt could load")
+    with pytest.raises(gfrt.GfrtError, match="has no library that gfrt could load"):
+        gfrt.Model(str(mine.folder))
+
+
+@pytest.mark.parametrize("library", ["", "../model.tflite", "/etc/passwd", "model.tflite"])
+@pytest.mark.parametrize("kind", ["tflite", "coreml"])
+def test_a_model_that_was_not_checked_is_not_loaded(mine: Toy, kind: str, library: str) -> None:
+    (mine.folder / "model.tflite").touch()
+    edit_manifest(mine, kind=kind, library=library)
+    refused(mine.folder, f"has no model '{library}' among its files")
 
 
 def test_a_library_that_is_none(mine: Toy) -> None:
