@@ -84,7 +84,9 @@ def check_bundle(bundle: str, local: bool = True) -> Dict[str, Any]:
 def read_labels(bundle: str) -> List[str]:
     """The name of each class; none where the bundle has no labels.txt."""
     path = Path(bundle) / LABELS_NAME
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if not path.is_file():
+        return []
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def _check_file(bundle: Path, name: str, entry: Any) -> None:
@@ -389,7 +391,7 @@ class Context:
             try:
                 tensor = _tensor_info(info.contents)
                 values = ctypes.string_at(data, tensor.size_bytes)
-                function(TraceRecord(step, label.decode(), tensor, values))
+                function(TraceRecord(step, label.decode(errors="replace"), tensor, values))
             except BaseException as error:  # ctypes would print it and go on
                 failures.append(error)
 
@@ -413,9 +415,8 @@ class Context:
         for step in range(self._steps):
             entry = _Profile()
             self._library.check(self._library.profile_get(self._handle, step, ctypes.byref(entry)))
-            steps.append(
-                StepProfile(entry.kernel.decode(), entry.label.decode(), entry.calls, entry.seconds)
-            )
+            kernel, label = (text.decode(errors="replace") for text in (entry.kernel, entry.label))
+            steps.append(StepProfile(kernel, label, entry.calls, entry.seconds))
         return steps
 
     def close(self) -> None:
@@ -465,7 +466,7 @@ def _numpy() -> Any:
 
 def _tensor_info(info: _Info) -> TensorInfo:
     return TensorInfo(
-        info.name.decode(),
+        info.name.decode(errors="replace"),
         DTYPES[info.dtype],
         tuple(info.shape[: info.ndim]),
         info.size_bytes,
