@@ -235,8 +235,14 @@ static gfrt_status check_plan(gfi_plan *plan, size_t size) {
         status = check_io(plan, &plan->inputs[i], "input", i);
     for (uint32_t i = 0; i < header->outputs && !status; i++)
         status = check_io(plan, &plan->outputs[i], "output", i);
-    for (uint32_t i = 0; i < header->grouped && !status; i++)
+    uint64_t grouped_bytes = 0;
+    for (uint32_t i = 0; i < header->grouped && !status; i++) {
         status = check_grouped(header, &plan->grouped[i], i);
+        grouped_bytes += plan->grouped[i].bytes;
+    }
+    /* Each weight has one factor: a million records of the same ones would take hours. */
+    if (!status && grouped_bytes > header->packed_bytes)
+        status = DAMAGED("its grouped weights");
     return status;
 }
 

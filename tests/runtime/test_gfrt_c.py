@@ -197,6 +197,8 @@ def test_each_fault_of_grouped_weights_is_named(opener: Path, toy: Toy, tmp_path
         (field(good, at + 36, "<I", 0), "the shape of grouped weights 0"),
         (field(good, at + 36, "<I", 3), "the shape of grouped weights 0"),
     ]
+    twice = replace(plan, grouped=(plan.grouped[0],) * 2)
+    cases.append((plans.serialize(twice), "its grouped weights"))
     results = open_all(opener, toy, [good, *(damaged for damaged, _ in cases)])
     assert results[0][0] == 0
     for (status, message), (_, wanted) in zip(results[1:], cases, strict=True):
