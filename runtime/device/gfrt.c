@@ -18,6 +18,10 @@ gfrt_status gfi_fail(gfrt_status status, const char *format, ...) {
     va_start(args, format);
     vsnprintf(message, sizeof message, format, args);
     va_end(args);
+    for (char *at = message; *at; at++) {
+        if ((unsigned char)*at < ' ')
+            *at = ' '; /* an error is one line, whatever a plan calls its kernels */
+    }
     memcpy(thread->last_error, message, sizeof message);
     return status;
 }
