@@ -90,7 +90,7 @@ static gfrt_status map_weights(gfrt_model *model, uint32_t flags) {
     int length = snprintf(path, sizeof path, "%s/weights.bin", model->bundle);
     if (length < 0 || (size_t)length >= sizeof path)
         return gfi_fail(GFRT_BAD_ARGUMENT, "the path of the bundle is too long");
-    int file = open(path, O_RDONLY | O_CLOEXEC);
+    int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* does not wait for a pipe */
     if (file < 0)
         return gfi_fail(GFRT_NOT_FOUND, "%s: %s; copy the bundle again", path, strerror(errno));
     size_t size = stored_bytes(header);

@@ -1,9 +1,11 @@
 /* Reads plan.bin. It may come from anywhere: nothing in it is used before it was checked. */
 #include <errno.h>
+#include <fcntl.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "gfrt_internal.h"
 
@@ -17,9 +19,15 @@ gfrt_status gfi_read_file(const char *bundle, const char *name, size_t limit, vo
     int length = snprintf(path, sizeof path, "%s/%s", bundle, name);
     if (length < 0 || (size_t)length >= sizeof path)
         return gfi_fail(GFRT_BAD_ARGUMENT, "the path of the bundle is too long");
-    FILE *file = fopen(path, "rb");
-    if (!file)
+    /* A pipe nobody writes to is opened at once, too, and then has no end to go to. */
+    int handle = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (handle < 0)
         return gfi_fail(GFRT_NOT_FOUND, "%s: %s; is this a bundle?", path, strerror(errno));
+    FILE *file = fdopen(handle, "rb");
+    if (!file) {
+        close(handle);
+        return gfi_fail(GFRT_NO_MEMORY, "no memory to read %s", path);
+    }
     gfrt_status status = GFRT_OK;
     char *bytes = NULL;
     long end = fseek(file, 0, SEEK_END) == 0 ? ftell(file) : -1;
