@@ -229,8 +229,8 @@ class _Job:
         self.check_emitter()
         if config.checkpoint is not None and not config.checkpoint.is_file():
             raise UserError(f"{config.checkpoint}: no such checkpoint file")
-        if config.labels is not None and not config.labels.is_file():
-            raise UserError(f"{config.labels}: no such file of labels")
+        if config.labels is not None:
+            _read_labels(config.labels)
         if config.calibration_data is not None:
             if self.precision != "int8":
                 raise UserError("--calibration-data is for --int8; add it or leave this out")
@@ -464,7 +464,12 @@ class _Job:
         if config.labels is not None:
             classes = graph.model.graph.outputs[0].shape
             assert classes is not None
-            labels = _read_labels(config.labels, int(classes.numpy()[-1]))
+            labels = _read_labels(config.labels)
+            if len(labels) != classes.numpy()[-1]:
+                raise UserError(
+                    f"{config.labels}: {len(labels)} labels for {classes.numpy()[-1]} classes; "
+                    "one line per class"
+                )
             (folder / "labels.txt").write_text("\n".join(labels) + "\n", encoding="utf-8")
         emission = self.emission(
             EmissionRequest(
@@ -628,8 +633,10 @@ def _golden(transform: Transform, batch: int) -> Golden:
     return Golden(pixels=pixels, inputs=[normalize(images, transform) for images in pixels])
 
 
-def _read_labels(path: Path, classes: int) -> list[str]:
-    labels = path.read_text(encoding="utf-8").splitlines()
-    if len(labels) != classes:
-        raise UserError(f"{path}: {len(labels)} labels for {classes} classes; one line per class")
-    return labels
+def _read_labels(path: Path) -> list[str]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of labels")
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: no text in UTF-8: {error}") from error

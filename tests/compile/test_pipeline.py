@@ -191,6 +191,7 @@ def test_a_module_of_the_users_own_compiles(tmp_path: Path) -> None:
 
 def test_what_cannot_be_is_said_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "labels.txt").write_bytes(b"\xe9t\xe9\n" * 1000)
     base = {"model": "gfnet_xs", "target": "host", "output": tmp_path / "out"}
     for change, words in (
         ({"model": "gfnet_sx"}, "gfnet_xs"),
@@ -201,6 +202,7 @@ def test_what_cannot_be_is_said_before_any_work(tmp_path: Path) -> None:
         ({"precision": "int8", "calibration_data": tmp_path / "empty"}, "no calibration images"),
         ({"calibration_data": tmp_path}, "--int8"),
         ({"labels": tmp_path / "none.txt"}, "labels"),
+        ({"labels": tmp_path / "labels.txt"}, "no text in UTF-8"),
     ):
         with pytest.raises(UserError, match=words):
             compile_model(CompileConfig(**{**base, **change}))  # type: ignore[arg-type]
