@@ -1,6 +1,6 @@
 """What a bundle says about itself: manifest.json, read and checked before anything is run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -154,6 +154,24 @@ def check_bundle(bundle: Path, *, local: bool = True) -> Manifest:
     except gfrt.GfrtError as error:
         raise BundleError(str(error)) from None
     return Manifest.from_dict(values)
+
+
+def check_tensors(
+    manifest: Manifest,
+    inputs: Sequence[gfrt.TensorInfo],
+    outputs: Sequence[gfrt.TensorInfo],
+) -> None:
+    """Refuses a manifest that tells of other tensors than the model's: of other batches, say.
+
+    Raises:
+        BundleError: it does.
+    """
+    for specs, infos in ((manifest.inputs, inputs), (manifest.outputs, outputs)):
+        told = [(spec.dtype, spec.shape) for spec in specs]
+        if told != [(info.dtype, info.shape) for info in infos]:
+            raise BundleError(
+                f"{MANIFEST_NAME} and the model do not belong together: copy the bundle again"
+            )
 
 
 def model_file(bundle: Path, manifest: Manifest) -> Path:

@@ -209,6 +209,15 @@ def test_a_library_that_is_none(mine: Toy) -> None:
     refused(mine.folder, r"libtoy\.so cannot be loaded")
 
 
+def test_tensors_that_are_not_the_models_are_refused(mine: Toy) -> None:
+    """A batch of 2**28 images would be filled up before the model was asked."""
+    for shape, dtype in (([2**28, 3, 8, 8], "float32"), ([1, 3, 8, 8], "uint8")):
+        edit_manifest(mine, inputs=[{"name": "image", "dtype": dtype, "shape": shape}])
+        refused(mine.folder, "do not belong together")
+    edit_manifest(mine, inputs=[])
+    refused(mine.folder, "do not belong together")
+
+
 def test_another_architecture(arm_toy: Toy) -> None:
     assert platform.machine() == "x86_64"
     refused(
