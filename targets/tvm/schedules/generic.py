@@ -54,8 +54,16 @@ class GeneratedSchedule:
         if set(values) != {"trace"} or not isinstance(text, str) or len(text) > _LONGEST_TRACE:
             raise ValueError("a generated schedule is one text called trace")
         try:
-            instructions, _decisions = json.loads(text)
-            for name, _inputs, attributes, _outputs in instructions:
+            instructions, decisions = json.loads(text)
+            for number, decision in decisions:  # others crash TVM
+                chosen = decision if isinstance(decision, list) else [decision]
+                if number not in range(len(instructions)) or {*map(type, chosen)} - {int}:
+                    raise ValueError(f"its trace may not decide on {decision!r}")
+            for name, *operands in instructions:
+                _inputs, attributes, outputs = operands
+                lists = {*map(type, operands)} == {list}
+                if not lists or None in attributes or {*map(type, outputs)} - {str}:
+                    raise ValueError(f"its trace may not give {name!r} such operands")
                 if name not in _INSTRUCTIONS:
                     raise ValueError(f"its trace may not contain {name!r}")
                 key = attributes[0] if name in ("Annotate", "Unannotate") else "meta_schedule."
