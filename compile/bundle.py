@@ -193,6 +193,6 @@ def _foreign_file(folder: Path) -> str | None:
         if not str(manifest["created_by"]).startswith("gfcompile"):
             return MANIFEST_NAME
         foreign = present - set(manifest["files"]) - {MANIFEST_NAME}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         foreign = present
     return min(foreign, default=None)

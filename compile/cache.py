@@ -98,7 +98,7 @@ class Cache:
                 return content
         except FileNotFoundError:
             return None  # not there, or evicted this moment
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
         self._discard(place)
         return None
@@ -123,7 +123,7 @@ class Cache:
                     left.unlink()
         entries = []
         for place in self._entries.glob("??/*"):
-            with suppress(OSError, ValueError, KeyError, TypeError):
+            with suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 recorded = json.loads((place / "entry.json").read_text(encoding="utf-8"))
                 entries.append((place.stat().st_mtime, int(recorded["size_bytes"]), place))
         total = sum(size for _, size, _ in entries)

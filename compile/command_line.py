@@ -46,7 +46,10 @@ def print_table(
 
 
 def complain(text: str) -> None:
-    print(f"gfcompile: {text}", file=sys.stderr)
+    """Prints one line, whatever a file or a device has put into the text."""
+    from gfcompile.runtime.report.html import clean
+
+    print(f"gfcompile: {clean(one_line(text))}", file=sys.stderr)
 
 
 def count(number: int, what: str) -> str:

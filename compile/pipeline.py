@@ -224,8 +224,6 @@ class _Job:
         self.check_emitter()
         if config.checkpoint is not None and not config.checkpoint.is_file():
             raise UserError(f"{config.checkpoint}: no such checkpoint file")
-        if config.labels is not None and not config.labels.is_file():
-            raise UserError(f"{config.labels}: no such file of labels")
         if config.labels is not None:
             _read_labels(config.labels)
         if config.calibration_data is not None:
@@ -631,6 +629,8 @@ def _golden(transform: Transform, batch: int) -> Golden:
 
 
 def _read_labels(path: Path) -> list[str]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of labels")
     try:
         # With or without the byte order mark that Windows' editors write, which is of no name.
         return path.read_text(encoding="utf-8-sig").splitlines()

@@ -149,7 +149,10 @@ def read_quantized(path: Path) -> QuantizedCheckpoint:
             images=header["images"],
             training=header["training"],
         )
-    except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+    except (
+        *(LookupError, TypeError, ValueError, OverflowError, RecursionError),
+        safetensors.SafetensorError,
+    ) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: damaged; write it again with `gfcompile quantize`") from error

@@ -117,7 +117,8 @@ def _read_folder(source: Path, names: Sequence[str]) -> tuple[list[tuple[Path, i
 
 def _read_csv(source: Path, names: Sequence[str]) -> tuple[list[tuple[Path, int]], list[str]]:
     try:
-        with source.open(newline="", encoding="utf-8") as file:
+        # Spreadsheets put a mark before the first line.
+        with source.open(newline="", encoding="utf-8-sig") as file:
             rows = [(number, row) for number, row in enumerate(csv.reader(file), 1) if row]
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{source}: no CSV in UTF-8: {error}") from error
@@ -129,7 +130,7 @@ def _read_csv(source: Path, names: Sequence[str]) -> tuple[list[tuple[Path, int]
     texts = [row[1].strip() for _, row in rows]
     if all(text.lstrip("-").isdecimal() for text in texts):
         known: list[str] = list(names)
-        labels = [int(text) for text in texts]
+        labels = [_number(text, source) for text in texts]
     else:
         known = list(names) or sorted(set(texts))
         labels = [_label(text, known, source) for text in texts]
@@ -137,6 +138,13 @@ def _read_csv(source: Path, names: Sequence[str]) -> tuple[list[tuple[Path, int]
         (source.parent / row[0].strip(), label)
         for (_, row), label in zip(rows, labels, strict=True)
     ], known
+
+
+def _number(text: str, source: Path) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{source}: {text[:40]!r} is no label") from None
 
 
 def _label(name: str, known: Sequence[str], source: Path) -> int:

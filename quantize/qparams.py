@@ -164,7 +164,8 @@ def _spread(factors: Factors, shape: tuple[int, ...], scheme: TensorScheme) -> F
     """The factor of each weight."""
     assert scheme.group_size is not None, scheme
     size = int(np.prod(shape[1:]))
-    return np.repeat(factors, scheme.group_size, axis=1)[:, :size].reshape(shape)
+    # Of the file's own size, whatever size of a group it names.
+    return factors[:, np.arange(size) // scheme.group_size].reshape(shape)
 
 
 def minimize_squared_error(

@@ -120,7 +120,12 @@ def run_bench(
 def _call(command: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
     try:
         result = subprocess.run(
-            command, env={**os.environ, **env}, capture_output=True, text=True, check=False
+            command,
+            env={**os.environ, **env},
+            capture_output=True,
+            text=True,
+            errors="replace",  # names are of the bundle
+            check=False,
         )
     except OSError as error:
         raise DeviceError(f"{command[0]} cannot be started: {error.strerror}") from error

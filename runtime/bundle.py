@@ -1,12 +1,13 @@
 """What a bundle says about itself: manifest.json, read and checked before anything is run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from gfcompile.runtime.device import gfrt
 from gfcompile.runtime.errors import BundleError
+from gfcompile.runtime.records import from_json
 
 FORMAT_VERSION = gfrt.MANIFEST_FORMAT
 MANIFEST_NAME = gfrt.MANIFEST_NAME
@@ -108,32 +109,23 @@ class Manifest:
             BundleError: a key is missing or holds something else than it should.
         """
         known = {f.name for f in fields(cls)}
-        core = {key: value for key, value in values.items() if key in known}
         unknown = {key: value for key, value in values.items() if key not in known}
         try:
-            core["precision"] = Precision(**core["precision"])
-            for key in ("inputs", "outputs"):
-                core[key] = tuple(
-                    TensorSpec(**{**spec, "shape": _shape(spec["shape"])}) for spec in core[key]
-                )
-            core["files"] = {n: FileEntry(**entry) for n, entry in core.get("files", {}).items()}
-            for key in ("cpu_features", "notes", "ledger", "filters", "kernels"):
-                core[key] = tuple(core.get(key, ()))
-            if core.get("compute_capability") is not None:
-                major, minor = core["compute_capability"]
-                core["compute_capability"] = (int(major), int(minor))
-            core["extra"] = {**core.get("extra", {}), **unknown}
-            return cls(**core)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            manifest = from_json(cls, values)
+            for spec in (*manifest.inputs, *manifest.outputs):
+                _check_tensor(spec)
+        except ValueError as error:
             raise BundleError(
-                f"{MANIFEST_NAME} is damaged or was not written by gfcompile: {error!r}"
+                f"{MANIFEST_NAME} is damaged or was not written by gfcompile: {error}"
             ) from error
+        return replace(manifest, extra={**manifest.extra, **unknown})
 
 
-def _shape(sizes: Sequence[Any]) -> tuple[int, ...]:
-    if not all(type(size) is int and size >= 1 for size in sizes):
-        raise ValueError(f"{sizes} is no shape")
-    return tuple(sizes)
+def _check_tensor(spec: TensorSpec) -> None:
+    if spec.dtype not in gfrt.DTYPES:
+        raise ValueError(f"{spec.dtype!r} is no dtype")
+    if not all(size >= 1 for size in spec.shape):
+        raise ValueError(f"{spec.shape} is no shape")
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -162,3 +154,33 @@ def check_bundle(bundle: Path, *, local: bool = True) -> Manifest:
     except gfrt.GfrtError as error:
         raise BundleError(str(error)) from None
     return Manifest.from_dict(values)
+
+
+def check_tensors(
+    manifest: Manifest,
+    inputs: Sequence[gfrt.TensorInfo],
+    outputs: Sequence[gfrt.TensorInfo],
+) -> None:
+    """Refuses a manifest that tells of other tensors than the model's: of other batches, say.
+
+    Raises:
+        BundleError: it does.
+    """
+    for specs, infos in ((manifest.inputs, inputs), (manifest.outputs, outputs)):
+        told = [(spec.dtype, spec.shape) for spec in specs]
+        if told != [(info.dtype, info.shape) for info in infos]:
+            raise BundleError(
+                f"{MANIFEST_NAME} and the model do not belong together: copy the bundle again"
+            )
+
+
+def model_file(bundle: Path, manifest: Manifest) -> Path:
+    """The file or folder that another's runtime loads: of those that `check_bundle` looks at.
+
+    Raises:
+        BundleError: the manifest names something else.
+    """
+    name = manifest.library
+    if not name or not any(f"{file}/".startswith(f"{name}/") for file in manifest.files):
+        raise BundleError(f"{bundle} has no model {name!r} among its files: copy the bundle again")
+    return bundle / name

@@ -6,6 +6,7 @@ truncated to whole pixels), cut `image_size` squared out of the centre, then (x/
 in float32. It gives the same bytes as torchvision's Resize and CenterCrop on a PIL image.
 """
 
+import math
 import struct
 import warnings
 import zlib
@@ -60,6 +61,8 @@ class Transform:
             raise ValueError(f"unknown interpolation {self.interpolation!r}; choose from {known}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError("mean and std need three values each, std above zero")
+        if not all(map(math.isfinite, (*self.mean, *self.std))):
+            raise ValueError("mean and std need finite values")
 
     def to_dict(self) -> dict[str, Any]:
         """The transform as JSON values, for a manifest."""
@@ -86,7 +89,7 @@ class Transform:
         except KeyError as error:
             wanted = ", ".join(field.name for field in fields(cls))
             raise BundleError(f"transform lacks {error}; it needs {wanted}") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise BundleError(f"transform makes no sense: {error}") from None
 
 

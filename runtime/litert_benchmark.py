@@ -7,7 +7,7 @@ there.
 import dataclasses
 import re
 
-from gfcompile.runtime.bundle import Manifest
+from gfcompile.runtime.bundle import Manifest, model_file
 from gfcompile.runtime.devices import Device, open_device, unfit
 from gfcompile.runtime.devices.board import SCRIPT, Board, cautions, read_board
 from gfcompile.runtime.errors import NoVerdictError, UserError
@@ -120,7 +120,7 @@ def validate_on_android(config: ValidateConfig, manifest: Manifest, say: Say) ->
                 f"then adb push it to {PROGRAM} and adb shell chmod 755 {PROGRAM}",
             )
         say("copy the model there")
-        device.send({_MODEL: config.bundle / manifest.library})
+        device.send({_MODEL: model_file(config.bundle, manifest)})
         say("measure")
         output = _run(device, config)
         after = read_board(device.script(SCRIPT))

@@ -1,7 +1,7 @@
 """Frozen dataclasses as JSON and back, checked against their annotations.
 
 A field is one of: str, int, float, bool, a Literal of strings, another such dataclass,
-`tuple[X, ...]`, `Mapping[str, X]`, or any of these `| None`.
+`tuple[X, ...]`, `tuple[X, Y]`, `Mapping[str, X]`, Any, or any of these `| None`.
 """
 
 import math
@@ -53,6 +53,8 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
             return None
         (hint,) = (kind for kind in inner if kind is not type(None))
         return _decode(hint, value, where)
+    if hint is Any:
+        return value
     if origin is Literal:
         if value not in inner:
             raise ValueError(f"{where} should be one of {', '.join(inner)}, not {_shown(value)}")
@@ -60,7 +62,13 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where} should be a list, not {_shown(value)}")
-        return tuple(_decode(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        if len(kinds) != len(value):
+            raise ValueError(f"{where} should have {len(kinds)} items, not {len(value)}")
+        return tuple(
+            _decode(kind, item, f"{where}[{i}]")
+            for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
+        )
     if origin is Mapping:
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} should be an object, not {_shown(value)}")

@@ -355,7 +355,7 @@ def read_result(path: Path) -> ValidationResult:
         return ValidationResult.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:  # JSON and Unicode errors are of this class
+    except (ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
         raise UserError(f"{path} cannot be used: {error}") from error
 
 

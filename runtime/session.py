@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from gfcompile.runtime import images
 from gfcompile.runtime.bench import BenchResult, qemu_command, run_bench
-from gfcompile.runtime.bundle import Manifest, TensorSpec, check_bundle
+from gfcompile.runtime.bundle import Manifest, TensorSpec, check_bundle, check_tensors, model_file
 from gfcompile.runtime.device import gfrt
 from gfcompile.runtime.device.gfrt import StepProfile, TensorInfo, TraceRecord
 from gfcompile.runtime.engine import ComputeUnits, Engine, Latency, measure
@@ -216,7 +216,7 @@ def load(
         engine = _format_engine(folder, manifest, threads, compute_units)
         return Session(folder, manifest, engine, threads)
     if device == "local":
-        return Session(folder, manifest, _Local(folder, threads), threads)
+        return Session(folder, manifest, _Local(folder, manifest, threads), threads)
     prefix: list[str] = []
     env = dict(env or {})
     if device == "qemu":
@@ -234,7 +234,7 @@ def _format_engine(
     if manifest.kind == "tflite":
         from gfcompile.runtime.tflite import TfliteEngine
 
-        return TfliteEngine(folder / manifest.library, threads)
+        return TfliteEngine(model_file(folder, manifest), manifest, threads)
     opener = find_opener(manifest.kind)
     if opener is None:
         raise BundleError(f"a bundle of kind {manifest.kind!r} does not run on this machine")
@@ -246,10 +246,11 @@ class _Local:
 
     stand_in = ""
 
-    def __init__(self, bundle: Path, threads: int) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, threads: int) -> None:
         try:
             # `load` has looked at every file already.
             self._model = gfrt.Model(str(bundle), verify=False)
+            check_tensors(manifest, self._model.inputs, self._model.outputs)
             self._context = self._model.context(threads)
         except gfrt.GfrtError as error:
             raise BundleError(str(error)) from None

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import math
 import os
 import sys
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gfcompile.runtime.bundle import Manifest, check_tensors
 from gfcompile.runtime.device.gfrt import StepProfile, TensorInfo, TraceRecord
 from gfcompile.runtime.engine import Latency, measure
 from gfcompile.runtime.errors import BundleError, DeviceError
@@ -100,6 +102,12 @@ class TfliteInterpreter:
             detail["name"]: detail["index"] for detail in self._interpreter.get_output_details()
         }
 
+    def signature(self) -> tuple[list[TensorInfo], list[TensorInfo]]:
+        """The inputs and the outputs."""
+        details = (self._interpreter.get_input_details(), self._interpreter.get_output_details())
+        inputs, outputs = ([_tensor_info(each) for each in found] for found in details)
+        return inputs, outputs
+
     def run(self, *inputs: Array) -> dict[str, Array]:
         """The outputs by their tensors' names.
 
@@ -183,9 +191,10 @@ class TfliteEngine:
 
     stand_in = ""
 
-    def __init__(self, model: Path, threads: int) -> None:
+    def __init__(self, model: Path, manifest: Manifest, threads: int) -> None:
         self._model, self._threads = model, threads
         self._interpreter = TfliteInterpreter(model, threads=threads)
+        check_tensors(manifest, *self._interpreter.signature())
 
     @property
     def device_name(self) -> str:
@@ -221,6 +230,14 @@ class TfliteEngine:
 
     def close(self) -> None:
         pass
+
+
+def _tensor_info(detail: Mapping[str, Any]) -> TensorInfo:
+    """What the interpreter says of a tensor."""
+    dtype, shape = np.dtype(detail["dtype"]), tuple(int(size) for size in detail["shape"])
+    scale, zero_point = detail["quantization"]
+    size_bytes = math.prod(shape) * dtype.itemsize
+    return TensorInfo(detail["name"], dtype.name, shape, size_bytes, scale, zero_point, 0)
 
 
 @contextmanager

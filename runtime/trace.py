@@ -50,7 +50,7 @@ def read_trace(path: Path) -> Iterator[tuple[int, TraceRecord]]:
             _,
             data_bytes,
         ) = _RECORD.unpack(take(_RECORD.size))
-        name, label = take(name_bytes).decode(), take(label_bytes).decode()
+        name, label = (take(n).decode(errors="replace") for n in (name_bytes, label_bytes))
         info = TensorInfo(
             name,
             DTYPES[dtype],

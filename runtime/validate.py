@@ -287,7 +287,7 @@ class _ResultOf:
                                  f"{done.reason.removeprefix('gfbench: ')}")  # fmt: skip
         try:
             return BenchReport.read(done.stdout)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise NoVerdictError(f"gfbench on {device.url} printed no report: {error}") from error
 
     def command(self, *options: str) -> list[str]:

@@ -51,7 +51,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             kind = type(value).__name__
             raise UserError(f"{path}: {name!r} is a {kind}, not a tensor; accepted: {_ACCEPTED}")
-        if not value.is_floating_point() or value.layout is not torch.strided:
+        if not value.is_floating_point() or not _is_dense(value):
             raise UserError(f"{path}: {name!r} holds {value.dtype}, not dense float numbers")
         state[str(name)] = value.detach().to(torch.float32)
     return _unwrap(state)
@@ -106,6 +106,13 @@ def _mismatches(expected: Shapes, found: Shapes) -> list[str]:
             differences.append(f"{name} is {found[name]}, not {shape}")
     unknown = [name for name in found if name not in expected]
     return differences + [f"{name} {found[name]} is unknown" for name in unknown]
+
+
+def _is_dense(value: Tensor) -> bool:
+    """Whether the file holds each number of the tensor, which would otherwise grow without end."""
+    if value.layout is not torch.strided or value.is_nested or value.is_meta:
+        return False
+    return value.untyped_storage().nbytes() >= value.numel() * value.element_size()
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -18,6 +18,10 @@ gfrt_status gfi_fail(gfrt_status status, const char *format, ...) {
     va_start(args, format);
     vsnprintf(message, sizeof message, format, args);
     va_end(args);
+    for (char *at = message; *at; at++) {
+        if ((unsigned char)*at < ' ')
+            *at = ' '; /* an error is one line, whatever a plan calls its kernels */
+    }
     memcpy(thread->last_error, message, sizeof message);
     return status;
 }
@@ -86,7 +90,7 @@ static gfrt_status map_weights(gfrt_model *model, uint32_t flags) {
     int length = snprintf(path, sizeof path, "%s/weights.bin", model->bundle);
     if (length < 0 || (size_t)length >= sizeof path)
         return gfi_fail(GFRT_BAD_ARGUMENT, "the path of the bundle is too long");
-    int file = open(path, O_RDONLY | O_CLOEXEC);
+    int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* does not wait for a pipe */
     if (file < 0)
         return gfi_fail(GFRT_NOT_FOUND, "%s: %s; copy the bundle again", path, strerror(errno));
     size_t size = stored_bytes(header);

@@ -27,6 +27,7 @@ LABELS_NAME = "labels.txt"
 
 _HUGE_PAGE = 2 << 20
 _MAX_THREADS = 256  # as gfrt_cpu.c has it
+_MANIFEST_LIMIT = 64 << 20
 
 
 class GfrtError(Exception):
@@ -40,6 +41,9 @@ def read_manifest(bundle: str) -> Dict[str, Any]:
     """manifest.json of the bundle in folder `bundle`, its format known to this file."""
     path = Path(bundle) / MANIFEST_NAME
     try:
+        size = _size(path)
+        if size > _MANIFEST_LIMIT:
+            raise GfrtError(f"{path} is damaged: {size} bytes are too many; copy the bundle again")
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         reason = "it has no manifest.json" if Path(bundle).is_dir() else "there is no such folder"
@@ -83,7 +87,9 @@ def check_bundle(bundle: str, local: bool = True) -> Dict[str, Any]:
 def read_labels(bundle: str) -> List[str]:
     """The name of each class; none where the bundle has no labels.txt."""
     path = Path(bundle) / LABELS_NAME
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if not path.is_file():
+        return []
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def _check_file(bundle: Path, name: str, entry: Any) -> None:
@@ -92,13 +98,13 @@ def _check_file(bundle: Path, name: str, entry: Any) -> None:
         raise GfrtError(f"{MANIFEST_NAME} names a file outside the bundle: {name!r}")
     try:
         want_size, want_hash = int(entry["size_bytes"]), str(entry["sha256"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):  # the last one by infinity
         raise GfrtError(f"{MANIFEST_NAME} is damaged at file {name!r}") from None
     path = bundle.joinpath(*parts)
     try:
         if bundle.resolve() not in path.resolve().parents:
             raise GfrtError(f"{path} links to a file outside the bundle")
-        size = path.stat().st_size
+        size = _size(path)
         if size != want_size:
             raise GfrtError(
                 f"{path} has {size} bytes instead of {want_size}: copy the bundle again"
@@ -108,6 +114,8 @@ def _check_file(bundle: Path, name: str, entry: Any) -> None:
         raise GfrtError(f"{path} is missing: copy the bundle again") from None
     except OSError as error:
         raise GfrtError(f"{path} cannot be read: {error.strerror}") from error
+    except RuntimeError:  # before Python 3.13, by links that lead to each other
+        raise GfrtError(f"{path} cannot be read: it links to itself") from None
     except ValueError:  # there is less of it to map
         raise GfrtError(f"{path} was cut short just now: copy the bundle again") from None
     if digest != want_hash:
@@ -115,6 +123,14 @@ def _check_file(bundle: Path, name: str, entry: Any) -> None:
             f"{path} was changed: its sha256 is {digest[:16]}..., the manifest says "
             f"{want_hash[:16]}...: copy the bundle again"
         )
+
+
+def _size(path: Path) -> int:
+    """The size of a file or folder; refused is what may never begin or end, a pipe or a device."""
+    size = path.stat().st_size
+    if not path.is_file() and not path.is_dir():
+        raise GfrtError(f"{path} is no file: copy the bundle again")
+    return size
 
 
 def _digest(path: Path, size: int) -> str:
@@ -267,8 +283,9 @@ class Model:
         bundle = str(bundle)
         self._handle = ctypes.c_void_p()
         self.manifest = check_bundle(bundle) if verify else read_manifest(bundle)
-        library = self.manifest.get("library")
-        if not isinstance(library, str) or not library or "/" in library:
+        library, files = self.manifest.get("library"), self.manifest.get("files")
+        listed = isinstance(files, dict) and isinstance(library, str) and library in files
+        if not isinstance(library, str) or not listed or "/" in library:
             raise GfrtError(f"{bundle} has no library that gfrt could load")
         self._library = _Library(Path(bundle).resolve() / library)
         self._library.check(self._library.open(bundle.encode(), 0, ctypes.byref(self._handle)))
@@ -379,7 +396,7 @@ class Context:
             try:
                 tensor = _tensor_info(info.contents)
                 values = ctypes.string_at(data, tensor.size_bytes)
-                function(TraceRecord(step, label.decode(), tensor, values))
+                function(TraceRecord(step, label.decode(errors="replace"), tensor, values))
             except BaseException as error:  # ctypes would print it and go on
                 failures.append(error)
 
@@ -403,9 +420,8 @@ class Context:
         for step in range(self._steps):
             entry = _Profile()
             self._library.check(self._library.profile_get(self._handle, step, ctypes.byref(entry)))
-            steps.append(
-                StepProfile(entry.kernel.decode(), entry.label.decode(), entry.calls, entry.seconds)
-            )
+            kernel, label = (text.decode(errors="replace") for text in (entry.kernel, entry.label))
+            steps.append(StepProfile(kernel, label, entry.calls, entry.seconds))
         return steps
 
     def close(self) -> None:
@@ -455,7 +471,7 @@ def _numpy() -> Any:
 
 def _tensor_info(info: _Info) -> TensorInfo:
     return TensorInfo(
-        info.name.decode(),
+        info.name.decode(errors="replace"),
         DTYPES[info.dtype],
         tuple(info.shape[: info.ndim]),
         info.size_bytes,

@@ -293,7 +293,7 @@ static gfrt_status allocate_context(const gfrt_model *model, cuda_context *state
     const gfi_plan *plan = &model->plan;
     const gfi_header *header = plan->header;
     state->places = calloc(header->tensors + 1u, sizeof *state->places);
-    state->params = calloc(header->args + 1u, sizeof *state->params);
+    state->params = calloc((size_t)header->args + GFI_MAX_ARGS, sizeof *state->params);
     state->events = calloc(header->steps + 1u, sizeof *state->events);
     if (!state->places || !state->params || !state->events)
         return gfi_fail(GFRT_NO_MEMORY, "no memory for a context");
@@ -309,6 +309,9 @@ static gfrt_status allocate_context(const gfrt_model *model, cuda_context *state
     }
     for (uint32_t i = 0; i < header->args; i++)
         state->params[i] = &state->places[plan->args[i].tensor];
+    /* The driver reads as many as the kernel takes. If a step has fewer, these are null there. */
+    for (uint32_t i = 0; i < GFI_MAX_ARGS; i++)
+        state->params[header->args + i] = &state->places[header->tensors];
     return GFRT_OK;
 }
 

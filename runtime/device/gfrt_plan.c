@@ -1,9 +1,11 @@
 /* Reads plan.bin. It may come from anywhere: nothing in it is used before it was checked. */
 #include <errno.h>
+#include <fcntl.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "gfrt_internal.h"
 
@@ -17,9 +19,15 @@ gfrt_status gfi_read_file(const char *bundle, const char *name, size_t limit, vo
     int length = snprintf(path, sizeof path, "%s/%s", bundle, name);
     if (length < 0 || (size_t)length >= sizeof path)
         return gfi_fail(GFRT_BAD_ARGUMENT, "the path of the bundle is too long");
-    FILE *file = fopen(path, "rb");
-    if (!file)
+    /* A pipe nobody writes to is opened at once, too, and then has no end to go to. */
+    int handle = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (handle < 0)
         return gfi_fail(GFRT_NOT_FOUND, "%s: %s; is this a bundle?", path, strerror(errno));
+    FILE *file = fdopen(handle, "rb");
+    if (!file) {
+        close(handle);
+        return gfi_fail(GFRT_NO_MEMORY, "no memory to read %s", path);
+    }
     gfrt_status status = GFRT_OK;
     char *bytes = NULL;
     long end = fseek(file, 0, SEEK_END) == 0 ? ftell(file) : -1;
@@ -235,8 +243,14 @@ static gfrt_status check_plan(gfi_plan *plan, size_t size) {
         status = check_io(plan, &plan->inputs[i], "input", i);
     for (uint32_t i = 0; i < header->outputs && !status; i++)
         status = check_io(plan, &plan->outputs[i], "output", i);
-    for (uint32_t i = 0; i < header->grouped && !status; i++)
+    uint64_t grouped_bytes = 0;
+    for (uint32_t i = 0; i < header->grouped && !status; i++) {
         status = check_grouped(header, &plan->grouped[i], i);
+        grouped_bytes += plan->grouped[i].bytes;
+    }
+    /* Each weight has one factor: a million records of the same ones would take hours. */
+    if (!status && grouped_bytes > header->packed_bytes)
+        status = DAMAGED("its grouped weights");
     return status;
 }
 

@@ -319,8 +319,6 @@ static void complain(gfi_caller *caller, const char *const *parts, int32_t count
                              parts[i] ? parts[i] : "");
         used += wrote > 0 ? (size_t)wrote : 0;
     }
-    for (char *at = w->message; (at = strchr(at, '\n'));)
-        *at = ' '; /* an error is one line */
 }
 
 void gfi_pool_begin(gfi_pool *pool) {

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gfcompile.runtime.bundle import Manifest
+from gfcompile.runtime.bundle import Manifest, model_file
 from gfcompile.runtime.device.gfrt import StepProfile, TensorInfo, TraceRecord
 from gfcompile.runtime.engine import ComputeUnits, Engine, Latency, measure
 from gfcompile.runtime.errors import BundleError, DeviceError
@@ -40,7 +40,7 @@ def open_engine(
         DeviceError: units were chosen, and this is no Mac.
         BundleError: Core ML cannot load the package.
     """
-    package = folder / manifest.library
+    package = model_file(folder, manifest)
     if platform.system() == "Darwin":
         return CoremlEngine(package, manifest, compute_units)
     if compute_units != "all":

@@ -77,20 +77,26 @@ class Evaluator:
                     results = self._execute(op, environment)
                     if observe is not None:
                         observe(op, results)
+        missing = set(self.program.outputs) - environment.keys()
+        if missing:
+            raise BundleError(f"the program computes no {', '.join(sorted(missing))}")
         return {name: _plain(environment[name]) for name in self.program.outputs}
 
     def _execute(self, op: Operation, environment: dict[str, Any]) -> Sequence[Any]:
-        arguments: dict[str, Any] = {key: _tensor(v) for key, v in op.literals.items()}
-        for key, names in op.inputs.items():
-            values = [environment[name] for name in names]
-            arguments[key] = values if key == "values" else values[0]
-        results = OPERATIONS[op.kind](arguments)
-        if not isinstance(results, (tuple, list)):
-            results = [results]
-        stored = [
-            self._stored(result, kind)
-            for result, (_, kind) in zip(results, op.outputs, strict=True)
-        ]
+        try:
+            arguments: dict[str, Any] = {key: _tensor(v) for key, v in op.literals.items()}
+            for key, names in op.inputs.items():
+                values = [environment[name] for name in names]
+                arguments[key] = values if key == "values" else values[0]
+            results = OPERATIONS[op.kind](arguments)
+            if not isinstance(results, (tuple, list)):
+                results = [results]
+            stored = [
+                self._stored(result, kind)
+                for result, (_, kind) in zip(results, op.outputs, strict=True)
+            ]
+        except Exception as error:  # arguments that do not fit raise whatever they stumble over
+            raise BundleError(f"{op.kind} cannot be evaluated: {error!r}") from error
         environment |= {name: v for (name, _), v in zip(op.outputs, stored, strict=True)}
         return stored
 

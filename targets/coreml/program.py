@@ -106,9 +106,15 @@ def read_program(package: Path) -> MilProgram:
         raise BundleError(f"{package} is no .mlpackage that can be read: {error}") from error
     if spec.WhichOneof("Type") != "mlProgram":
         raise BundleError(f"{package} holds no ML program")
+    try:
+        return _main_function(spec, _Reader(MIL_pb2, blobs))
+    except (LookupError, TypeError, ValueError, AttributeError, struct.error) as error:
+        raise BundleError(f"{package} has a damaged program: {error}") from error
+
+
+def _main_function(spec: Any, reader: "_Reader") -> MilProgram:
     function = spec.mlProgram.functions["main"]
     block = function.block_specializations[function.opset]
-    reader = _Reader(MIL_pb2, blobs)
     constants: dict[str, Any] = {}
     constant_types: dict[str, TensorType] = {}
     operations = []

@@ -153,9 +153,10 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
         write_bundle(build, tmp_path / "out")
     # Nor is a folder with somebody else's manifest.
     (photos / "cat.jpg").unlink()
-    (photos / MANIFEST_NAME).write_text(json.dumps({"name": "web app"}))
-    with pytest.raises(UserError, match=r"manifest\.json"):
-        check_output(photos)
+    for text in (json.dumps({"name": "web app"}), "[" * 100_000):
+        (photos / MANIFEST_NAME).write_text(text)
+        with pytest.raises(UserError, match=r"manifest\.json"):
+            check_output(photos)
 
 
 def test_file_or_link_in_the_way_is_refused(tmp_path: Path) -> None:

@@ -68,7 +68,13 @@ def _damage_record(content: Path) -> None:
     (content.parent / "entry.json").write_text('{"files": {')
 
 
-@pytest.mark.parametrize("damage", [_change, _truncate, _remove, _add, _damage_record])
+def _nest_record(content: Path) -> None:
+    (content.parent / "entry.json").write_text("[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    "damage", [_change, _truncate, _remove, _add, _damage_record, _nest_record]
+)
 def test_damaged_entry_is_built_again(cache: Cache, damage: Callable[[Path], None]) -> None:
     build = Builder()
     damage(cache.folder(KEY, build))
@@ -167,6 +173,14 @@ def test_least_recently_used_goes_first(tmp_path: Path) -> None:
     cache.folder({"n": 3}, Builder())
     assert cache.lookup({"n": 1}) is None
     assert cache.lookup({"n": 0}) is not None
+
+
+def test_an_entry_of_no_known_size_is_left_when_others_go(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, max_bytes=0)
+    record = cache.folder({"n": 0}, Builder()).parent / "entry.json"
+    record.write_text('{"size_bytes": Infinity}')
+    cache.folder({"n": 1}, Builder())
+    assert record.exists()
 
 
 def test_entry_in_use_is_not_evicted(tmp_path: Path) -> None:

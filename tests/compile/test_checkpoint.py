@@ -246,6 +246,10 @@ def test_missing_and_unknown_names_are_told(state: State, tmp_path: Path) -> Non
         ({"head.weight": torch.ones(3, dtype=torch.int8)}, "holds torch.int8"),
         ({"head.weight": torch.tensor(1.0), "pos_embed": torch.ones(3)}, "does not fit"),
         ({"pos_embed": torch.ones(1, 0, 12)}, "does not fit"),
+        ({"norm.bias": torch.ones(1).half().expand(10**6, 10**7)}, "not dense float numbers"),
+        ({"norm.bias": torch.ones(1).expand(12)}, "not dense float numbers"),
+        ({"norm.bias": torch.ones(12, device="meta")}, "not dense float numbers"),
+        ({"norm.bias": torch.nested.nested_tensor([torch.ones(2)])}, "not dense float numbers"),
     ],
 )
 def test_other_contents_are_refused(content: object, message: str, tmp_path: Path) -> None:

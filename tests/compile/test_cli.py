@@ -267,6 +267,7 @@ def test_missing_bundle_is_one_line_and_exit_1(run: Callable[..., Run], tmp_path
         (UserError("bad name"), 2, "error: bad name"),
         (CompileError("stage failed"), 1, "error: stage failed"),
         (BundleError("flipped byte"), 1, "error: flipped byte"),
+        (BundleError("kind \x1b[31mc\nd"), 1, "error: kind \N{REPLACEMENT CHARACTER}[31mc d"),
         (OSError(errno.ENOSPC, "No space left on device", "out/w.bin"), 1, "disk is full: out/w"),
         (OSError(errno.ENOSPC, "No space left", "cache", None, "out"), 1, "disk is full: out;"),
         (OSError(errno.EACCES, "Permission denied", "out"), 1, "Permission denied: out"),

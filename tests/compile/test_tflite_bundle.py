@@ -1,5 +1,6 @@
 """From a module to a .tflite bundle: it runs, agrees with its graph, and XNNPACK takes it all."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from gfcompile.compile.passes import lower
 from gfcompile.compile.pipeline import CompileConfig, compile_model
 from gfcompile.compile.prune import freeze
 from gfcompile.compile.trace import trace
-from gfcompile.runtime.errors import CompileError, UserError
+from gfcompile.runtime.errors import BundleError, CompileError, UserError
 from gfcompile.runtime.images import Transform, dequantize, preprocess, stand_in_photos
 from gfcompile.targets.tflite.options import TfliteOptions
 
@@ -129,6 +130,16 @@ def test_equal_configurations_give_equal_files(tmp_path: Path) -> None:
     # A byte for each weight, and as much again for the operators of so small a model.
     parameters = sum(p.numel() for p in build(SPEC).parameters())
     assert first.manifest.files["gfnet_small.tflite"].size_bytes < 2.5 * parameters
+
+
+def test_a_manifest_of_another_model_is_refused(tmp_path: Path) -> None:
+    bundle = compiled(tmp_path, "float32")
+    path = bundle.path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["inputs"][0]["dtype"] = "uint8"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="do not belong together"):
+        gfcompile.runtime.load(bundle.path)
 
 
 def test_labels_are_in_the_bundle_and_behind_the_model(tmp_path: Path) -> None:

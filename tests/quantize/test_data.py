@@ -37,6 +37,8 @@ def test_a_csv_may_hold_numbers_or_names_and_a_header(tmp_path: Path) -> None:
     files = read_images(table, classes=5)
     assert files.paths == (tmp_path / "a.png", tmp_path / "sub" / "b.png")
     assert files.labels == (3, 0)
+    table.write_text("path,label\na.png,3\nb.png,0\n", encoding="utf-8-sig")
+    assert read_images(table, classes=5).labels == (3, 0)
     table.write_text('a.png,dog\n"b, c.png",cat\n')
     files = read_images(table, classes=2)
     assert files.labels == (1, 0)
@@ -59,6 +61,8 @@ def test_validation_classes_are_numbered_as_in_training(tmp_path: Path) -> None:
         ("a.png,0\nb.png,-1\n", "label -1 is outside"),
         ("a.png,4\nb.png,4\n", "all images are of one class"),
         ("a.png,0\nb.png\n", "line 2: 1 fields"),
+        ("a.png,0\nb.png,--1\n", "'--1' is no label"),
+        (f"a.png,0\nb.png,{'1' * 5000}\n", f"'{'1' * 40}' is no label"),
     ],
 )
 def test_labels_that_cannot_be_are_named(tmp_path: Path, lines: str, complaint: str) -> None:

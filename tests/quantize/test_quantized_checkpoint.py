@@ -15,6 +15,7 @@ from gfcompile.quantize.checkpoint import QuantizedCheckpoint
 from gfcompile.quantize.data import Images, read_images
 from gfcompile.quantize.distributed import open_group
 from gfcompile.quantize.int4 import pack_int4, unpack_int4
+from gfcompile.quantize.metadata import KEY
 from gfcompile.quantize.scheme import QuantScheme
 from gfcompile.quantize.train_config import TrainConfig
 from gfcompile.quantize.training import train
@@ -112,6 +113,56 @@ def test_other_files_are_no_quantized_checkpoints(tmp_path: Path, square_gfnet: 
         read_quantized(plain)
     with pytest.raises(UserError, match="no such checkpoint"):
         is_quantized(tmp_path / "none")
+
+
+def write_small(path: Path, bits: int, group_size: int | None, **damage: object) -> None:
+    """A checkpoint of one weight, with other values in its header."""
+    scheme = QuantScheme.with_weight_bits(bits, group_size=group_size)
+    scales = np.full(2, 0.5, np.float32)
+    checkpoint = QuantizedCheckpoint(
+        state={"fc.weight": torch.ones(2, 40)},
+        scales={"fc.weight": scales},
+        factors={"fc.weight": np.full((2, 3), 2, np.uint8)} if group_size else {},
+        scheme=scheme,
+        layers=(),
+        kept_float=(),
+        images=1,
+    )
+    write_quantized(checkpoint, path)
+    tensors = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, "np") as file:
+        header = json.loads(file.metadata()[KEY])
+    text = "[" * 100_000 if "nested" in damage else json.dumps(header | damage)
+    safetensors.torch.save_file(tensors, path, {KEY: text})
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "damage"),
+    [
+        (8, None, {"nested": True}),
+        (8, None, {"weights": {"fc.weight": [2**40, 2**40]}}),
+        (4, None, {"weights": {"fc.weight": [2, float("inf")]}}),
+        (4, None, {"scheme": None}),
+        (4, 16, {"weights": {"fc.weight": [2, 41]}}),
+    ],
+)
+def test_a_header_that_cannot_be_is_refused(
+    tmp_path: Path, bits: int, group_size: int | None, damage: dict[str, object]
+) -> None:
+    path = tmp_path / "q.safetensors"
+    write_small(path, bits, group_size)
+    assert torch.equal(read_quantized(path).state["fc.weight"], torch.ones(2, 40))
+    write_small(path, bits, group_size, **damage)
+    with pytest.raises(UserError, match="damaged"):
+        read_quantized(path)
+
+
+def test_a_size_of_groups_takes_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "q.safetensors"
+    scheme = dict(QuantScheme.with_weight_bits(4, group_size=16).to_dict())
+    scheme["weight"] = {**scheme["weight"], "group_size": 1 << 44}
+    write_small(path, 4, 16, scheme=scheme)
+    assert torch.equal(read_quantized(path).state["fc.weight"], torch.ones(2, 40))
 
 
 def test_a_checkpoint_of_another_model_or_that_is_damaged_is_refused(

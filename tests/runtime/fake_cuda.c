@@ -113,6 +113,8 @@ int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsign
     const float *x = *(float **)params[0];
     const float *w = *(float **)params[1];
     float *y = *(float **)params[name[0] == 'a' ? 2 : 1];
+    if (!x || !w || !y)
+        return 700; /* CUDA_ERROR_ILLEGAL_ADDRESS */
     for (unsigned i = 0; i < count; i++)
         y[i] = name[0] == 'a' ? x[i] + w[i] : 2 * x[i];
     return 0;

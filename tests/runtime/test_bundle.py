@@ -1,6 +1,8 @@
 """Bundles that are not what they should be: each is refused in one line that says what to do."""
 
+import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from toy_bundle import Toy, write_manifest
 
 from gfcompile.runtime import load
 from gfcompile.runtime.bundle import FORMAT_VERSION, Manifest, check_bundle, read_manifest
+from gfcompile.runtime.device import gfrt
 from gfcompile.runtime.errors import BundleError
 
 
@@ -78,6 +81,21 @@ def test_a_newer_format(mine: Toy) -> None:
         {"compute_capability": [6]},
         {"files": {"plan.bin": {}}},
         {"files": {"plan.bin": None}},
+        {"files": {"plan.bin": {"sha256": "", "size_bytes": float("inf")}}},
+        {"model": ["gfnet_xs"]},
+        {"weights": None},
+        {"kind": ["gfrt"]},
+        {"library": 3},
+        {"device": "tpu"},
+        {"transform": [1, 2]},
+        {"notes": "a note"},
+        {"ledger": ["artifact"]},
+        {"versions": {"numpy": 2}},
+        {"cpu_features": None},
+        {"inputs": [{"name": "image", "dtype": "float32", "shape": [1, 3, 8, True]}]},
+        {"inputs": [{"name": "image", "dtype": "float32", "shape": [1, 3, 8, 0]}]},
+        {"outputs": [{"name": "logits", "dtype": "O", "shape": [1, 16]}]},
+        {"outputs": [{"name": "logits", "dtype": "float32", "shape": [16], "scale": float("nan")}]},
     ],
 )
 def test_a_manifest_with_wrong_values(mine: Toy, changes: dict[str, Any]) -> None:
@@ -141,16 +159,63 @@ def test_a_link_out_of_the_bundle(mine: Toy, tmp_path: Path) -> None:
     refused(mine.folder, "links to a file outside the bundle")
 
 
-@pytest.mark.parametrize("library", ["", "../libtoy.so", "/lib/libc.so", 3])
-def test_a_library_elsewhere_is_not_loaded(mine: Toy, library: Any) -> None:
+def test_links_that_lead_to_each_other_are_refused(mine: Toy) -> None:
+    (mine.folder / "plan.bin").unlink()
+    (mine.folder / "plan.bin").symlink_to("plan.bin")
+    refused(mine.folder, r"plan\.bin (cannot be read|links to)")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "plan.bin"])
+def test_a_pipe_is_not_waited_for(mine: Toy, name: str) -> None:
+    empty = {"sha256": hashlib.sha256().hexdigest(), "size_bytes": 0}
+    edit_manifest(mine, files={"plan.bin": empty})
+    (mine.folder / name).unlink()
+    os.mkfifo(mine.folder / name)
+    command = [sys.executable, "-m", "gfcompile", "run", str(mine.folder), "photo.jpg"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert result.stderr.endswith(f"{name} is no file: copy the bundle again\n")
+    assert result.returncode == 1
+
+
+def test_a_manifest_without_end_is_not_read(mine: Toy) -> None:
+    path = mine.folder / "manifest.json"
+    os.truncate(path, 1 << 40)
+    refused(mine.folder, r"manifest\.json is damaged: 1099511627776 bytes are too many")
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    refused(mine.folder, r"manifest\.json is no file")
+
+
+@pytest.mark.parametrize("library", ["", "../libtoy.so", "/lib/libc.so", "libother.so"])
+def test_a_library_that_was_not_checked_is_not_loaded(mine: Toy, library: str) -> None:
+    (mine.folder / "libother.so").symlink_to(mine.library)
     edit_manifest(mine, library=library)
     refused(mine.folder, "has no library that gfrt could load")
+    with pytest.raises(gfrt.GfrtError, match="has no library that gfrt could load"):
+        gfrt.Model(str(mine.folder))
+
+
+@pytest.mark.parametrize("library", ["", "../model.tflite", "/etc/passwd", "model.tflite"])
+@pytest.mark.parametrize("kind", ["tflite", "coreml"])
+def test_a_model_that_was_not_checked_is_not_loaded(mine: Toy, kind: str, library: str) -> None:
+    (mine.folder / "model.tflite").touch()
+    edit_manifest(mine, kind=kind, library=library)
+    refused(mine.folder, f"has no model '{library}' among its files")
 
 
 def test_a_library_that_is_none(mine: Toy) -> None:
     mine.library.write_bytes(b"#!/bin/sh\n")
     write_manifest(mine)
     refused(mine.folder, r"libtoy\.so cannot be loaded")
+
+
+def test_tensors_that_are_not_the_models_are_refused(mine: Toy) -> None:
+    """A batch of 2**28 images would be filled up before the model was asked."""
+    for shape, dtype in (([2**28, 3, 8, 8], "float32"), ([1, 3, 8, 8], "uint8")):
+        edit_manifest(mine, inputs=[{"name": "image", "dtype": dtype, "shape": shape}])
+        refused(mine.folder, "do not belong together")
+    edit_manifest(mine, inputs=[])
+    refused(mine.folder, "do not belong together")
 
 
 def test_another_architecture(arm_toy: Toy) -> None:

@@ -200,6 +200,26 @@ def test_a_changed_weight_is_found_when_asked(toy: Toy, tmp_path: Path) -> None:
     assert "weights.bin: No such file" in bench(toy).stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("plan.bin", "plan.bin is damaged"),
+        ("plan-1.bin", None),  # there are no better kernels, then
+        ("weights.bin", "weights.bin: Illegal seek"),
+    ],
+)
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(
+    toy: Toy, tmp_path: Path, name: str, complaint: str | None
+) -> None:
+    copy = toy.copy(tmp_path / "toy")
+    (copy.folder / name).unlink(missing_ok=True)
+    os.mkfifo(copy.folder / name)
+    command = [copy.folder / "gfbench", copy.folder, "--warmup", "0"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == (0 if complaint is None else 1)
+    assert result.stderr == ("" if complaint is None else f"gfbench: {copy.folder}/{complaint}\n")
+
+
 def test_inputs_come_one_after_the_other(toy: Toy, tmp_path: Path) -> None:
     images = toy_images(3)
     (tmp_path / "in").write_bytes(images.tobytes())

@@ -169,6 +169,7 @@ def test_each_fault_of_a_plan_is_named(opener: Path, toy: Toy, tmp_path: Path) -
         (field(good, inputs + 4, "<I", 2), 3, "input 0 is a weight"),
         (field(good, inputs + 4, "<I", 1), 3, "input 0 is no RGB image"),
         (field(good, inputs + 24, "<f", 0.0), 3, "the normalization of input 0"),
+        (plans.seal(good.replace(b"toy_mix", b"toy\nmix")), 3, "has no kernel toy mix"),
         (good[:-1] + b"x", 3, "its hash differs"),
         (plans.seal(good[:-1] + b"x"), 3, "its strings"),
     ]
@@ -197,6 +198,8 @@ def test_each_fault_of_grouped_weights_is_named(opener: Path, toy: Toy, tmp_path
         (field(good, at + 36, "<I", 0), "the shape of grouped weights 0"),
         (field(good, at + 36, "<I", 3), "the shape of grouped weights 0"),
     ]
+    twice = replace(plan, grouped=(plan.grouped[0],) * 2)
+    cases.append((plans.serialize(twice), "its grouped weights"))
     results = open_all(opener, toy, [good, *(damaged for damaged, _ in cases)])
     assert results[0][0] == 0
     for (status, message), (_, wanted) in zip(results[1:], cases, strict=True):

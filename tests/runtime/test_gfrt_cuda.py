@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,19 @@ def test_each_refusal_of_the_driver_ends_in_one_line(
     assert "\n" not in str(caught.value)
     if left is not None:
         assert (tmp_path / "log").read_text().startswith(left)
+
+
+def test_a_step_with_fewer_arguments_than_its_kernel_is_an_error_of_the_gpu(
+    gpu_toy: Toy, driver: Path, tmp_path: Path
+) -> None:
+    """The driver reads as many as the kernel takes; what is behind the plan's own must be ours."""
+    first, second = gpu_toy.plan.steps
+    second = replace(second, args=(2,), outputs=(2,))
+    toy = gpu_toy.with_plan(tmp_path / "toy", steps=(first, second))
+    io = [{"name": "x", "dtype": "float32", "shape": (1, 3, 8, 8)}]
+    write_manifest(toy, inputs=io, outputs=io)
+    with pytest.raises(DeviceError, match=r"second: the CUDA driver says .*\(700"):
+        run(toy, driver, tmp_path / "log")
 
 
 def test_a_library_without_cuda_says_so(gpu_toy: Toy, tmp_path: Path) -> None:

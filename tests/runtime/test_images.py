@@ -260,6 +260,10 @@ def test_a_transform_survives_json() -> None:
         {"image_size": "large"},
         {"mean": [1, 2]},
         {"std": [0, 1, 1]},
+        {"image_size": float("inf")},
+        {"mean": [10**400, 0, 0]},
+        {"mean": [float("nan"), 0, 0]},
+        {"std": [1, float("nan"), float("inf")]},
         {"std": None},
     ],
 )

@@ -12,7 +12,7 @@ from html_reader import Reader
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gfcompile.runtime.bundle import Manifest
+from gfcompile.runtime.bundle import FileEntry
 from gfcompile.runtime.report import render_report, write_report
 from gfcompile.runtime.report.charts import ticks
 from gfcompile.runtime.report.html import duration, el, percent, significant, size
@@ -174,10 +174,15 @@ def test_a_manifest_of_anything_makes_a_page(
     core: Any,
     size: Any,
 ) -> None:
-    values = cases.manifest().to_dict() | core
-    values["files"] = {"weights.bin": {"sha256": "", "size_bytes": size}}
-    values |= {"ledger": ledger, "filters": filters, "kernels": kernels, "notes": notes}
-    made = Manifest.from_dict(values | {"extra": extra})
+    made = cases.manifest(
+        files={"weights.bin": FileEntry(sha256="", size_bytes=size)},
+        ledger=tuple(ledger),
+        filters=tuple(filters),
+        kernels=tuple(kernels),
+        notes=tuple(notes),
+        extra=extra,
+        **core,
+    )
     read(made)
     read(made, cases.result())
 

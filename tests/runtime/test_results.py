@@ -108,7 +108,9 @@ def test_a_damaged_file_is_refused_and_the_place_named(
 
 def test_what_is_no_json_or_no_file_is_said(tmp_path: Path) -> None:
     (tmp_path / "photo").write_bytes(b"\xff\xd8\xff")
-    for name, message in (("photo", "cannot be used"), ("none", "No such file")):
+    (tmp_path / "deep").write_text("[" * 100_000)
+    cases = (("photo", "cannot be used"), ("deep", "cannot be used"), ("none", "No such file"))
+    for name, message in cases:
         with pytest.raises(UserError, match=message):
             results.read_result(tmp_path / name)
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_bundle import Toy, toy_images, toy_reference
+from toy_bundle import Toy, toy_images, toy_reference, write_manifest
 
 from gfcompile.runtime import load
 from gfcompile.runtime.errors import BundleError, DeviceError, UserError
 from gfcompile.runtime.session import Session
+from gfcompile.targets.tvm.plan import seal
 from tools import need, need_arm64_sysroot
 
 
@@ -136,6 +137,24 @@ def test_the_profile_names_every_step(toy: Toy, device: str) -> None:
         assert all(step.calls == 7 and 0 < step.seconds < 1 for step in profile)
         latency = session.benchmark(runs=5)
         assert 0 < latency.min_ms <= latency.median_ms <= latency.p90_ms < 1000
+
+
+@pytest.mark.parametrize("device", ["local", "process"])
+def test_names_in_no_encoding_are_shown_as_far_as_they_go(
+    toy: Toy, tmp_path: Path, device: str
+) -> None:
+    copy = toy.copy(tmp_path / "toy")
+    data = (copy.folder / "plan.bin").read_bytes()
+    for name in (b"stem.mix", b"mixed", b"logits"):
+        data = data.replace(name + b"\0", b"\xff" + name[1:] + b"\0")
+    (copy.folder / "plan.bin").write_bytes(seal(data))
+    (copy.folder / "labels.txt").write_bytes(b"\xfflabel\n" * 16)
+    write_manifest(copy)
+    with load(copy.folder, device=device) as session:
+        assert session.profile(runs=1)[1].label == "\N{REPLACEMENT CHARACTER}tem.mix"
+        assert "\N{REPLACEMENT CHARACTER}ixed" in session.trace(toy_images())
+        (top,) = session.classify(np.zeros((8, 8, 3), np.uint8), top=1)
+        assert top[1] == "\N{REPLACEMENT CHARACTER}label"
 
 
 def test_an_image_is_classified(toy: Toy, tmp_path: Path) -> None:

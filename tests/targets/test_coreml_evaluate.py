@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -319,6 +320,25 @@ def test_large_constants_come_from_the_weights_file(tmp_path: Path) -> None:
     file.write_bytes(damaged)
     with pytest.raises(BundleError, match="damaged"):
         read_program(package)
+    file.write_bytes(bytes(damaged[:70]))
+    with pytest.raises(BundleError, match="damaged program"):
+        read_program(package)
+
+
+def test_a_program_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
+    package = saved_program(tmp_path, lambda mb, x: mb.relu(x=x), TOKENS)
+    program = read_program(package)
+    (op,) = program.operations
+    name, kind = op.outputs[0]
+    for change, complaint in (
+        ({"inputs": {"x": ["nothing"]}}, "relu cannot be evaluated: KeyError"),
+        ({"inputs": {}}, "relu cannot be evaluated: KeyError"),
+        ({"outputs": [(name, replace(kind, shape=(1,)))]}, "relu cannot be evaluated"),
+        ({"outputs": [("other", kind)]}, f"the program computes no {name}"),
+    ):
+        damaged = replace(program, operations=[replace(op, **change)])  # type: ignore[arg-type]
+        with pytest.raises(BundleError, match=complaint):
+            Evaluator(damaged).run({"x": TOKENS})
 
 
 def test_what_cannot_be_evaluated_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Design spaces: what is chosen changes no result, and nothing else can be chosen."""
 
 import dataclasses
+import json
 from itertools import product
 
 import numpy as np
@@ -164,8 +165,14 @@ def test_choices_survive_json_and_nothing_else_is_accepted(name: str) -> None:
         ("[" * 100_000, "damaged"),
         ("[[], []", "damaged"),
         ('[[["Split"]], []]', "damaged|unpack"),
-        ('[[["Annotate", [], {}, []]], []]', "damaged"),
+        ('[[["Annotate", [], {}, []]], []]', "may not give"),
         ('[[["UnsafeSetDType", [], [], []]], []]', "may not contain"),
+        ('[[["GetSBlock", [], ["y", "main"], ["b0"]]], [[0, null]]]', "may not decide"),
+        ('[[["GetSBlock", [], ["y", "main"], ["b0"]]], [[0, [1, null]]]]', "may not decide"),
+        ('[[["GetSBlock", [], ["y", "main"], ["b0"]]], [[1, 0]]]', "may not decide"),
+        ('[[["GetSBlock", [], ["y", "main"], ["b0"]]], [0]]', "damaged"),
+        ('[[["GetLoops", ["b0"], "x", ["l1"]]], []]', "may not give"),
+        ('[[["GetSBlock", [], [null, "main"], ["b0"]]], []]', "may not give"),
         ('[[["Annotate", ["b0", "x"], ["pragma_import_llvm"], []]], []]', "may not annotate"),
     ],
 )
@@ -179,6 +186,39 @@ def test_a_trace_of_another_function_is_refused_in_one_line() -> None:
     func = te.create_prim_func([te.placeholder((4,), name="x")])
     with pytest.raises(ValueError, match="does not fit the function"):
         GeneratedSchedule.parse({"trace": trace}).apply(func)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "copies"),
+    [
+        ([["Unroll", ["l1"], [], []]], 4096),
+        ([["Vectorize", ["l1"], [], []]], 4096),
+        ([["Annotate", ["l1", 10**9], ["pragma_auto_unroll_max_step"], []]], 10**9),
+        ([["Annotate", ["b0", 10**9], ["pragma_auto_unroll_max_step"], []]], 10**9),
+        (
+            [
+                ["Split", ["l1", 64, 64], [1, 0], ["l2", "l3"]],
+                ["Unroll", ["l2"], [], []],
+                ["Vectorize", ["l3"], [], []],
+            ],
+            4096,
+        ),
+        ([["Annotate", ["l1", 512], ["pragma_auto_unroll_max_step"], []]], None),
+        ([["Split", ["l1", 64, 64], [1, 0], ["l2", "l3"]], ["Vectorize", ["l3"], [], []]], None),
+    ],
+)
+def test_a_generated_schedule_makes_no_endless_code(
+    instructions: list[object], copies: int | None
+) -> None:
+    x = te.placeholder((4096,), name="x")
+    func = te.create_prim_func([x, te.compute((4096,), lambda i: x[i] + 1, name="y")])
+    found = [["GetSBlock", [], ["y", "main"], ["b0"]], ["GetLoops", ["b0"], [], ["l1"]]]
+    schedule = GeneratedSchedule.parse({"trace": json.dumps([found + instructions, []])})
+    if copies is None:
+        schedule.apply(func)
+        return
+    with pytest.raises(ValueError, match=f"makes {copies} copies of a statement"):
+        schedule.apply(func)
 
 
 def test_keys_say_what_is_computed_and_for_which_instructions() -> None:

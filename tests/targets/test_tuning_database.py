@@ -135,6 +135,7 @@ def document(**changes: object) -> str:
         document(kernel=3),
         document(device="x" * 10_000),
         document(cost=float("nan")),
+        document(cost=10**400),
         document(how=["static"]),
     ],
 )

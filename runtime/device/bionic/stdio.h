@@ -9,6 +9,7 @@ typedef struct bionic_file FILE; /* opaque */
 #define SEEK_SET 0
 #define SEEK_END 2
 
+FILE *fdopen(int file, const char *mode);
 FILE *fopen(const char *path, const char *mode);
 int fclose(FILE *file);
 size_t fread(void *data, size_t size, size_t count, FILE *file);

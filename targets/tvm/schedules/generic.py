@@ -8,9 +8,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import tvm
-from tvm import s_tir
+from tvm import s_tir, tirx
 from tvm.s_tir import dlight
 
 from gfcompile.targets.target import Cpu, Gpu
@@ -27,8 +28,13 @@ _INSTRUCTIONS = frozenset(
         *("Vectorize", "AddUnitLoop"),
     }
 )
-_ANNOTATIONS = ("meta_schedule.", "pragma_auto_unroll_max_step", "pragma_unroll_explicit")
+_AUTO_UNROLL = "pragma_auto_unroll_max_step"
+_ANNOTATIONS = ("meta_schedule.", _AUTO_UNROLL, "pragma_unroll_explicit")
 _LONGEST_TRACE = 200_000
+# Of a statement, by unrolling and vectorizing: MetaSchedule's rules make 512, or vectors of 64, and
+# LLVM takes minutes for some thousands.
+_MOST_COPIES = 1024
+_COPYING = (tirx.ForKind.UNROLLED, tirx.ForKind.VECTORIZED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +54,16 @@ class GeneratedSchedule:
         if set(values) != {"trace"} or not isinstance(text, str) or len(text) > _LONGEST_TRACE:
             raise ValueError("a generated schedule is one text called trace")
         try:
-            instructions, _decisions = json.loads(text)
-            for name, _inputs, attributes, _outputs in instructions:
+            instructions, decisions = json.loads(text)
+            for number, decision in decisions:  # others crash TVM
+                chosen = decision if isinstance(decision, list) else [decision]
+                if number not in range(len(instructions)) or {*map(type, chosen)} - {int}:
+                    raise ValueError(f"its trace may not decide on {decision!r}")
+            for name, *operands in instructions:
+                _inputs, attributes, outputs = operands
+                lists = {*map(type, operands)} == {list}
+                if not lists or None in attributes or {*map(type, outputs)} - {str}:
+                    raise ValueError(f"its trace may not give {name!r} such operands")
                 if name not in _INSTRUCTIONS:
                     raise ValueError(f"its trace may not contain {name!r}")
                 key = attributes[0] if name in ("Annotate", "Unannotate") else "meta_schedule."
@@ -63,15 +77,31 @@ class GeneratedSchedule:
         """`func`, transformed.
 
         Raises:
-            ValueError: the trace does not fit `func`.
+            ValueError: the trace does not fit `func`, or makes too much code of it.
         """
         schedule = s_tir.Schedule(func)
         try:
             tvm.s_tir.schedule.Trace.apply_json_to_schedule(json.loads(self.trace), schedule)
+            copies = _copies(schedule.mod["main"].body)
         except (RuntimeError, TypeError, LookupError, AttributeError) as error:
             reason = str(error).strip().splitlines()[-1:]
             raise ValueError(f"the trace does not fit the function: {reason}") from error
+        if copies > _MOST_COPIES:
+            raise ValueError(f"the trace makes {copies} copies of a statement")
         return schedule.mod["main"]
+
+
+def _copies(node: Any) -> int:
+    """How many copies of one statement unrolled and vectorized loops make, at most."""
+    if isinstance(node, tirx.SeqStmt):
+        return max(map(_copies, node.seq))
+    parts = ("block", "body", "then_case", "else_case")
+    inner = [getattr(node, part) for part in parts if getattr(node, part, None) is not None]
+    copies = max(map(_copies, inner), default=1)
+    if isinstance(node, tirx.For) and node.kind in _COPYING:
+        copies *= int(node.extent)
+    annotations = getattr(node, "annotations", None) or {}
+    return max(copies, int(annotations.get(_AUTO_UNROLL, 0)))
 
 
 def schedule_generic_cpu(

@@ -13,8 +13,8 @@ What takes no effect, as schedules have changed since or for another reason, is 
 
 import dataclasses
 import json
-import math
 import os
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -84,7 +84,7 @@ class Entry:
         for number in (self.cost, self.default_cost, self.trials):
             if isinstance(number, bool) or not isinstance(number, int | float):
                 raise ValueError("cost, default_cost and trials are numbers")
-            if not (math.isfinite(number) and number >= 0):
+            if not 0 <= number <= sys.float_info.max:  # an integer may be larger; NaN is not
                 raise ValueError("cost, default_cost and trials are finite and not negative")
 
     @property
