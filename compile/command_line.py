@@ -46,14 +46,18 @@ def print_table(
 
 
 def complain(text: str) -> None:
-    """Prints one line, whatever a file or a device has put into the text."""
-    from gfcompile.runtime.report.html import clean
-
-    print(f"gfcompile: {clean(one_line(text))}", file=sys.stderr)
+    print(f"gfcompile: {printable(text)}", file=sys.stderr)
 
 
 def count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def printable(text: str) -> str:
+    """One line that a terminal can show, whatever a file or a device has put into the text."""
+    from gfcompile.runtime.report.html import clean
+
+    return clean(one_line(text))
 
 
 def one_line(text: str) -> str:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gfcompile.compile.command_line import complain, count, positive_int
+from gfcompile.compile.command_line import complain, count, positive_int, printable
 
 
 def run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +81,6 @@ def run_command(options: argparse.Namespace) -> None:
                 if not options.json:
                     print(f"{image}: {took}")
                     for index, label, probability in top:
-                        print(f"  {probability:6.1%}  {index:4d}  {label}")
+                        print(f"  {probability:6.1%}  {index:4d}  {printable(label)}")
     if options.json:
         print(json.dumps(results, indent=2))

@@ -150,7 +150,11 @@ def read_quantized(path: Path) -> QuantizedCheckpoint:
             training=header["training"],
         )
     except (
-        *(LookupError, TypeError, ValueError, OverflowError, RecursionError),
+        LookupError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        RecursionError,
         safetensors.SafetensorError,
     ) as error:
         if isinstance(error, UserError):

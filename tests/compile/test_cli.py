@@ -404,7 +404,7 @@ class FakeSession:
 
     def classify_all(self, images: list[Path], top: int) -> list[list[tuple[int, str, float]]]:
         assert all(image.name.endswith(".jpg") for image in images)
-        return [[(7, "cat", 0.75), (8, "dog", 0.25)][:top] for _ in images]
+        return [[(7, "cat", 0.75), (8, "dog\x1b[2J", 0.25)][:top] for _ in images]
 
     def encode(self, image: Path) -> np.ndarray:
         return preprocess(image, imagenet_transform(64))
@@ -438,7 +438,7 @@ def test_run_prints_classes_and_time(
     assert out.splitlines()[:3] == [
         f"{photos[0]}: 12.35 ms, median of 20 runs on 2 threads",
         "   75.0%     7  cat",
-        "   25.0%     8  dog",
+        "   25.0%     8  dog\N{REPLACEMENT CHARACTER}[2J",
     ]
     assert len(out.splitlines()) == 6
     assert "the classes mean nothing" in err  # the weights are random
