@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gfcompile.runtime.bundle import Manifest, Precision, TensorSpec
+from gfcompile.runtime.bundle import FileEntry, Manifest, Precision, TensorSpec
 from gfcompile.runtime.errors import BundleError, DeviceError
 from gfcompile.runtime.placement import Placement, PlacingEngine, placement_lines
 from gfcompile.targets.coreml import engine
@@ -22,6 +22,7 @@ MANIFEST = Manifest(
     precision=Precision(requested="float16", storage="float16", compute="float16"),
     arch="any",
     library="toy.mlpackage",
+    files={"toy.mlpackage/Manifest.json": FileEntry(sha256="0" * 64, size_bytes=2)},
     inputs=(
         TensorSpec(name="image", dtype="uint8", shape=(1, 2, 2, 3), layout="nhwc", pixels=True),
     ),

@@ -67,7 +67,7 @@ def chain_of_filters(outputs: tuple[str, ...]) -> Program:
 
 
 def run(bundle: Path, inputs: list[Array], threads: int = 1) -> list[Array]:
-    manifest = {"format_version": gfrt.MANIFEST_FORMAT, "library": LIBRARY, "files": {}}
+    manifest = {"format_version": gfrt.MANIFEST_FORMAT, "library": LIBRARY, "files": {LIBRARY: {}}}
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     with gfrt.Model(str(bundle), verify=False) as model, model.context(threads) as context:
         return [np.array(y) for y in context.run(*inputs)]
