@@ -16,6 +16,7 @@ from gfcompile.compile import interruption
 from gfcompile.compile.cache import sync_files
 from gfcompile.runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, read_manifest
 from gfcompile.runtime.errors import BundleError, UserError
+from gfcompile.runtime.records import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,10 +190,10 @@ def _foreign_file(folder: Path) -> str | None:
     if not present:
         return None
     try:
-        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
         if not str(manifest["created_by"]).startswith("gfcompile"):
             return MANIFEST_NAME
         foreign = present - set(manifest["files"]) - {MANIFEST_NAME}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         foreign = present
     return min(foreign, default=None)

@@ -26,6 +26,8 @@ from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
+from gfcompile.runtime.records import parse_json
+
 _LAYOUT = "v1"
 _DEFAULT_MAX_GB = 5.0
 # An entry that was used this recently may be in another run's hands.
@@ -91,14 +93,14 @@ class Cache:
 
     def _checked(self, place: Path) -> Path | None:
         try:
-            recorded = json.loads((place / "entry.json").read_text(encoding="utf-8"))
+            recorded = parse_json((place / "entry.json").read_text(encoding="utf-8"))
             content = place / "content"
             if recorded["files"] == _hashes(content):
                 os.utime(place)  # for the order of eviction
                 return content
         except FileNotFoundError:
             return None  # not there, or evicted this moment
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             pass
         self._discard(place)
         return None
@@ -123,8 +125,8 @@ class Cache:
                     left.unlink()
         entries = []
         for place in self._entries.glob("??/*"):
-            with suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-                recorded = json.loads((place / "entry.json").read_text(encoding="utf-8"))
+            with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
+                recorded = parse_json((place / "entry.json").read_text(encoding="utf-8"))
                 entries.append((place.stat().st_mtime, int(recorded["size_bytes"]), place))
         total = sum(size for _, size, _ in entries)
         for used, size, place in sorted(entries):

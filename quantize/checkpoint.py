@@ -28,6 +28,7 @@ from gfcompile.quantize.qparams import QParams, dequantize, quantize, steps_of, 
 from gfcompile.quantize.quantizer import KeptFloat
 from gfcompile.quantize.scheme import QuantScheme
 from gfcompile.runtime.errors import UserError
+from gfcompile.runtime.records import parse_json
 
 __all__ = [
     "QuantizedCheckpoint",
@@ -115,7 +116,7 @@ def read_quantized(path: Path) -> QuantizedCheckpoint:
     if text is None:
         raise UserError(f"{path}: no quantized checkpoint; `gfcompile quantize` writes them")
     try:
-        header = json.loads(text)
+        header = parse_json(text)
         if header["format"] > _FORMAT:
             raise UserError(f"{path}: written by a newer gfcompile (format {header['format']})")
         tensors = safetensors.torch.load_file(path)
@@ -154,7 +155,6 @@ def read_quantized(path: Path) -> QuantizedCheckpoint:
         TypeError,
         ValueError,
         OverflowError,
-        RecursionError,
         safetensors.SafetensorError,
     ) as error:
         if isinstance(error, UserError):

@@ -1,11 +1,10 @@
 """What `gfbench --json` prints, checked: it comes from a device."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from gfcompile.runtime.records import from_json
+from gfcompile.runtime.records import from_json, parse_json
 from gfcompile.runtime.results import KernelTime, Latencies
 from gfcompile.runtime.roofline import KernelCost
 
@@ -49,7 +48,7 @@ class BenchReport:
         Raises:
             ValueError: something else.
         """
-        report = from_json(cls, json.loads(text))
+        report = from_json(cls, parse_json(text))
         if report.runs != len(report.samples_us):
             raise ValueError(f"{len(report.samples_us)} samples of {report.runs} runs")
         return report

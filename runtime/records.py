@@ -4,6 +4,7 @@ A field is one of: str, int, float, bool, a Literal of strings, another such dat
 `tuple[X, ...]`, `tuple[X, Y]`, `Mapping[str, X]`, Any, or any of these `| None`.
 """
 
+import json
 import math
 import types
 import typing
@@ -24,6 +25,18 @@ def to_json(record: Any) -> dict[str, Any]:
     values = _finite(asdict(record))
     assert isinstance(values, dict)
     return values
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: it is no JSON, or nested deeper than Python can follow.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
 
 
 def from_json(cls: type[Record], values: object, where: str = "") -> Record:

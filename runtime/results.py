@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 from gfcompile.runtime.bundle import MANIFEST_NAME
 from gfcompile.runtime.errors import UserError
 from gfcompile.runtime.placement import Placement
-from gfcompile.runtime.records import from_json, to_json
+from gfcompile.runtime.records import from_json, parse_json, to_json
 
 SCHEMA = "gfcompile-result"
 SCHEMA_VERSION = 1
@@ -352,10 +352,10 @@ def read_result(path: Path) -> ValidationResult:
         UserError: it cannot be read, or is no result.
     """
     try:
-        return ValidationResult.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return ValidationResult.from_dict(parse_json(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
+    except ValueError as error:  # JSON and Unicode errors are of this class
         raise UserError(f"{path} cannot be used: {error}") from error
 
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from gfcompile.runtime.bench import BENCH_NAME
 from gfcompile.runtime.bench_report import BenchReport
 from gfcompile.runtime.bundle import MANIFEST_NAME, Manifest, check_bundle
+from gfcompile.runtime.device.gfrt import MAX_THREADS
 from gfcompile.runtime.devices import Device, open_device, unfit
 from gfcompile.runtime.devices.base import full_disk, looks_full
 from gfcompile.runtime.devices.board import SCRIPT, Board, cautions, read_board
@@ -81,7 +82,7 @@ class ValidateConfig:
         checks = [
             ("--runs", self.runs, 1, 1_000_000),
             ("--warmup", self.warmup, 0, 1_000_000),
-            ("--threads", self.threads, 0, 256),  # gfrt_cpu.c's MAX_THREADS
+            ("--threads", self.threads, 0, MAX_THREADS),
             ("--timeout", self.timeout_s, 1, 1e6),
             ("--percentile", budget.percentile, 1, 100),
             ("--min-agreement", budget.min_agreement, 0, 1),
@@ -287,7 +288,7 @@ class _ResultOf:
                                  f"{done.reason.removeprefix('gfbench: ')}")  # fmt: skip
         try:
             return BenchReport.read(done.stdout)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise NoVerdictError(f"gfbench on {device.url} printed no report: {error}") from error
 
     def command(self, *options: str) -> list[str]:

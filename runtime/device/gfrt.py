@@ -26,7 +26,7 @@ MANIFEST_FORMAT = 1
 LABELS_NAME = "labels.txt"
 
 _HUGE_PAGE = 2 << 20
-_MAX_THREADS = 256  # as gfrt_cpu.c has it
+MAX_THREADS = 256  # as gfrt_cpu.c has it
 _MANIFEST_LIMIT = 64 << 20
 
 
@@ -345,9 +345,9 @@ class Context:
         self._library = model._library
         if not model._handle:
             raise GfrtError("the model is closed")
-        if not 0 <= threads <= _MAX_THREADS:
+        if not 0 <= threads <= MAX_THREADS:
             raise GfrtError(
-                f"{threads} threads: give 1 to {_MAX_THREADS}, or 0 for one for each big CPU"
+                f"{threads} threads: give 1 to {MAX_THREADS}, or 0 for one for each big CPU"
             )
         self.inputs, self.outputs = model.inputs, model.outputs
         self._steps = self._library.step_count(model._handle)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gfcompile.runtime.errors import DeviceError
+from gfcompile.runtime.records import parse_json
 from gfcompile.targets.tvm.choices import Choice, choices, device_key, parse_choice, to_json
 from gfcompile.targets.tvm.kernel import Generic
 from gfcompile.targets.tvm.tuning.builders import Builders, Built, CandidateError, Job
@@ -167,8 +168,8 @@ class TrialLog:
             return
         for line in lines:
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
+                record = parse_json(line)
+            except ValueError:
                 continue  # the last line of a search that was killed
             if isinstance(record, dict):
                 yield record
