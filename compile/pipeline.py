@@ -236,7 +236,9 @@ class _Job:
             raise UserError(
                 "--weight-bits, --group-size, --keep-float and --int8-filter are for --int8"
             )
-        QuantScheme.with_weight_bits(config.weight_bits, group_size=config.group_size)
+        QuantScheme.with_weight_bits(
+            config.weight_bits, group_size=config.group_size, keep_float=config.keep_float
+        )
         if self.is_quantized:
             if self.precision != "int8":
                 raise UserError(f"{config.checkpoint} is a quantized checkpoint: add --int8")

@@ -11,6 +11,7 @@ from gfcompile.compile.models import load_model, model_spec
 from gfcompile.compile.progress import Progress, SilentProgress
 from gfcompile.compile.training_job import TrainingJob
 from gfcompile.quantize import QuantScheme, TrainConfig, is_quantized
+from gfcompile.quantize.scheme import AUTO
 from gfcompile.runtime.errors import UserError
 from gfcompile.runtime.images import imagenet_transform
 
@@ -222,7 +223,7 @@ class _Subject:
         Args:
             chosen: whether "auto" is among the names.
         """
-        named = [name for name in config.keep_float if chosen or not name.startswith("auto:")]
+        named = [name for name in config.keep_float if chosen or not name.startswith(AUTO)]
         return QuantScheme.with_weight_bits(
             config.weight_bits,
             group_size=config.group_size,
@@ -242,6 +243,10 @@ class _Subject:
 def _load(config: QuantizeConfig, progress: Progress, module: "nn.Module | None") -> _Subject:
     from gfcompile.compile.prune import freeze
 
+    # What it refuses, said before data are read.
+    QuantScheme.with_weight_bits(
+        config.weight_bits, group_size=config.group_size, keep_float=config.keep_float
+    )
     float_layers: tuple[str, ...] = ()
     keep_ratios: tuple[float, ...] = ()
     if module is not None:

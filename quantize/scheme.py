@@ -4,17 +4,28 @@ A value v is stored as the integer q = rint(v / scale) + zero_point, saturated t
 stands for (q - zero_point) * scale. Zero is always one of the represented values.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Self
 
 from gfcompile.runtime.errors import UserError
 
-__all__ = ["FILTER_KERNEL", "MAX_FACTOR", "OpKind", "QuantScheme", "TensorScheme"]
+__all__ = [
+    "AUTO",
+    "FILTER_KERNEL",
+    "MAX_FACTOR",
+    "OpKind",
+    "QuantScheme",
+    "TensorScheme",
+    "automatic_layers",
+]
 
 OpKind = Literal["linear", "patch_conv2d", "attention", "global_filter"]
 RangeRule = Literal["mse", "minmax"]
+
+# Before a number, in place of a layer's name: as many layers, those that int8 hurts most.
+AUTO = "auto:"
 
 # Of a group of 4-bit weights (VS-Quant, arXiv:2102.04503): 7 * 18 fits a weight of [-127, 127].
 # With factors that are integers, a weight is an integer times the scale of its channel, whatever
@@ -130,8 +141,9 @@ class QuantScheme:
                 for the whole channel.
 
         Raises:
-            UserError: another number of bits, or groups that cannot be.
+            UserError: another number of bits, groups that cannot be, or see `automatic_layers`.
         """
+        automatic_layers(keep_float)
         if group_size is not None and bits != 4:
             raise UserError("--group-size is for --weight-bits 4; add that")
         if bits == 8:
@@ -183,3 +195,17 @@ class QuantScheme:
                 "activation": TensorScheme(**values["activation"]),
             }
         )
+
+
+def automatic_layers(keep_float: Iterable[str]) -> int | None:
+    """The K of "auto:K" among the names of layers; None without it.
+
+    Raises:
+        UserError: a K that is no number, or more than one.
+    """
+    wanted = [name.removeprefix(AUTO) for name in keep_float if name.startswith(AUTO)]
+    if not wanted:
+        return None
+    if len(wanted) > 1 or not wanted[0].isdecimal():
+        raise UserError(f"--keep-float {AUTO}{wanted[-1]}: give it once, with a number, as auto:2")
+    return int(wanted[0])

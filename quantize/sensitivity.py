@@ -24,7 +24,7 @@ from gfcompile.quantize.filters import Filter, find_filters
 from gfcompile.quantize.observers import ActivationObserver, WeightObserver
 from gfcompile.quantize.prepared import export, one_thread
 from gfcompile.quantize.quantizer import KeptFloat, QuantNode, find_layers
-from gfcompile.quantize.scheme import OpKind, QuantScheme
+from gfcompile.quantize.scheme import AUTO, OpKind, QuantScheme, automatic_layers
 from gfcompile.runtime.errors import UserError
 from gfcompile.runtime.exactness import sqnr_db
 
@@ -35,7 +35,6 @@ Kind = OpKind | Literal["filter as circular int8", "filter on int8 spectra"]
 Edit = Callable[..., Any]
 
 _BATCH = 16
-_AUTO = "auto:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,16 +177,14 @@ def choose(
     Raises:
         UserError: a K that is no number, or too large.
     """
-    named = tuple(name for name in scheme.keep_float if not name.startswith(_AUTO))
-    wanted = [name.removeprefix(_AUTO) for name in scheme.keep_float if name.startswith(_AUTO)]
+    named = tuple(name for name in scheme.keep_float if not name.startswith(AUTO))
+    wanted = automatic_layers(scheme.keep_float)
     filters = tuple(name for name in scheme.int8_filters if name != "auto")
-    if not wanted and filters == scheme.int8_filters:
+    if wanted is None and filters == scheme.int8_filters:
         return scheme, ()
-    if len(wanted) > 1 or (wanted and not wanted[0].isdecimal()):
-        raise UserError(f"--keep-float {_AUTO}{wanted[-1]}: give it once, with a number, as auto:2")
     results = analyze(module, batches, replace(scheme, keep_float=named, int8_filters=filters))
-    if wanted:
-        named = (*named, *most_sensitive(results, int(wanted[0])))
+    if wanted is not None:
+        named = (*named, *most_sensitive(results, wanted))
     if filters != scheme.int8_filters:
         filters = tuple(dict.fromkeys([*filters, *robust_filters(results, pays)]))
     return replace(scheme, keep_float=named, int8_filters=filters), results

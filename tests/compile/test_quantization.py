@@ -131,6 +131,8 @@ def test_layers_are_kept_in_float_where_int8_is_only_calibrated(
         (["quantize", *command(*TRAINING, "--lr", "1e12", "--epochs", "9")], 1, "lower --lr"),
         (["quantize", *command(*TRAINING, "--weight-bits", "5")], 2, "choose 4 or 8"),
         (["quantize", *command(*TRAINING, "--keep-float", "haed")], 2, "no layer is called"),
+        (["quantize", *command("--train-data", "x", "--keep-float", "auto:x")], 2, "with a number"),
+        (command("--target", "host", "--int8", "--keep-float", "auto:x"), 2, "with a number"),
         (["quantize", *command(*TRAINING, "--output", "weights.safetensors")], 2, "starts from"),
         (["quantize", *command(*TRAINING, "--output", "data")], 2, "data: is a folder"),
         (command(*TRAINING, "--target", "host"), 2, "--train-data trains for --int8"),
