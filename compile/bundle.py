@@ -45,7 +45,8 @@ def check_output(output: Path) -> None:
     delete a folder that someone mistyped would be worse than to ask for another name.
 
     Raises:
-        UserError: something else lies there, or its place cannot be written to.
+        UserError: something else lies there, its place cannot be written to, or it is within
+            another bundle, which the next compilation would not replace then.
     """
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UserError(f"{output} exists and is no folder; choose another --output")
@@ -56,6 +57,9 @@ def check_output(output: Path) -> None:
                 f"{output} holds {foreign}, which is not of a gfcompile bundle; "
                 "choose another --output or move it away"
             )
+    for outer in output.absolute().parents:
+        if _files_of_bundle(outer) is not None:
+            raise UserError(f"{output} lies in the bundle {outer}; choose another --output")
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -189,11 +193,18 @@ def _foreign_file(folder: Path) -> str | None:
     }
     if not present:
         return None
+    files = _files_of_bundle(folder)
+    if files is None:
+        return MANIFEST_NAME if MANIFEST_NAME in present else min(present)
+    return min(present - files - {MANIFEST_NAME}, default=None)
+
+
+def _files_of_bundle(folder: Path) -> set[str] | None:
+    """What the manifest lists; None if there is none, or none of ours."""
     try:
         manifest = parse_json((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-        if not str(manifest["created_by"]).startswith("gfcompile"):
-            return MANIFEST_NAME
-        foreign = present - set(manifest["files"]) - {MANIFEST_NAME}
+        if str(manifest["created_by"]).startswith("gfcompile"):
+            return set(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError):
-        foreign = present
-    return min(foreign, default=None)
+        pass
+    return None

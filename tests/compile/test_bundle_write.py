@@ -170,6 +170,14 @@ def test_file_or_link_in_the_way_is_refused(tmp_path: Path) -> None:
         check_output(tmp_path / "file" / "out")
 
 
+def test_a_place_within_a_bundle_is_refused(tmp_path: Path) -> None:
+    outer = write_bundle(build, tmp_path / "outer").path
+    for name in ("inner", "a/b/inner"):
+        with pytest.raises(UserError, match=f"lies in the bundle {outer}"):
+            check_output(outer / name)
+    check_output(outer)
+
+
 def test_unwritable_place_is_said_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
