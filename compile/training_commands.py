@@ -1,6 +1,7 @@
 """`gfcompile quantize` and `gfcompile finetune`: weights and images in, a checkpoint out."""
 
 import argparse
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,7 +87,7 @@ def quantize_command(options: argparse.Namespace) -> None:
     print(f"{quantized.path}: {quantized.path.stat().st_size / 1e6:.1f} MB")
     print(
         f"next: gfcompile --model {options.model} --target TARGET --int8 "
-        f"--checkpoint {quantized.path}"
+        f"--checkpoint {shlex.quote(str(quantized.path))}"
     )
 
 
@@ -111,8 +112,8 @@ def finetune_command(options: argparse.Namespace) -> None:
         print(f"  top-1: teacher {finetuned.teacher_top1:.2%}, pruned {finetuned.top1:.2%}")
     print(f"{finetuned.path}: {finetuned.path.stat().st_size / 1e6:.1f} MB")
     print(
-        f"next: gfcompile --model {options.model} --target TARGET --checkpoint {finetuned.path}, "
-        "or gfcompile quantize with it"
+        f"next: gfcompile --model {options.model} --target TARGET "
+        f"--checkpoint {shlex.quote(str(finetuned.path))}, or gfcompile quantize with it"
     )
 
 
