@@ -7,8 +7,9 @@ the same graphs, so that speed-ups and ratios are of one run. Where the CPU has 
 of an int8 model faster but its predictors, that which it gains by VNNI alone is told as well. "at
 peak" is what pruning would gain if either model took nothing but its products, at the rate that the
 core reached on nothing else just before: the predictors' share of an int8 model is in it, as they
-stay in float32. Exits with 1 if pruning at 0.7 gains less than `MIN_SPEED_UP` in our bundle, or the
-bundle is slower than ONNX Runtime on its graph.
+stay in float32. "undisturbed" is as in `cpu.py`, and what pruning gains by it. Exits with 1 if
+pruning at 0.7 gains less than `MIN_SPEED_UP` in our bundle, or the bundle is slower than ONNX
+Runtime on its graph.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from cpu import (
     describe_machine,
     interleave,
     onnx_runtime,
+    undisturbed,
 )
 
 import gfcompile
@@ -62,6 +64,8 @@ class Result:
         speed_up, ort_speed_up: the parent's median over this one's, ours and ONNX Runtime's.
         at_peak: what `speed_up` would be at the core's peak; None where that is not known.
         ratio: our median over ONNX Runtime's for the same graph.
+        undisturbed_ms: ours, each kernel's fastest of many runs, added up.
+        undisturbed_gain: the parent's over this one's.
     """
 
     model: str
@@ -76,6 +80,8 @@ class Result:
     at_peak: float | None
     ort_speed_up: float
     ratio: float
+    undisturbed_ms: float
+    undisturbed_gain: float
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,6 +162,7 @@ def compare(
         image = preprocess(stand_in_photos()[0], model_spec(model).transform)
         times = interleave(contenders, image, rounds, repeats)
         predictors = [predictor_share(session, image) for session in sessions]
+        fastest = [undisturbed(session, image) for session in sessions]
     medians = {name: statistics.median(values) * 1e3 for name, values in times.items()}
     return [
         Result(
@@ -173,8 +180,10 @@ def compare(
             ),
             ort_speed_up=medians["ort None"] / medians[f"ort {ratio}"],
             ratio=medians[f"ours {ratio}"] / medians[f"ort {ratio}"],
+            undisturbed_ms=alone,
+            undisturbed_gain=fastest[0] / alone,
         )
-        for (name, ratio), share in zip(cases, predictors, strict=True)
+        for (name, ratio), share, alone in zip(cases, predictors, fastest, strict=True)
     ]
 
 
@@ -212,13 +221,15 @@ def print_table(results: Sequence[Result]) -> None:
         f"{'':20} {'keep':>5} {'':8} {'':9} {'GMAC':>5} {'ms':>7} {'gain':>6} {'at peak':>7}",
         end="",
     )
+    print(f" {'undisturbed':>11} {'gain':>6}", end="")
     print(f" {'predictors':>10} {'ORT ms':>7} {'gain':>6} {'ours/ORT':>9}")
     for r in results:
         keep = "all" if r.keep_ratio is None else f"{r.keep_ratio:g}"
         at_peak = "" if r.at_peak is None else f"{r.at_peak:.2f}x"
         print(
             f"{r.model:20} {keep:>5} {r.precision:8} {r.target:9} {r.macs / 1e9:5.2f} "
-            f"{r.median_ms:7.2f} {r.speed_up:5.2f}x {at_peak:>7} {r.predictors:10.1%} "
+            f"{r.median_ms:7.2f} {r.speed_up:5.2f}x {at_peak:>7} "
+            f"{r.undisturbed_ms:11.2f} {r.undisturbed_gain:5.2f}x {r.predictors:10.1%} "
             f"{r.ort_median_ms:7.2f} {r.ort_speed_up:5.2f}x {r.ratio:9.2f}"
         )
 
