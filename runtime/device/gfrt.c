@@ -183,11 +183,17 @@ gfrt_status gfrt_open(const char *bundle, uint32_t flags, gfrt_model **result) {
     if (!model)
         return gfi_fail(GFRT_NO_MEMORY, "no memory for a model");
     atomic_init(&model->users, 1);
+    gfi_thread *thread = gfi_this_thread();
+    char error[sizeof thread->last_error];
+    memcpy(error, thread->last_error, sizeof error);
     gfrt_status status = load_model(model, bundle, flags);
-    if (status == GFRT_OK)
+    if (status == GFRT_OK) {
         *result = model;
-    else
+        /* There is no plan for a better CPU, or this is none: nothing went wrong. */
+        memcpy(thread->last_error, error, sizeof error);
+    } else {
         release_model(model);
+    }
     return status;
 }
 
