@@ -138,7 +138,10 @@ class SshDevice(ShellDevice):
             source.write(f"echo; echo {_BEGINS}\n{script}".encode())
             source.seek(0)
             done = self._ssh("sh -s", stdin=source, timeout_s=timeout_s)
-        return replace(done, stdout=done.stdout.partition(f"\n{_BEGINS}\n")[2])
+        _, begins, output = done.stdout.partition(f"\n{_BEGINS}\n")
+        if not begins:
+            raise self._lost(done.reason)
+        return replace(done, stdout=output)
 
     def close(self) -> None:
         keeper, self._keeper = self._keeper, None
@@ -222,10 +225,13 @@ class SshDevice(ShellDevice):
         except BaseException:
             end_process(process)
             raise
+        complaint = err.decode(errors="replace")
+        if "session open refused" in complaint.lower():
+            raise self._lost("its sshd refuses a second session; gfcompile needs MaxSessions 2")
         return Completed(
             status=process.returncode,
             stdout=(out or b"").decode(errors="replace"),
-            stderr=err.decode(errors="replace"),
+            stderr=complaint,
         )
 
     def _lost(self, reason: str) -> NoVerdictError:

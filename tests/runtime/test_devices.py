@@ -181,6 +181,15 @@ def test_a_board_without_a_temporary_folder_is_said(ssh: Board, golden: Toy) -> 
         validate(config(golden, ssh.url))
 
 
+def test_a_board_that_allows_one_session_alone_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: Toy
+) -> None:
+    for strict in ssh_board(tmp_path / "strict", monkeypatch, settings="MaxSessions 1\n"):
+        with pytest.raises(NoVerdictError, match="refuses a second session"):
+            validate(config(golden, strict.url))
+        assert strict.left() == []
+
+
 def test_a_copy_that_does_not_end_is_said(
     board: Board, golden: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
