@@ -48,6 +48,7 @@ _FOR_PROGRAMMERS = ("gfrt.h", "gfrt.py", "labels.txt")  # gfbench needs every ot
 _IMAGES, _OUTPUTS = "golden.u8", "outputs.f32"
 _QEMU_IMAGES = 2  # of the golden ones: an emulated inference takes seconds
 _NO_DEMANDS = Budget()
+_NOT_EXECUTED, _NOT_FOUND = 126, 127  # a shell's exit status
 NO_LATENCY_UNDER_QEMU = "QEMU shows what a device computes, not how fast"
 
 
@@ -281,6 +282,18 @@ class _ResultOf:
         done = device.run(command, timeout_s=timeout_s)
         if done.status == 3:
             raise unfit(device.url, done.reason.removeprefix("gfbench: "))
+        if done.status == _NOT_FOUND:
+            # It was copied there: what is not found is the loader that it names.
+            raise unfit(
+                device.url,
+                f"it does not start gfbench ({done.reason}); the bundle needs a 64-bit system with "
+                "glibc, and uname tells of its kernel alone",
+            )
+        if done.status == _NOT_EXECUTED and "permission denied" in done.reason.lower():
+            raise NoVerdictError(
+                f"{device.url} executes nothing in its temporary folder ({done.reason}): is it "
+                "mounted noexec? Set TMPDIR for that user"
+            )
         if done.status != 0:
             if looks_full(done.stderr) or "disk full" in done.stderr:
                 raise full_disk(device.url, "its temporary folder")

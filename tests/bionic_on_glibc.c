@@ -1,9 +1,10 @@
 /* What of bionic's arm64 ABI differs from glibc's, on top of glibc: for libraries that were linked
- * for Android and are to run under QEMU. Link it before libc. Its mutexes and conditions are as
- * small as bionic's, and what a library has behind them must stay as it was. */
+ * for Android and are to run under QEMU. Link it before libc. Its mutexes, conditions and sets of
+ * signals are as small as bionic's, and what a library has behind them must stay as it was. */
 #include <dlfcn.h>
 #include <errno.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -97,4 +98,27 @@ int pthread_cond_signal(pthread_cond_t *condition) {
 
 int pthread_cond_broadcast(pthread_cond_t *condition) {
     return REAL(pthread_cond_broadcast)(condition_of(condition));
+}
+
+#define SET_BYTES 8 /* glibc's has 128 */
+
+int sigfillset(sigset_t *set) {
+    memset(set, 0xff, SET_BYTES);
+    return 0;
+}
+
+int sigdelset(sigset_t *set, int signal) {
+    *(unsigned long *)set &= ~(1ul << (signal - 1));
+    return 0;
+}
+
+int pthread_sigmask(int how, const sigset_t *set, sigset_t *before) {
+    sigset_t own, found;
+    memset(&own, 0, sizeof own);
+    if (set)
+        memcpy(&own, set, SET_BYTES);
+    int code = REAL(pthread_sigmask)(how, set ? &own : NULL, &found);
+    if (before)
+        memcpy(before, &found, SET_BYTES);
+    return code;
 }

@@ -97,12 +97,17 @@ def _processes() -> Iterator[_Process]:
 
 
 def ssh_board(
-    home: Path, monkeypatch: pytest.MonkeyPatch, *, file_limit: int | None = None
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    file_limit: int | None = None,
+    settings: str = "",
 ) -> Iterator[Board]:
     """An sshd on a loopback port; `ssh` on the PATH knows its key.
 
     Args:
         file_limit: bytes that a file on the board may have.
+        settings: more lines of sshd_config.
     """
     sshd, ssh, keygen = need("sshd"), need("ssh"), need("ssh-keygen")
     temporary = home / "tmp"
@@ -118,7 +123,7 @@ def ssh_board(
         f"Port {port}\nListenAddress 127.0.0.1\nHostKey {home}/host\nPidFile none\nUsePAM no\n"
         f"AuthorizedKeysFile {home}/authorized_keys\nStrictModes no\nLogLevel VERBOSE\n"
         f"PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\n"
-        f"SetEnv TMPDIR={temporary}\n"
+        f"SetEnv TMPDIR={temporary}\n{settings}"
     )
     host_key = " ".join((home / "host.pub").read_text().split()[:2])
     (home / "known_hosts").write_text(f"[127.0.0.1]:{port} {host_key}\n")

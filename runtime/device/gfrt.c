@@ -183,11 +183,17 @@ gfrt_status gfrt_open(const char *bundle, uint32_t flags, gfrt_model **result) {
     if (!model)
         return gfi_fail(GFRT_NO_MEMORY, "no memory for a model");
     atomic_init(&model->users, 1);
+    gfi_thread *thread = gfi_this_thread();
+    char error[sizeof thread->last_error];
+    memcpy(error, thread->last_error, sizeof error);
     gfrt_status status = load_model(model, bundle, flags);
-    if (status == GFRT_OK)
+    if (status == GFRT_OK) {
         *result = model;
-    else
+        /* There is no plan for a better CPU, or this is none: nothing went wrong. */
+        memcpy(thread->last_error, error, sizeof error);
+    } else {
         release_model(model);
+    }
     return status;
 }
 
@@ -249,6 +255,21 @@ gfrt_status gfrt_output_info(const gfrt_model *model, size_t index, gfrt_tensor_
     return io_info(model, model->plan.outputs, model->plan.header->outputs, index, "output", info);
 }
 
+static void normalize(const gfi_io *io, size_t images, size_t area, const uint8_t *pixels,
+                      float *input) {
+    for (size_t c = 0; c < 3; c++) {
+        float value[256]; /* there are but 256: the divisions are done once */
+        for (int x = 0; x < 256; x++)
+            value[x] = ((float)x / 255.0f - io->mean[c]) / io->std[c];
+        for (size_t n = 0; n < images; n++) {
+            const uint8_t *from = pixels + n * 3 * area + c;
+            float *to = input + (n * 3 + c) * area;
+            for (size_t i = 0; i < area; i++)
+                to[i] = value[from[3 * i]];
+        }
+    }
+}
+
 gfrt_status gfrt_normalize_u8(const gfrt_model *model, size_t index, const uint8_t *pixels,
                               size_t pixels_size, float *input, size_t input_size) {
     if (!model || !pixels || !input)
@@ -264,18 +285,10 @@ gfrt_status gfrt_normalize_u8(const gfrt_model *model, size_t index, const uint8
                         " input %zu; got %zu and %zu", (long long)tensor->shape[2],
                         (long long)tensor->shape[3], bytes / sizeof(float), bytes, pixels_size,
                         input_size);
-    size_t area = (size_t)tensor->shape[2] * (size_t)tensor->shape[3];
-    for (size_t c = 0; c < 3; c++) {
-        float value[256]; /* there are but 256: the divisions are done once */
-        for (int x = 0; x < 256; x++)
-            value[x] = ((float)x / 255.0f - io->mean[c]) / io->std[c];
-        for (size_t n = 0; n < (size_t)tensor->shape[0]; n++) {
-            const uint8_t *from = pixels + n * 3 * area + c;
-            float *to = input + (n * 3 + c) * area;
-            for (size_t i = 0; i < area; i++)
-                to[i] = value[from[3 * i]];
-        }
-    }
+    uint32_t mode = gfi_enter_float_mode();
+    normalize(io, (size_t)tensor->shape[0], (size_t)tensor->shape[2] * (size_t)tensor->shape[3],
+              pixels, input);
+    gfi_leave_float_mode(mode);
     return GFRT_OK;
 }
 
@@ -380,7 +393,8 @@ void gfi_notify(gfrt_context *context, size_t step,
                 const void *(*data)(gfrt_context *context, const gfi_tensor *tensor)) {
     const gfi_plan *plan = &context->model->plan;
     const gfi_step *record = &plan->steps[step];
-    for (uint32_t i = 0; i < record->args; i++) {
+    /* It may take itself away. */
+    for (uint32_t i = 0; i < record->args && context->observer; i++) {
         const gfi_arg *arg = &plan->args[record->first_arg + i];
         if (!arg->written)
             continue;

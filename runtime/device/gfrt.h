@@ -8,7 +8,11 @@
  *
  * A model is read-only and may be shared by threads: its weights are mapped from the file once.
  * A context holds what one inference needs, its activations and its worker threads: give each
- * thread its own. Several models may be open at once.
+ * thread its own. Several models may be open at once. A fork of the process may go on with what is
+ * open, if no GPU is, and on the calling thread alone.
+ *
+ * The program stays as it was: worker threads get none of its signals, and floating point rounds to
+ * nearest, keeps denormals and traps nothing during a call, whatever the calling thread has set.
  *
  * Every function that can fail returns a status and leaves one line for gfrt_last_error().
  * Memory is allocated by gfrt_open, gfrt_context_create and gfrt_set_observer, never by gfrt_run;

@@ -17,7 +17,9 @@ import hashlib
 import json
 import math
 import mmap
+import os
 import platform
+import threading
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
@@ -288,7 +290,7 @@ class Model:
         if not isinstance(library, str) or not listed or "/" in library:
             raise GfrtError(f"{bundle} has no library that gfrt could load")
         self._library = _Library(Path(bundle).resolve() / library)
-        self._library.check(self._library.open(bundle.encode(), 0, ctypes.byref(self._handle)))
+        self._library.check(self._library.open(os.fsencode(bundle), 0, ctypes.byref(self._handle)))
         self.device = self._library.device(self._handle).decode()  # type: str
         count = self._library.input_count(self._handle)
         self.inputs = [self._info(self._library.input_info, i) for i in range(count)]
@@ -309,22 +311,27 @@ class Model:
 
         Where that takes several images, their pixels come one after the other.
         """
-        info = self.inputs[index]
+        handle, info = self._opened(), self.inputs[index]
         source, source_size, _keep = _address(pixels)
         values = bytearray(info.size_bytes)
         target = (ctypes.c_char * len(values)).from_buffer(values)
         self._library.check(
             self._library.normalize_u8(
-                self._handle, index, source, source_size, ctypes.addressof(target), len(values)
+                handle, index, source, source_size, ctypes.addressof(target), len(values)
             )
         )
         return _as_array(values, info)
 
     def close(self) -> None:
         """Frees the model; its contexts go on until they are closed themselves."""
-        if self._handle:
-            self._library.close(self._handle)
-            self._handle = ctypes.c_void_p()
+        handle, self._handle = self._handle, ctypes.c_void_p()
+        if handle:
+            self._library.close(handle)
+
+    def _opened(self) -> ctypes.c_void_p:
+        if not self._handle:
+            raise GfrtError("the model is closed")
+        return self._handle
 
     def __enter__(self) -> "Model":
         return self
@@ -342,15 +349,15 @@ class Context:
 
     def __init__(self, model: Model, threads: int) -> None:
         self._handle = ctypes.c_void_p()
+        self._running = threading.Lock()  # ctypes lets other threads go on during a call
         self._library = model._library
-        if not model._handle:
-            raise GfrtError("the model is closed")
+        handle = model._opened()
         if not 0 <= threads <= MAX_THREADS:
             raise GfrtError(
                 f"{threads} threads: give 1 to {MAX_THREADS}, or 0 for one for each big CPU"
             )
         self.inputs, self.outputs = model.inputs, model.outputs
-        self._steps = self._library.step_count(model._handle)
+        self._steps = self._library.step_count(handle)
         # Between two inferences every line of this program has left the caches: a call makes as
         # little as it can.
         self._input_pointers = ctypes.c_void_p * len(self.inputs)
@@ -360,7 +367,7 @@ class Context:
         self._output_sizes = (ctypes.c_size_t * len(sizes))(*sizes)
         self._targets = [ctypes.c_char * size for size in sizes]
         self._library.check(
-            self._library.context_create(model._handle, threads, ctypes.byref(self._handle))
+            self._library.context_create(handle, threads, ctypes.byref(self._handle))
         )
 
     def run(self, *inputs: Any) -> List[Any]:
@@ -368,8 +375,47 @@ class Context:
 
         Each input is an array of the input's shape and dtype, or a buffer of its bytes.
         """
+        self._begin()
+        try:
+            return self._run(inputs)
+        finally:
+            self._running.release()
+
+    def observe(self, inputs: Sequence[Any], function: Callable[[TraceRecord], None]) -> List[Any]:
+        """Runs the model and calls `function` with each tensor that a step wrote, in order."""
+        failures = []  # type: List[BaseException]
+
+        def observer(_user: Any, step: int, label: bytes, info: Any, data: int) -> None:
+            try:
+                tensor = _tensor_info(info.contents)
+                values = ctypes.string_at(data, tensor.size_bytes)
+                function(TraceRecord(step, label.decode(errors="replace"), tensor, values))
+            except BaseException as error:  # ctypes would print it and go on
+                failures.append(error)
+
+        callback = _OBSERVER(observer)
+        self._begin()
+        try:
+            self._library.check(self._library.set_observer(self._handle, callback, None))
+            try:
+                outputs = self._run(inputs)
+            finally:
+                self._library.set_observer(self._handle, _OBSERVER(), None)
+        finally:
+            self._running.release()
+        if failures:
+            raise failures[0]
+        return outputs
+
+    def _begin(self) -> None:
+        """Takes the lock, which whoever calls this gives back."""
+        if not self._running.acquire(False):
+            raise GfrtError("another thread is running this context: create one context per thread")
         if not self._handle:
+            self._running.release()
             raise GfrtError("the context is closed")
+
+    def _run(self, inputs: Sequence[Any]) -> List[Any]:
         if len(inputs) != len(self.inputs):
             raise GfrtError(f"the model has {len(self.inputs)} inputs, got {len(inputs)}")
         for info, data in zip(self.inputs, inputs):  # noqa: B905 - `strict` came with 3.10
@@ -388,47 +434,45 @@ class Context:
         )
         return [_as_array(results[i], info) for i, info in enumerate(self.outputs)]
 
-    def observe(self, inputs: Sequence[Any], function: Callable[[TraceRecord], None]) -> List[Any]:
-        """Runs the model and calls `function` with each tensor that a step wrote, in order."""
-        failures = []  # type: List[BaseException]
-
-        def observer(_user: Any, step: int, label: bytes, info: Any, data: int) -> None:
-            try:
-                tensor = _tensor_info(info.contents)
-                values = ctypes.string_at(data, tensor.size_bytes)
-                function(TraceRecord(step, label.decode(errors="replace"), tensor, values))
-            except BaseException as error:  # ctypes would print it and go on
-                failures.append(error)
-
-        callback = _OBSERVER(observer)
-        self._library.check(self._library.set_observer(self._handle, callback, None))
-        try:
-            outputs = self.run(*inputs)
-        finally:
-            self._library.set_observer(self._handle, _OBSERVER(), None)
-        if failures:
-            raise failures[0]
-        return outputs
-
     def enable_profile(self, enable: bool = True) -> None:
         """Starts a profile from zero, or stops it."""
-        self._library.check(self._library.profile_enable(self._handle, int(enable)))
+        self._begin()
+        try:
+            self._library.check(self._library.profile_enable(self._handle, int(enable)))
+        finally:
+            self._running.release()
 
     def profile(self) -> List[StepProfile]:
         """Time spent in each step since the profile was enabled."""
-        steps = []
-        for step in range(self._steps):
-            entry = _Profile()
-            self._library.check(self._library.profile_get(self._handle, step, ctypes.byref(entry)))
-            kernel, label = (text.decode(errors="replace") for text in (entry.kernel, entry.label))
-            steps.append(StepProfile(kernel, label, entry.calls, entry.seconds))
-        return steps
+        self._begin()
+        try:
+            return [self._step_profile(step) for step in range(self._steps)]
+        finally:
+            self._running.release()
+
+    def _step_profile(self, step: int) -> StepProfile:
+        entry = _Profile()
+        self._library.check(self._library.profile_get(self._handle, step, ctypes.byref(entry)))
+        kernel, label = (text.decode(errors="replace") for text in (entry.kernel, entry.label))
+        return StepProfile(kernel, label, entry.calls, entry.seconds)
 
     def close(self) -> None:
-        """Frees the activations and threads."""
-        if self._handle:
-            self._library.context_destroy(self._handle)
-            self._handle = ctypes.c_void_p()
+        """Frees the activations and threads.
+
+        Raises:
+            GfrtError: another thread is running the context, or its observer asks for this.
+        """
+        if not self._running.acquire(False):
+            raise GfrtError("the context is running: close it once that has ended")
+        try:
+            self._free()
+        finally:
+            self._running.release()
+
+    def _free(self) -> None:
+        handle, self._handle = self._handle, ctypes.c_void_p()
+        if handle:
+            self._library.context_destroy(handle)
 
     def __enter__(self) -> "Context":
         return self
@@ -438,7 +482,7 @@ class Context:
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
-            self.close()
+            self._free()  # nobody is left who could run it
 
 
 def per_image(logits: Any) -> List[Any]:
@@ -497,7 +541,7 @@ def _address(data: Any) -> Tuple[int, int, Any]:
         array = data if data.flags.c_contiguous else data.copy(order="C")
         return array.__array_interface__["data"][0], array.nbytes, array
     view = memoryview(data)
-    if view.readonly or not view.contiguous:
+    if view.readonly or not view.c_contiguous:
         copy = ctypes.create_string_buffer(view.tobytes(), view.nbytes)
         return ctypes.addressof(copy), view.nbytes, copy
     buffer = (ctypes.c_char * view.nbytes).from_buffer(view)
@@ -514,5 +558,6 @@ def _as_array(data: bytearray, info: TensorInfo) -> Any:
 
 def _flat(values: Any) -> Any:
     if isinstance(values, memoryview):
-        return values.cast("B").cast("f")
+        plain = values.cast("B")  # type: Any
+        return plain.cast(values.format)
     return values.reshape(-1) if hasattr(values, "reshape") else values

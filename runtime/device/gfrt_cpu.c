@@ -279,7 +279,9 @@ static gfrt_status cpu_run(gfrt_context *context) {
     cpu_set_t before;
     bool moved = state->stays && sched_getaffinity(0, sizeof before, &before) == 0 &&
                  sched_setaffinity(0, sizeof state->big, &state->big) == 0;
+    uint32_t mode = gfi_enter_float_mode();
     gfrt_status status = run_steps(context);
+    gfi_leave_float_mode(mode);
     gfi_pool_end(state->pool);
     if (moved)
         sched_setaffinity(0, sizeof before, &before);

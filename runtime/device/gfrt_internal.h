@@ -27,6 +27,11 @@ typedef struct {
 
 gfi_thread *gfi_this_thread(void);
 
+/* Rounds to nearest, keeps denormals and traps no exceptions on this thread, whatever it has set.
+ * Returns what that was, for gfi_leave_float_mode. */
+uint32_t gfi_enter_float_mode(void);
+void gfi_leave_float_mode(uint32_t mode);
+
 /* ---- SHA-256 (gfrt_sha256.c) ---- */
 
 #define GFI_HASH_BYTES 32

@@ -6,10 +6,12 @@
  * An inference has a hundred loops of some ten microseconds, and a line of cache that another core
  * wrote takes a tenth of one. So what is shared lies in lines by who writes it, and a loop passes
  * through no lock: only a thread that goes to sleep takes one, and who has to wake it. */
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "gfrt_internal.h"
 
@@ -51,6 +53,7 @@ struct gfi_pool {
     char *workspaces;
     const gfi_table *table;
     worker *workers; /* number 0 is the calling thread */
+    int process;     /* that has the other workers; a fork of it has none */
     bool stays;      /* on `cpus` */
     cpu_set_t cpus;
 
@@ -62,6 +65,7 @@ struct gfi_pool {
     void *closure;
     gfi_parallel group;
     bool in_task;
+    bool alone;       /* there are no other workers */
     atomic_bool busy; /* an inference is under way */
 
     /* What is rarely written. */
@@ -173,6 +177,7 @@ static uint_least64_t sleep_until_loop(gfi_pool *pool, uint_least64_t seen) {
 static void *work(void *argument) {
     worker *w = argument;
     gfi_pool *pool = w->pool;
+    gfi_enter_float_mode(); /* that of whoever started this thread is inherited */
     if (pool->stays)
         sched_setaffinity(0, sizeof pool->cpus, &pool->cpus); /* as good without, if refused */
     uint_least64_t seen = 0;
@@ -237,7 +242,7 @@ static void wait_for(gfi_pool *pool, int index, uint32_t number) {
 static int launch(gfi_caller *caller, gfi_task task, void *closure, int tasks) {
     worker *w = (worker *)caller;
     gfi_pool *pool = w->pool;
-    if (pool->threads == 1 || pool->in_task || tasks == 1) {
+    if (pool->alone || pool->in_task || tasks == 1) {
         /* A loop within a parallel loop stays on its thread. */
         gfi_parallel group = {NULL, 1};
         return pool->table->call_task(caller, task, 0, &group, closure);
@@ -322,9 +327,10 @@ static void complain(gfi_caller *caller, const char *const *parts, int32_t count
 }
 
 void gfi_pool_begin(gfi_pool *pool) {
+    pool->alone = pool->threads == 1 || getpid() != pool->process;
     /* Relaxed: it decides on nothing but how long threads look for work. */
     atomic_store_explicit(&pool->busy, true, memory_order_relaxed);
-    if (pool->threads > 1)
+    if (!pool->alone)
         announce(pool, 0);
 }
 
@@ -355,6 +361,29 @@ static void *allocate_lines(size_t size) {
     return memset(memory, 0, size);
 }
 
+/* Starts the other workers; 0, or why the next one could not be started.
+ *
+ * They get no signals, which are for the threads that the application knows of: where it waits for
+ * one by sigwait or signalfd, it has blocked it in those alone, and would be ended by it here. A
+ * fault stays with the thread that runs into it, and a profiler's clock counts them all. */
+static int start_workers(gfi_pool *pool) {
+    static const int kept[] = {SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV, SIGSYS, SIGPROF};
+    sigset_t blocked, before;
+    sigfillset(&blocked);
+    for (size_t i = 0; i < sizeof kept / sizeof kept[0]; i++)
+        sigdelset(&blocked, kept[i]);
+    pthread_sigmask(SIG_BLOCK, &blocked, &before);
+    int code = 0;
+    for (pool->started = 1; pool->started < pool->threads; pool->started++) {
+        worker *w = &pool->workers[pool->started];
+        code = pthread_create(&w->thread, NULL, work, w);
+        if (code != 0)
+            break;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return code;
+}
+
 gfrt_status gfi_pool_create(uint32_t threads, size_t workspace, const gfi_table *table,
                             const cpu_set_t *cpus, gfi_pool **result) {
     gfi_pool *pool = allocate_lines(sizeof *pool);
@@ -376,6 +405,8 @@ gfrt_status gfi_pool_create(uint32_t threads, size_t workspace, const gfi_table 
     pool->workspaces = workspaces;
     pool->table = table;
     pool->workers = workers;
+    pool->process = getpid();
+    pool->alone = threads == 1;
     pool->stays = cpus != NULL;
     if (cpus)
         pool->cpus = *cpus;
@@ -395,30 +426,29 @@ gfrt_status gfi_pool_create(uint32_t threads, size_t workspace, const gfi_table 
         atomic_init(&workers[i].taken, 0);
         atomic_init(&workers[i].finished, 0);
     }
-    for (pool->started = 1; pool->started < threads; pool->started++) {
-        worker *w = &workers[pool->started];
-        int code = pthread_create(&w->thread, NULL, work, w);
-        if (code != 0) {
-            gfi_fail(GFRT_NO_MEMORY, "thread %u cannot be started: %s", pool->started,
-                     strerror(code));
-            gfi_pool_destroy(pool);
-            return GFRT_NO_MEMORY;
-        }
+    int code = start_workers(pool);
+    if (code != 0) {
+        gfi_fail(GFRT_NO_MEMORY, "thread %u cannot be started: %s", pool->started, strerror(code));
+        gfi_pool_destroy(pool);
+        return GFRT_NO_MEMORY;
     }
     *result = pool;
     return GFRT_OK;
 }
 
 void gfi_pool_destroy(gfi_pool *pool) {
-    atomic_store(&pool->stop, true);
-    wake_all(pool);
-    for (uint32_t i = 1; i < pool->started; i++)
-        pthread_join(pool->workers[i].thread, NULL);
+    /* In a fork nobody is there to be joined, and who had the mutex will not give it back. */
+    if (getpid() == pool->process) {
+        atomic_store(&pool->stop, true);
+        wake_all(pool);
+        for (uint32_t i = 1; i < pool->started; i++)
+            pthread_join(pool->workers[i].thread, NULL);
+        pthread_mutex_destroy(&pool->mutex);
+        pthread_cond_destroy(&pool->wake);
+        pthread_cond_destroy(&pool->done);
+    }
     if (pool->workspaces)
         munmap(pool->workspaces, pool->workspace * pool->threads);
-    pthread_mutex_destroy(&pool->mutex);
-    pthread_cond_destroy(&pool->wake);
-    pthread_cond_destroy(&pool->done);
     free(pool->workers);
     free(pool);
 }

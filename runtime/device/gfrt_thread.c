@@ -34,3 +34,35 @@ gfi_thread *gfi_this_thread(void) {
 }
 
 #endif
+
+#if defined(__x86_64__)
+
+#define USUAL_MODE 0x1f80u
+
+static uint32_t read_mode(void) { return __builtin_ia32_stmxcsr(); }
+
+static void write_mode(uint32_t mode) { __builtin_ia32_ldmxcsr(mode); }
+
+#else
+
+#define USUAL_MODE 0u
+
+static uint32_t read_mode(void) {
+    uint64_t mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    return (uint32_t)mode;
+}
+
+static void write_mode(uint32_t mode) {
+    __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)mode));
+}
+
+#endif
+
+uint32_t gfi_enter_float_mode(void) {
+    uint32_t mode = read_mode();
+    write_mode(USUAL_MODE);
+    return mode;
+}
+
+void gfi_leave_float_mode(uint32_t mode) { write_mode(mode); }

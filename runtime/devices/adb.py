@@ -18,6 +18,7 @@ from gfcompile.runtime.devices.base import (
     end_process,
     full_disk,
     looks_full,
+    slow_copy,
 )
 from gfcompile.runtime.errors import NoVerdictError, UserError
 
@@ -64,7 +65,7 @@ class AdbDevice(ShellDevice):
 
     def send(self, files: Mapping[str, Path]) -> None:
         for name, path in files.items():
-            done = self._call(["push", str(path), f"{self.folder}/{checked_name(name)}"], _SEND_S)
+            done = self._copy(name, ["push", str(path), f"{self.folder}/{checked_name(name)}"])
             if done.status != 0:
                 if looks_full(done.stderr + done.stdout):
                     raise full_disk(self.url, self.folder)
@@ -74,7 +75,7 @@ class AdbDevice(ShellDevice):
     def fetch(self, name: str) -> bytes:
         with tempfile.TemporaryDirectory(prefix="gfcompile-") as folder:
             target = Path(folder) / "fetched"
-            done = self._call(["pull", f"{self.folder}/{checked_name(name)}", str(target)], _SEND_S)
+            done = self._copy(name, ["pull", f"{self.folder}/{checked_name(name)}", str(target)])
             if done.status != 0 or not target.is_file():
                 raise self._lost(done.reason)
             return target.read_bytes()
@@ -89,6 +90,12 @@ class AdbDevice(ShellDevice):
         # If it is gone, nothing can be removed there.
         with contextlib.suppress(subprocess.TimeoutExpired, NoVerdictError):
             self.shell(script, timeout_s=_CONNECT_S)
+
+    def _copy(self, name: str, arguments: Sequence[str]) -> Completed:
+        try:
+            return self._call(arguments, _SEND_S)
+        except subprocess.TimeoutExpired:
+            raise slow_copy(name, _SEND_S, self.url) from None
 
     def _call(self, arguments: Sequence[str], timeout_s: float) -> Completed:
         process = subprocess.Popen(

@@ -126,6 +126,14 @@ def too_slow(program: str, timeout_s: float, url: str) -> NoVerdictError:
     )
 
 
+def slow_copy(name: str, timeout_s: float, url: str) -> NoVerdictError:
+    """The error for a file that was on its way for too long."""
+    return NoVerdictError(
+        f"{name} could not be copied within {timeout_s:.0f} s from or to {url}; is the connection "
+        "slow, or the device hung?"
+    )
+
+
 def end_process(process: subprocess.Popen[bytes]) -> None:
     """Kills it, and waits for nothing else that may have its pipes."""
     process.kill()

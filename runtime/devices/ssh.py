@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 from urllib.parse import SplitResult
@@ -26,6 +27,7 @@ from gfcompile.runtime.devices.base import (
     end_process,
     full_disk,
     looks_full,
+    slow_copy,
 )
 from gfcompile.runtime.errors import NoVerdictError, UserError
 
@@ -35,12 +37,19 @@ _CONNECT_S = 15
 _CLOSE_S = 10
 _SEND_S = 600
 
-_READY = "gfcompile-folder "
+_READY, _NO_FOLDER = "gfcompile-folder ", "gfcompile-no-folder"
+# What the user's shell prints of its own comes before this line.
+_BEGINS = "gfcompile-begins"
 # Read as a whole before it is run: what follows `cat` must not be eaten by it.
 _KEEPER = """{
 umask 077
-folder=$(mktemp -d "${TMPDIR:-/tmp}/gfcompile.XXXXXX") || exit 1
+folder=$(mktemp -d "${TMPDIR:-/tmp}/gfcompile.XXXXXX") || {
+    echo
+    echo gfcompile-no-folder
+    exit 1
+}
 trap '' HUP INT TERM PIPE
+echo
 echo "gfcompile-folder $folder"
 cat >/dev/null
 if [ -f "$folder"/running.pid ]; then kill -9 $(cat "$folder"/running.pid) 2>/dev/null; fi
@@ -49,18 +58,20 @@ exit 0
 }
 """
 
-# What ssh says, and what helps.
+# What ssh says, and what helps; `there` is the board as ssh's own arguments have it.
+_VERIFICATION = "host key verification failed"
+_CHANGED = "identification has changed"
+_NEW_KEY = (
+    "its key is not the known one. If the board was set up anew: ssh-keygen -R {known}, then "
+    "ssh {there} once; otherwise someone may be in between"
+)
 _HINTS = (
-    (
-        "host key verification failed",
-        "its key is not the known one. If the board was set up anew: ssh-keygen -R {host}, then "
-        "ssh {host} once; otherwise someone may be in between",
-    ),
-    ("permission denied", "no key of yours is accepted there: ssh-copy-id {host}"),
-    ("could not resolve", "is the name right? ssh {host} must work"),
-    ("connection refused", "does sshd run there? ssh {host} must work"),
-    ("timed out", "is it switched on and in this network? ssh {host} must work"),
-    ("no route to host", "is it switched on and in this network? ssh {host} must work"),
+    (_VERIFICATION, "its key is not known yet: ssh {there} once, which asks whether it is right"),
+    ("permission denied", "no key of yours is accepted there: ssh-copy-id {there}"),
+    ("could not resolve", "is the name right? ssh {there} must work"),
+    ("connection refused", "does sshd run there? ssh {there} must work"),
+    ("timed out", "is it switched on and in this network? ssh {there} must work"),
+    ("no route to host", "is it switched on and in this network? ssh {there} must work"),
 )
 
 
@@ -77,6 +88,12 @@ class SshDevice(ShellDevice):
         """
         super().__init__(url, host)
         self._host = host
+        self._there = f"{user}@{host}" if user else host
+        self._known = host  # as its line in known_hosts begins
+        if port is not None:
+            self._there = f"-p {port} {self._there}"
+        if port not in (None, 22):
+            self._known = f"'[{host}]:{port}'"
         # Short, as the path of a socket may have no more than some 100 characters.
         self._control = Path(tempfile.mkdtemp(prefix="gfssh-"))
         self._options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_S}", "-T"]
@@ -99,7 +116,7 @@ class SshDevice(ShellDevice):
         for name, path in files.items():
             remote = f"{self.folder}/{checked_name(name)}"
             with path.open("rb") as source:
-                done = self._ssh(f"cat >{remote}", stdin=source, timeout_s=_SEND_S)
+                done = self._copy(f"cat >{remote}", name, stdin=source)
             if done.status != 0:
                 if looks_full(done.stderr):
                     raise full_disk(self.url, self.folder)
@@ -108,20 +125,23 @@ class SshDevice(ShellDevice):
 
     def fetch(self, name: str) -> bytes:
         with tempfile.TemporaryFile() as target:
-            done = self._ssh(
-                f"cat {self.folder}/{checked_name(name)}", stdout=target, timeout_s=_SEND_S
-            )
+            command = f"echo; echo {_BEGINS}; cat {self.folder}/{checked_name(name)}"
+            done = self._copy(command, name, stdout=target)
             if done.status != 0:
                 raise self._lost(done.reason)
             target.seek(0)
-            return target.read()
+            return target.read().partition(f"\n{_BEGINS}\n".encode())[2]
 
     def shell(self, script: str, *, timeout_s: float) -> Completed:
         # On the input of `sh`, so that it does not matter which shell the user has there.
         with tempfile.TemporaryFile() as source:
-            source.write(script.encode())
+            source.write(f"echo; echo {_BEGINS}\n{script}".encode())
             source.seek(0)
-            return self._ssh("sh -s", stdin=source, timeout_s=timeout_s)
+            done = self._ssh("sh -s", stdin=source, timeout_s=timeout_s)
+        _, begins, output = done.stdout.partition(f"\n{_BEGINS}\n")
+        if not begins:
+            raise self._lost(done.reason)
+        return replace(done, stdout=output)
 
     def close(self) -> None:
         keeper, self._keeper = self._keeper, None
@@ -168,10 +188,18 @@ class SshDevice(ShellDevice):
                 if text.startswith(_READY):
                     self.folder = checked_folder(text.removeprefix(_READY).strip(), self.url)
                     return keeper
+                if text.strip() == _NO_FOLDER:
+                    raise self._no_folder(keeper.stderr.read().decode(errors="replace"))
             keeper.wait()
             raise self._refused(keeper.stderr.read().decode(errors="replace"))
         finally:
             timer.cancel()
+
+    def _copy(self, command: str, name: str, **streams: IO[bytes]) -> Completed:
+        try:
+            return self._ssh(command, timeout_s=_SEND_S, **streams)
+        except subprocess.TimeoutExpired:
+            raise slow_copy(name, _SEND_S, self.url) from None
 
     def _ssh(
         self,
@@ -197,27 +225,41 @@ class SshDevice(ShellDevice):
         except BaseException:
             end_process(process)
             raise
+        complaint = err.decode(errors="replace")
+        if "session open refused" in complaint.lower():
+            raise self._lost("its sshd refuses a second session; gfcompile needs MaxSessions 2")
         return Completed(
             status=process.returncode,
             stdout=(out or b"").decode(errors="replace"),
-            stderr=err.decode(errors="replace"),
+            stderr=complaint,
         )
 
     def _lost(self, reason: str) -> NoVerdictError:
         return NoVerdictError(f"the connection to {self.url} was lost: {reason}")
 
     def _refused(self, complaint: str) -> NoVerdictError:
-        lines = [line.strip() for line in complaint.splitlines() if line.strip()]
+        lines = _lines(complaint)
         for words, hint in _HINTS:
             if words in complaint.lower():
                 said = next(line for line in lines if words in line.lower())
-                return NoVerdictError(
-                    f"cannot reach {self.url}: {said.rstrip('.')}; {hint.format(host=self._host)}"
-                )
+                if words == _VERIFICATION and _CHANGED in complaint.lower():
+                    hint = _NEW_KEY
+                helps = hint.format(there=self._there, known=self._known)
+                return NoVerdictError(f"cannot reach {self.url}: {said.rstrip('.')}; {helps}")
+        said = lines[-1] if lines else "it did not answer"
+        return NoVerdictError(f"cannot reach {self.url}: {said}; ssh {self._there} must work")
+
+    def _no_folder(self, complaint: str) -> NoVerdictError:
         if looks_full(complaint):
             return full_disk(self.url, "its temporary folder")
-        said = lines[-1] if lines else "it did not answer"
-        return NoVerdictError(f"cannot reach {self.url}: {said}; ssh {self._host} must work")
+        said = (_lines(complaint) or ["mktemp failed"])[-1]
+        return NoVerdictError(
+            f"no temporary folder can be made on {self.url}: {said}; set TMPDIR for that user"
+        )
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def open_ssh(parts: SplitResult) -> Device:

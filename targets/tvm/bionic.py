@@ -22,12 +22,13 @@ PAGE_BYTES = 16384
 
 _LIBC = """
     __errno __sched_cpucount abort calloc clock_gettime close fclose fdopen fopen fread free fseek
-    ftell getauxval lseek madvise malloc memchr memcmp memcpy memmove memset mmap mprotect munmap
-    open posix_memalign pthread_cond_broadcast pthread_cond_destroy pthread_cond_init
+    ftell getauxval getpid lseek madvise malloc memchr memcmp memcpy memmove memset mmap mprotect
+    munmap open posix_memalign pthread_cond_broadcast pthread_cond_destroy pthread_cond_init
     pthread_cond_signal pthread_cond_wait pthread_create pthread_getspecific pthread_join
     pthread_key_create pthread_key_delete pthread_mutex_destroy pthread_mutex_init
-    pthread_mutex_lock pthread_mutex_unlock pthread_setspecific sched_getaffinity sched_setaffinity
-    sched_yield snprintf strchr strcmp strcspn strdup strerror strlen strspn vsnprintf
+    pthread_mutex_lock pthread_mutex_unlock pthread_setspecific pthread_sigmask sched_getaffinity
+    sched_setaffinity sched_yield sigdelset sigfillset snprintf strchr strcmp strcspn strdup
+    strerror strlen strspn vsnprintf
 """
 # What LLVM may turn the operators of a graph into; the runtime needs none of them.
 _LIBM = """

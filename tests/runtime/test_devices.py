@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from boards import Board, adb_board, ssh_board
-from toy_bundle import Toy, add_golden, with_gfbench
+from toy_bundle import Toy, add_golden, with_gfbench, write_manifest
 
 from gfcompile.runtime.devices import open_device
 from gfcompile.runtime.errors import BundleError, NoVerdictError, UserError
@@ -70,6 +70,18 @@ def test_a_bundle_is_validated_and_nothing_stays_on_the_board(board: Board, gold
 def test_everything_goes_over_one_connection(ssh: Board, golden: Toy) -> None:
     validate(config(golden, ssh.url))
     assert ssh.log().count("Accepted publickey") == 1
+
+
+def test_what_the_shell_of_a_board_says_of_its_own_is_in_no_file(ssh: Board, golden: Toy) -> None:
+    """As where ~/.bashrc sets the title of a window, or greets."""
+    key = (ssh.home / "authorized_keys").read_text()
+    says = "printf 'Welcome to\\nthe board'"
+    greets = rf'command="{says}; exec sh -c \"$SSH_ORIGINAL_COMMAND\"" '
+    (ssh.home / "authorized_keys").write_text(greets + key)
+    result = validate(config(golden, ssh.url))
+    assert result.device.arch == os.uname().machine
+    assert result.numbers is not None
+    assert result.numbers.within
 
 
 def test_a_bundle_for_another_cpu_is_not_run(board: Board, arm_toy: Toy) -> None:
@@ -162,17 +174,73 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, go
     assert android.left() == []
 
 
+def test_a_board_without_a_temporary_folder_is_said(ssh: Board, golden: Toy) -> None:
+    ssh.temporary.rmdir()
+    refused = r"no temporary folder can be made on ssh://.*: mktemp: .*; set TMPDIR for that user"
+    with pytest.raises(NoVerdictError, match=refused):
+        validate(config(golden, ssh.url))
+
+
+def test_a_board_that_allows_one_session_alone_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: Toy
+) -> None:
+    for strict in ssh_board(tmp_path / "strict", monkeypatch, settings="MaxSessions 1\n"):
+        with pytest.raises(NoVerdictError, match="refuses a second session"):
+            validate(config(golden, strict.url))
+        assert strict.left() == []
+
+
+def test_a_copy_that_does_not_end_is_said(
+    board: Board, golden: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = board.url.partition(":")[0]
+    monkeypatch.setattr(f"gfcompile.runtime.devices.{kind}._SEND_S", 0.3)
+    client = board.home / "bin" / kind
+    hangs = '#!/bin/sh\ncase "$*" in *"cat >"* | *push*) exec sleep 64 ;; esac\n'
+    client.write_text(hangs + client.read_text())
+    with pytest.raises(NoVerdictError, match=r"could not be copied within 0 s from or to \w+://"):
+        validate(config(golden, board.url))
+    assert board.left() == []
+
+
+def test_a_board_that_starts_no_such_programs_is_said(board: Board, golden: Toy) -> None:
+    """A 64-bit kernel may have a 32-bit system above it, or musl's, and /tmp may be noexec."""
+    toy = with_gfbench(golden, "echo sh: ./gfbench: Permission denied >&2; exit 126")
+    with pytest.raises(NoVerdictError, match="mounted noexec"):
+        validate(config(toy, board.url))
+    gfbench = golden.folder / "gfbench"
+    gfbench.write_text("#!/lib/ld-linux-aarch64.so.1\n")
+    write_manifest(golden)
+    with pytest.raises(NoVerdictError, match=r"it does not start gfbench \(.*\); .* with glibc"):
+        validate(config(golden, board.url))
+    assert board.left() == []
+
+
+def at(ssh: Board) -> str:
+    """The board as ssh's own arguments have it."""
+    return f"-p {ssh.url.rpartition(':')[2]} 127.0.0.1"
+
+
 def test_a_host_key_that_is_not_the_known_one_is_refused(ssh: Board, golden: Toy) -> None:
     known = (ssh.home / "known_hosts").read_text().split()
     other = (ssh.home / "other.pub").read_text().split()[:2]
     (ssh.home / "known_hosts").write_text(" ".join([known[0], *other]) + "\n")
-    with pytest.raises(NoVerdictError, match=r"Host key verification failed; .*ssh-keygen -R"):
+    port = ssh.url.rpartition(":")[2]
+    removed = rf"ssh-keygen -R '\[127.0.0.1\]:{port}', then ssh {at(ssh)} once"
+    with pytest.raises(NoVerdictError, match=f"Host key verification failed; .*{removed}"):
+        validate(config(golden, ssh.url))
+
+
+def test_a_host_key_that_nobody_has_seen_yet_is_said(ssh: Board, golden: Toy) -> None:
+    (ssh.home / "known_hosts").write_text("")
+    unknown = f"verification failed; its key is not known yet: ssh {at(ssh)} once"
+    with pytest.raises(NoVerdictError, match=unknown):
         validate(config(golden, ssh.url))
 
 
 def test_a_key_that_is_not_accepted_is_said(ssh: Board, golden: Toy) -> None:
     shutil.copy(ssh.home / "other.pub", ssh.home / "authorized_keys")
-    with pytest.raises(NoVerdictError, match=r"Permission denied .*; .*ssh-copy-id 127.0.0.1"):
+    with pytest.raises(NoVerdictError, match=rf"Permission denied .*; .*ssh-copy-id {at(ssh)}$"):
         validate(config(golden, ssh.url))
 
 

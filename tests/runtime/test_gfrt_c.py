@@ -64,6 +64,22 @@ def test_loops_run_every_task_once_and_idle_threads_sleep(build: Build, sanitize
     run_silently([build(HERE / "pool_check.c", sanitize)])
 
 
+@pytest.fixture(scope="module")
+def application(build: Build) -> Path:
+    # AddressSanitizer's allocator has a lock that a fork may find taken, for good.
+    return build(HERE / "app_check.c", "undefined")
+
+
+@pytest.mark.parametrize("what", ["forks", "signals", "floats", "observer"])
+def test_an_application_keeps_what_is_its_own(
+    application: Path, toy: Toy, tmp_path: Path, what: str
+) -> None:
+    first, *others = toy.plan.steps
+    twofold = replace(first, outputs=(*first.outputs, first.args[0]))
+    toy = toy.with_plan(tmp_path / "toy", steps=(twofold, *others))
+    run_silently([application, toy.folder, what])
+
+
 def open_all(program: Path, toy: Toy, data: Sequence[bytes]) -> list[tuple[int, str]]:
     """Status and message for each plan, from a process that must survive them all."""
     result = subprocess.run(

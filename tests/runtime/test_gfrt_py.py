@@ -1,10 +1,13 @@
 """gfrt.py as a board uses it: one file beside the bundle, with the standard library alone."""
 
+import array
 import ast
 import hashlib
+import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -86,8 +89,10 @@ def test_it_is_python_3_6() -> None:
         "math",
         "mmap",
         "numpy",
+        "os",
         "pathlib",
         "platform",
+        "threading",
         "typing",
     }
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -129,8 +134,68 @@ def test_a_context_outlives_its_model(toy: Toy) -> None:
     with pytest.raises(gfrt.GfrtError, match="the model is closed"):
         model.context()
     context.close()
-    with pytest.raises(gfrt.GfrtError, match="the context is closed"):
-        context.run(toy_images())
+
+
+def test_what_is_closed_says_so(toy: Toy) -> None:
+    model = gfrt.Model(str(toy.folder))
+    context = model.context()
+    for _ in range(2):
+        model.close()
+        context.close()
+    for use in (model.context, lambda: model.normalize_u8(bytes(192))):
+        with pytest.raises(gfrt.GfrtError, match="the model is closed"):
+            use()
+    uses: list[Callable[[], object]] = [
+        lambda: context.run(toy_images()),
+        lambda: context.observe([toy_images()], print),
+        context.enable_profile,
+        context.profile,
+    ]
+    for use in uses:
+        with pytest.raises(gfrt.GfrtError, match="the context is closed"):
+            use()
+
+
+def test_a_context_that_runs_is_not_closed(toy: Toy) -> None:
+    """Not by another thread, and not by its own observer."""
+    told: list[str] = []
+
+    def from_elsewhere() -> None:
+        for use in (context.close, context.profile, lambda: context.run(toy_images())):
+            try:
+                use()
+            except gfrt.GfrtError as error:
+                told.append(str(error))
+
+    def observer(_record: gfrt.TraceRecord) -> None:
+        if not told:
+            thread = threading.Thread(target=from_elsewhere)
+            thread.start()
+            thread.join()
+            from_elsewhere()
+
+    with gfrt.Model(str(toy.folder)) as model, model.context(threads=2) as context:
+        (observed,) = context.observe([toy_images()], observer)
+        np.testing.assert_array_equal(context.run(toy_images())[0], observed)
+    running, elsewhere = "the context is running", "another thread is running this context"
+    wanted = [running, elsewhere, elsewhere] * 2
+    assert [said.partition(":")[0] for said in told] == wanted
+
+
+def test_a_bundle_in_a_folder_whose_name_is_no_text(toy: Toy, tmp_path: Path) -> None:
+    """As is every name that is not ASCII where Python 3.6 was started without a locale."""
+    folder = tmp_path / os.fsdecode(b"b\xff\xc3\xbc")
+    with gfrt.Model(str(toy.copy(folder).folder)) as model, model.context() as context:
+        assert context.run(toy_images())[0].shape == (1, 16)
+
+
+def test_a_buffer_in_another_order_is_read_in_its_own(toy: Toy) -> None:
+    image = toy_images()
+    with gfrt.Model(str(toy.folder)) as model, model.context() as context:
+        (expected,) = context.run(image)
+        for same in (np.asfortranarray(image), np.stack([image] * 2, axis=-1)[..., 1]):
+            for given in (same, memoryview(same)):
+                np.testing.assert_array_equal(context.run(given)[0], expected)
 
 
 def test_what_a_model_takes_is_described(toy: Toy) -> None:
@@ -173,3 +238,5 @@ def test_top_classes_are_softmax_probabilities() -> None:
     assert [index for index, _ in top] == [1, 2, 0]
     assert [p for _, p in top] == pytest.approx([1 / total, 1 / total, np.exp(-2) / total])
     assert gfrt.top_classes([1000.0, 0.0], 5)[0] == (0, 1.0)
+    without_numpy = memoryview(array.array("b", [1, -5, 3, 2]))
+    assert [index for index, _ in gfrt.top_classes(without_numpy, 4)] == [2, 3, 0, 1]

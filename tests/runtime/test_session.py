@@ -75,7 +75,7 @@ def in_huge_pages() -> set[tuple[int, int, str]]:
     """Start, size and file of the memory that this process asks huge pages for."""
     found = set()
     start, size, file = 0, 0, ""
-    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+    for line in Path("/proc/self/smaps").read_text(errors="replace").splitlines():
         words = line.split()
         if words[0] == "VmFlags:" and "hg" in words:
             found.add((start, size, file))

@@ -4,6 +4,7 @@
 #include <stddef.h>
 
 int close(int file);
+int getpid(void);
 long lseek(int file, long offset, int whence);
 
 #endif
