@@ -111,6 +111,8 @@ def test_a_coreml_bundle_off_a_mac_is_evaluated_and_claims_no_latency(tmp_path: 
     assert result.numbers is not None
     with pytest.raises(UserError, match="--max-latency-ms"):
         quickly(bundle, max_latency_ms=5.0)
+    with pytest.raises(UserError, match=r"--against: this bundle is evaluated"):
+        validate(ValidateConfig(bundle=bundle.path, against="last", runs=3))
 
 
 def test_a_tflite_bundle_is_measured_on_android_by_litert_itself(
