@@ -198,11 +198,16 @@ def load(
         compute_units: what Core ML may use; for its bundles, on a Mac.
 
     Raises:
+        UserError: an argument that cannot be.
         BundleError: the bundle is damaged, of a newer format, or for another machine.
         DeviceError: the device cannot run it.
     """
     if device not in get_args(Device):
         raise UserError(f"unknown device {device!r}; choose from {', '.join(get_args(Device))}")
+    if not 0 <= threads <= gfrt.MAX_THREADS:
+        raise UserError(
+            f"{threads} threads: give 1 to {gfrt.MAX_THREADS}, or 0 for one for each big CPU"
+        )
     folder = Path(bundle)
     manifest = check_bundle(folder, local=device != "qemu")
     if compute_units not in get_args(ComputeUnits):
