@@ -14,8 +14,8 @@ from gfcompile.targets.target import find_target
 ROOT = Path(__file__).resolve().parent.parent
 READMES = [
     ROOT / "README.md",
-    *sorted(ROOT.glob("*/README.md")),
-    *ROOT.glob("examples/*/README.md"),
+    ROOT / "benchmarks" / "README.md",
+    *sorted(ROOT.glob("examples/*/README.md")),
 ]
 # Of torchrun and pip.
 FOREIGN = {"--nnodes", "--nproc-per-node"}
