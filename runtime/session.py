@@ -217,7 +217,7 @@ def load(
         raise UserError(f"compute units are for coreml, this bundle is for {manifest.target}")
     if manifest.kind != "gfrt":
         if device != "local":
-            raise DeviceError(f"bundles of kind {manifest.kind!r} run with --device local alone")
+            raise UserError(f"bundles of kind {manifest.kind!r} run with --device local alone")
         engine = _format_engine(folder, manifest, threads, compute_units)
         return Session(folder, manifest, engine, threads)
     if device == "local":
