@@ -1,7 +1,7 @@
 # make demo   compile gfnet_xs for a Jetson TX2 and for this machine, and classify a photo
 # make test   lint, types, import contracts and every test
 # make report an example report, in demo/report.html
-# make bench  the table against ONNX Runtime
+# make bench  times of host bundles beside the other runtimes that are installed
 # make clean  remove what these made
 
 .DEFAULT_GOAL := help

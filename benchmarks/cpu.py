@@ -1,6 +1,7 @@
 """Host bundles against other runtimes: the same model, weights, scales and input, one process.
 
-    python benchmarks/cpu.py [--models gfnet_xs,...] [--threads 1,2] [--quick] [--json FILE]
+    python benchmarks/cpu.py [--models gfnet_xs,...] [--threads 1,2] [--priority 50] [--quick]
+                             [--json FILE]
 
 Each contender runs a few times in turn, round after round, so that a machine that slows down or
 is shared slows all of them alike: the ratios are what counts, the times are of this machine.

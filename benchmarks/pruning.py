@@ -1,6 +1,7 @@
 """What pruning gains: a DynamicViT against its parent, ours and ONNX Runtime's, in one process.
 
     python benchmarks/pruning.py [--model dynamicvit_deit_s] [--ratios 0.9 0.8 0.7 0.5] [--quick]
+                                 [--json FILE]
 
 For each precision all contenders take turns, parent and pruned, our bundles and ONNX Runtime on
 the same graphs, so that speed-ups and ratios are of one run. Where the CPU has AMX, which makes all

@@ -38,6 +38,7 @@ _ABANDONED_SECONDS = 24 * 3600.0
 _PACKAGES = (
     *("torch", "torchao", "apache-tvm", "apache-tvm-ffi", "onnx", "onnx-ir", "onnxscript"),
     *("onnxsim", "onnxruntime", "numpy", "pillow", "safetensors", "ziglang", "ai-edge-litert"),
+    *("coremltools", "flatbuffers"),
     *("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvcc-cu12", "nvidia-cuda-runtime-cu12"),
 )
 

@@ -1,4 +1,4 @@
-"""What commands share: a type of their arguments, whom progress is told, and how they print."""
+"""What commands share: types of their arguments, whom progress is told, and how they print."""
 
 import argparse
 import os
@@ -10,13 +10,31 @@ if TYPE_CHECKING:
     from gfcompile.compile.progress import ConsoleProgress, SilentProgress
 
 
+_SEEDS = 1 << 32  # a training shifts one by 32 bits, into the 64 that torch takes
+
+
 def positive_int(text: str) -> int:
+    return _whole(text, least=1)
+
+
+def natural_int(text: str) -> int:
+    return _whole(text, least=0)
+
+
+def seed_int(text: str) -> int:
+    number = natural_int(text)
+    if number >= _SEEDS:
+        raise argparse.ArgumentTypeError(f"{number} is not below {_SEEDS}")
+    return number
+
+
+def _whole(text: str, *, least: int) -> int:
     try:
         number = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{number} is not at least {least}")
     return number
 
 

@@ -8,7 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gfcompile.compile.command_line import console_progress, count, is_first_process, print_table
+from gfcompile.compile.command_line import (
+    console_progress,
+    count,
+    is_first_process,
+    print_table,
+    seed_int,
+)
 from gfcompile.compile.shape_options import add_shape_arguments
 from gfcompile.compile.training_commands import train_for_int8
 from gfcompile.compile.training_options import (
@@ -43,7 +49,7 @@ def compile_arguments(parser: argparse.ArgumentParser) -> None:
     add_shape_arguments(parser)
     parser.add_argument(
         "--fft",
-        choices=("auto", "native", "dft", "circular"),
+        choices=("auto", "dft", "circular"),
         default="auto",
         help="form of the global filters (default: the cheapest on the target, per layer)",
     )
@@ -51,13 +57,15 @@ def compile_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration-data",
         type=Path,
         metavar="DIR",
-        help="images to calibrate int8 on (default: four photos, as a stand-in)",
+        help="images to calibrate int8 on, up to 512 of them (default: four photos, as a stand-in)",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="default: MODEL-TARGET-PRECISION"
+        "--output", type=Path, metavar="DIR", help="default: MODEL-TARGET-PRECISION[-batchN]"
     )
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write each stage's ONNX there")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights")
+    parser.add_argument(
+        "--seed", type=seed_int, default=0, metavar="N", help="of random weights, and of a training"
+    )
     parser.add_argument("--labels", type=Path, metavar="FILE", help="class names, one per line")
     tflite = parser.add_argument_group("tflite")
     tflite.add_argument(

@@ -7,15 +7,19 @@ from pathlib import Path
 
 from gfcompile.compile.command_line import print_table
 from gfcompile.runtime.devices import ADDRESSES
+from gfcompile.runtime.errors import UserError
 from gfcompile.runtime.placement import placement_lines
 from gfcompile.runtime.results import Budget, KernelTime, ValidationResult
 
 MISSED = 1  # exit code where a budget or the numbers were missed
+DEFAULT_REGRESSION = 5  # per cent
+PROFILE_RUNS = 50
+_SINGLE_STREAM = "as MLPerf's single stream, 1024 and 60 seconds at least"
 
 
 def validate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
-    _device_arguments(parser)
+    _device_arguments(parser, runs=_SINGLE_STREAM)
     demands = parser.add_argument_group("demands")
     demands.add_argument("--max-latency-ms", type=float, metavar="X")
     demands.add_argument(
@@ -35,9 +39,8 @@ def validate_arguments(parser: argparse.ArgumentParser) -> None:
     demands.add_argument(
         "--max-regression",
         type=float,
-        default=5,
         metavar="PERCENT",
-        help="by how much it may be slower than --against (default: 5)",
+        help=f"by how much it may be slower than --against (default: {DEFAULT_REGRESSION})",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--quiet", action="store_true", help="print the verdict alone")
@@ -45,23 +48,23 @@ def validate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def profile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
-    _device_arguments(parser)
+    _device_arguments(parser, runs=str(PROFILE_RUNS))
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _device_arguments(parser: argparse.ArgumentParser) -> None:
+def _device_arguments(parser: argparse.ArgumentParser, *, runs: str) -> None:
     parser.add_argument(
         "--device", default="local", metavar="D", help=f"{ADDRESSES} (default: local)"
     )
     parser.add_argument(
-        "--threads", type=int, default=1, metavar="N", help="0: one for each big CPU"
+        "--threads", type=int, default=1, metavar="N", help="0: one for each big CPU (default: 1)"
     )
     parser.add_argument("--pin", metavar="big|LIST", help="the big CPUs, or such as 0,2-3")
     parser.add_argument(
         "--runs",
         type=int,
         metavar="N",
-        help="runs to time (default: as MLPerf's single stream, 1024 and 60 seconds at least)",
+        help=f"runs to time (default: {runs})",
     )
     parser.add_argument(
         "--warmup", type=int, metavar="N", help="runs before (default: until times are stable)"
@@ -83,11 +86,16 @@ def validate_command(options: argparse.Namespace) -> int:
     from gfcompile.compile.report_commands import write_validation_report
     from gfcompile.runtime.validate import keep
 
+    regression = options.max_regression
+    if regression is None:
+        regression = DEFAULT_REGRESSION
+    elif options.against is None:
+        raise UserError("--max-regression is for --against; add it")
     budget = Budget(
         max_latency_ms=options.max_latency_ms,
         percentile=options.percentile,
         min_agreement=options.min_agreement,
-        max_regression=None if options.against is None else options.max_regression / 100,
+        max_regression=None if options.against is None else regression / 100,
     )
     result = _validated(options, budget, options.against, quiet=options.quiet or options.json)
     path = keep(result, options.bundle)
@@ -97,8 +105,7 @@ def validate_command(options: argparse.Namespace) -> int:
         print(json.dumps(result.to_dict(), indent=1, allow_nan=False))
     else:
         print_result(result, brief=options.quiet)
-        compared = result.latencies is None or result.budget.against_us is not None
-        if options.against == "last" and not compared:
+        if options.against == "last" and result.budget.against_us is None:
             _tell("note: the first result of this bundle by as many threads on this device")
         print(f"{path}: the result\n{report}: the report" if not options.quiet else path)
     return 0 if result.verdict.passed else MISSED
@@ -107,10 +114,12 @@ def validate_command(options: argparse.Namespace) -> int:
 def profile_command(options: argparse.Namespace) -> int:
     """Prints the kernels, the slowest first."""
     from gfcompile.runtime.bundle import read_manifest
-    from gfcompile.runtime.errors import UserError
     from gfcompile.runtime.roofline import KernelCost, kernel_costs, roofline, target_peaks
+    from gfcompile.runtime.validate import NO_LATENCY_UNDER_QEMU
 
-    options.runs = 50 if options.runs is None else options.runs
+    if options.device.startswith("qemu:"):
+        raise UserError(f"--device {options.device}: no profile, as {NO_LATENCY_UNDER_QEMU}")
+    options.runs = PROFILE_RUNS if options.runs is None else options.runs
     result = _validated(options, Budget(), None, quiet=options.json)
     if not result.kernels:
         raise UserError(f"--device {options.device}: no profile, as {result.no_latency}")
@@ -232,7 +241,12 @@ def _print_latency(result: ValidationResult) -> None:
     if result.bundle.batch > 1:
         each = ", ".join(f"{name} {us / result.bundle.batch / 1e3:.3f} ms" for name, us in shown)
         print(f"  {'per image':<12} {each}; {result.bundle.batch} images per inference")
-    threads = "all CPUs" if protocol.threads == 0 else f"threads {protocol.threads}"
+    chosen = (
+        "a thread for each big CPU"
+        if result.bundle.kind == "gfrt"
+        else "threads as the runtime chooses"
+    )
+    threads = f"threads {protocol.threads}" if protocol.threads else chosen
     pinned = f" on CPUs {', '.join(map(str, protocol.pinned_cpus))}" if protocol.pinned_cpus else ""
     print(
         f"  {'protocol':<12} {protocol.rule}: {protocol.runs} runs in {protocol.duration_s:.1f} s "

@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,14 @@ from gfcompile.runtime.errors import UserError
 if TYPE_CHECKING:
     from gfcompile.compile.training_progress import ConsoleTraining
 
-__all__ = ["FinetuneConfig", "Finetuned", "PruningConfig", "finetune_model", "published_training"]
+__all__ = [
+    "FinetuneConfig",
+    "Finetuned",
+    "PruningConfig",
+    "finetune_model",
+    "published_training",
+    "published_values",
+]
 
 _PUBLISHED_LR = 1e-3  # for batches of 1024, whatever the model
 _METADATA = "gfcompile.finetuned"
@@ -98,6 +105,11 @@ def published_training(model: str, **changes: Any) -> PruningConfig:
     if "lr" not in changes:
         config = replace(config, lr=_PUBLISHED_LR * config.batch_size / 1024)
     return config
+
+
+def published_values(option: str) -> Sequence[float]:
+    """What an option of `PruningConfig` is for one published model or another, each once."""
+    return sorted({getattr(config, option) for config in _PUBLISHED.values()})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -43,10 +43,10 @@ from gfcompile.runtime.images import (
     open_image,
     stand_in_photos,
 )
-from gfcompile.targets.coreml.options import CoremlOptions
+from gfcompile.targets.coreml.options import CoremlOptions, Ios, Layout
 from gfcompile.targets.spectral import choose_form
 from gfcompile.targets.target import AnyTarget, ModelFormat, Target, find_target
-from gfcompile.targets.tflite.options import TfliteOptions
+from gfcompile.targets.tflite.options import Interface, TfliteOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,6 +58,9 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 GOLDEN_IMAGES = 4
 MAX_CALIBRATION_IMAGES = 512
 MAX_BATCH = 64  # what the artifact is checked with are all activations of a batch, in memory
+
+# There is no "native" here: no target has an FFT of its own, see `choose_form`.
+FftChoice = Literal["auto", "dft", "circular"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +102,7 @@ class CompileConfig:
     num_classes: int | None = None
     keep_ratio: KeepRatio | None = None
     batch: int = 1
-    fft: Literal["auto", "native", "dft", "circular"] = "auto"
+    fft: FftChoice = "auto"
     calibration_data: Path | None = None
     weight_bits: int = 8
     group_size: int | None = None
@@ -205,6 +208,16 @@ class _Job:
             UserError: see `compile_model`.
         """
         config = self.config
+        for name, value, kind in (
+            ("precision", self.precision, RequestedPrecision),
+            ("fft", config.fft, FftChoice),
+            ("interface", config.tflite.interface, Interface),
+            ("ios", config.coreml.ios, Ios),
+            ("layout", config.coreml.layout, Layout),
+        ):
+            if value not in get_args(kind):
+                known = ", ".join(map(str, get_args(kind)))
+                raise UserError(f"unknown {name} {value!r}; choose from {known}")
         if self.module is None:
             spec = model_spec(config.model, config.keep_ratio)
             spec.resized(image_size=config.image_size, num_classes=config.num_classes)
@@ -215,11 +228,6 @@ class _Job:
         if not 1 <= config.batch <= MAX_BATCH:
             raise UserError(
                 f"--batch {config.batch}: a model takes 1 to {MAX_BATCH} images at once"
-            )
-        if config.fft == "native":
-            raise UserError(
-                f"--fft native: {self.target.name} has no FFT of its own; "
-                "choose auto, dft or circular"
             )
         self.check_emitter()
         if config.checkpoint is not None and not config.checkpoint.is_file():

@@ -17,7 +17,9 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
         default="local",
         help="qemu runs an arm64 bundle here, to see what it computes and not how fast",
     )
-    parser.add_argument("--top", type=positive_int, default=5, metavar="N", help="classes to print")
+    parser.add_argument(
+        "--top", type=positive_int, default=5, metavar="N", help="classes to print (default: 5)"
+    )
     parser.add_argument("--threads", type=positive_int, default=1, metavar="N", help="default: 1")
     parser.add_argument(
         "--compute-units",

@@ -7,7 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gfcompile.compile.command_line import console_progress, is_first_process, print_table
+from gfcompile.compile.command_line import (
+    console_progress,
+    is_first_process,
+    print_table,
+    seed_int,
+)
 from gfcompile.compile.shape_options import add_keep_ratio
 from gfcompile.compile.training_options import (
     add_finetuning_arguments,
@@ -38,7 +43,7 @@ def quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="of --analyze (default: MODEL-sensitivity.svg)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of order and crops")
+    parser.add_argument("--seed", type=seed_int, default=0, metavar="N", help="of order and crops")
     parser.add_argument("--quiet", action="store_true", help="print only the checkpoint's path")
     add_quantization_arguments(parser)
     add_training_arguments(parser, required=True)
@@ -61,7 +66,9 @@ def finetune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="default: MODEL-pruned.safetensors"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of whatever is random")
+    parser.add_argument(
+        "--seed", type=seed_int, default=0, metavar="N", help="of whatever is random"
+    )
     parser.add_argument("--quiet", action="store_true", help="print only the checkpoint's path")
     add_finetuning_arguments(parser)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from gfcompile.compile.command_line import natural_int, positive_int
 from gfcompile.quantize import TrainConfig
 from gfcompile.quantize.train_config import Augment
 from gfcompile.runtime.errors import UserError
@@ -98,6 +99,8 @@ def add_training_arguments(parser: argparse.ArgumentParser, *, required: bool) -
 
 def add_finetuning_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of fine-tuning, which are as published where they are not given."""
+    from gfcompile.compile.finetuning import published_values
+
     group = parser.add_argument_group("training (defaults are those published with the model)")
     group.add_argument(
         "--train-data",
@@ -108,8 +111,9 @@ def add_finetuning_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--val-data", type=Path, metavar="DIR|CSV", help="to report top-1 on")
     for name, kind, text in (*_LOOP, *_PRUNING):
-        text = f"{text} (default: 1e-3 for 1024 images a batch)" if name == "lr" else text
-        _add_number(group, name, kind, text)
+        by_model = " or ".join(f"{value:.4g}" for value in published_values(name))
+        default = "1e-3 for 1024 images a batch" if name == "lr" else by_model
+        _add_number(group, name, kind, f"{text} (default: {default})")
     _add_common(group)
 
 
@@ -127,7 +131,9 @@ def _add_common(group: "argparse._ArgumentGroup") -> None:
         choices=get_args(Augment),
         help=f"random crops, and mirror images (default: {TrainConfig().augment})",
     )
-    group.add_argument("--device", metavar="auto|cpu|cuda")
+    group.add_argument(
+        "--device", metavar="auto|cpu|cuda", help="to train on (default: a GPU if there is one)"
+    )
     group.add_argument(
         "--no-amp",
         dest="amp",
@@ -136,10 +142,17 @@ def _add_common(group: "argparse._ArgumentGroup") -> None:
         help="float32 on a GPU, not bfloat16",
     )
     group.add_argument(
-        "--max-corrupt", type=int, metavar="N", help="unreadable images to pass over (default: 10)"
+        "--max-corrupt",
+        type=natural_int,
+        metavar="N",
+        help="unreadable images to pass over (default: 10)",
     )
     group.add_argument(
-        "--data-threads", dest="threads", type=int, metavar="N", help="that read images"
+        "--data-threads",
+        dest="threads",
+        type=positive_int,
+        metavar="N",
+        help="that read images (default: 4)",
     )
     group.add_argument("--tensorboard", type=Path, metavar="DIR", help="write a log there")
 

@@ -4,9 +4,10 @@ import argparse
 import math
 from pathlib import Path
 
-from gfcompile.compile.command_line import positive_int, print_table
+from gfcompile.compile.command_line import positive_int, print_table, seed_int
 from gfcompile.compile.shape_options import add_shape_arguments
 from gfcompile.compile.tuning_config import DEFAULT_TRIALS, TuneConfig
+from gfcompile.runtime.devices import ADDRESSES
 
 
 def tune_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +27,8 @@ def tune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         metavar="WHERE",
-        help="local, ssh://USER@HOST, rpc://TRACKER:PORT/KEY, or qemu:CPU, which counts "
-        "instructions (default: local if this machine runs the target's code, else an estimate)",
+        help=f"{ADDRESSES}; qemu counts instructions (default: local if this machine runs the "
+        "target's code, else an estimate)",
     )
     parser.add_argument(
         "--trials",
@@ -44,7 +45,9 @@ def tune_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="where findings go, and where an earlier search goes on (default: tuning-TARGET.json)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of whatever is random")
+    parser.add_argument(
+        "--seed", type=seed_int, default=0, metavar="N", help="of whatever is random"
+    )
     parser.add_argument("--quiet", action="store_true", help="print only the database's path")
 
 

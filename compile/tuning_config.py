@@ -17,8 +17,9 @@ class TuneConfig:
     Attributes:
         model, target, precision, image_size, num_classes, keep_ratio, batch: as for
             `CompileConfig`; weights are random, for speed does not depend on them.
-        device: "local", "qemu:CPU" (instructions counted, an estimate), ssh://..., rpc://...; None
-            for local where this machine runs the target's code, and an estimate elsewhere.
+        device: an address, see `devices.ADDRESSES`; under "qemu:CPU" instructions are counted, an
+            estimate. None for local where this machine runs the target's code, and an estimate
+            elsewhere.
         trials, minutes: when to stop; without either, after DEFAULT_TRIALS.
         database: the file that findings are added to; None for one named after the target.
     """

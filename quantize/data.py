@@ -69,6 +69,8 @@ def read_images(source: Path, *, classes: int, names: Sequence[str] = ()) -> Lab
         UserError: nothing there, a label beyond the head, an empty class, or a single class.
     """
     if source.is_dir():
+        # Beside a CSV of numbers, which are those of the head, folders count as they do alone.
+        names = names if any(names) else ()
         samples, known = _read_folder(source, names)
     elif source.is_file():
         samples, known = _read_csv(source, names)

@@ -80,5 +80,6 @@ class TrainConfig(LoopConfig):
         **LoopConfig.BOUNDS,
         "range_epochs": (0, 1),
         "distill": (0, 1),
+        "temperature": (0.01, 100),  # at 0 or infinity there is no distance left to learn from
         "calibration_images": (1, math.inf),
     }

@@ -53,12 +53,14 @@ class Manifest:
     """manifest.json: a typed core, and `extra` for whatever else a stage has to say.
 
     Attributes:
-        kind: which runtime runs it: "gfrt" is the C runtime of this project, "tflite" is LiteRT.
+        kind: which runtime runs it: "gfrt" is the C runtime of this project, "tflite" is LiteRT,
+            "coreml" is Core ML.
         device: where the kernels run.
         arch: of the library, as `uname -m` says it; "any" where there is none.
         library: file name of the library (kind "gfrt") or of the model ("tflite", "coreml").
         cpu_features: what the kernels need of the CPU, as /proc/cpuinfo spells it.
         compute_capability: of the GPU that the kernels were assembled for.
+        inputs, outputs: in the order in which a run takes and gives them.
         transform: how an image becomes the input (`Transform.to_dict`).
         weights: where they come from: "random (seed 0)", "checkpoint NAME sha256:...".
         notes: each thing that is not as the user might think: random weights, stand-in

@@ -82,7 +82,7 @@ def contender(path: Path) -> Contender:
     """
     if path.is_dir():
         manifest = read_manifest(path)
-        return _of_bundle(path.resolve().name, manifest, newest(path))
+        return _of_bundle(path, manifest, newest(path))
     if path.name == MANIFEST_NAME:
         raise UserError(f"{path}: give the bundle's folder, {path.parent}")
     result = read_result(path)
@@ -93,17 +93,17 @@ def contender(path: Path) -> Contender:
         return _of_result(result)  # the result came alone; estimates are in the bundle
     if manifest_sha256(bundle) != result.bundle.manifest_sha256:
         return _of_result(result)
-    return _of_bundle(result.bundle.name, manifest, result)
+    return _of_bundle(bundle, manifest, result)
 
 
-def _of_bundle(name: str, manifest: Manifest, result: ValidationResult | None) -> Contender:
+def _of_bundle(bundle: Path, manifest: Manifest, result: ValidationResult | None) -> Contender:
     ledger = {str(entry.get("stage")): mapping(entry) for entry in manifest.ledger}
     listed = [figure(entry.size_bytes) or 0.0 for entry in manifest.files.values()]
     agreement = figure(ledger.get("artifact", {}).get("top1_agreement"))
     if result is not None and result.numbers is not None:
         agreement = result.numbers.top1_agreement
     return Contender(
-        name=name,
+        name=bundle.resolve().name,
         model=str(manifest.model),
         precision=str(manifest.precision.requested),
         target=str(manifest.target),
@@ -111,7 +111,8 @@ def _of_bundle(name: str, manifest: Manifest, result: ValidationResult | None) -
         estimate_us=kernels_of(manifest, None).estimate_us,
         top1_agreement=agreement,
         sqnr_db=figure(ledger.get("quantized", {}).get("sqnr_db")),
-        size_bytes=sum(listed),
+        # As a result has it, and as the compiler tells it: with the manifest.
+        size_bytes=sum(listed) + (bundle / MANIFEST_NAME).stat().st_size,
         **_measured(result),
     )
 

@@ -198,11 +198,16 @@ def load(
         compute_units: what Core ML may use; for its bundles, on a Mac.
 
     Raises:
+        UserError: an argument that cannot be.
         BundleError: the bundle is damaged, of a newer format, or for another machine.
         DeviceError: the device cannot run it.
     """
     if device not in get_args(Device):
         raise UserError(f"unknown device {device!r}; choose from {', '.join(get_args(Device))}")
+    if not 0 <= threads <= gfrt.MAX_THREADS:
+        raise UserError(
+            f"{threads} threads: give 1 to {gfrt.MAX_THREADS}, or 0 for one for each big CPU"
+        )
     folder = Path(bundle)
     manifest = check_bundle(folder, local=device != "qemu")
     if compute_units not in get_args(ComputeUnits):
@@ -212,7 +217,7 @@ def load(
         raise UserError(f"compute units are for coreml, this bundle is for {manifest.target}")
     if manifest.kind != "gfrt":
         if device != "local":
-            raise DeviceError(f"bundles of kind {manifest.kind!r} run with --device local alone")
+            raise UserError(f"bundles of kind {manifest.kind!r} run with --device local alone")
         engine = _format_engine(folder, manifest, threads, compute_units)
         return Session(folder, manifest, engine, threads)
     if device == "local":

@@ -88,12 +88,29 @@ class ValidateConfig:
             ("--percentile", budget.percentile, 1, 100),
             ("--min-agreement", budget.min_agreement, 0, 1),
             ("--max-latency-ms", budget.max_latency_ms, 1e-6, 1e9),
+            (
+                "--max-regression",
+                None if budget.max_regression is None else 100 * budget.max_regression,
+                0,
+                1e6,
+            ),
         ]
         for name, value, least, most in checks:
             if value is not None and not least <= value <= most:
                 raise UserError(f"{name} {value:g}: it takes {least:g} to {most:g}")
         if self.pin is not None and not re.fullmatch(r"big|\d+(-\d+)?(,\d+(-\d+)?)*", self.pin):
             raise UserError(f"--pin {self.pin}: it takes big, or CPUs such as 0,2-3")
+
+    def refuse_demands_on_time(self, reason: str) -> None:
+        """To be called where no time can be taken: a demand on it must not pass unheard.
+
+        Raises:
+            UserError: there is one.
+        """
+        if self.budget.max_latency_ms is not None:
+            raise UserError(f"--max-latency-ms: {reason}")
+        if self.against is not None:
+            raise UserError(f"--against: {reason}")
 
 
 Say = Callable[[str], None]
@@ -198,10 +215,10 @@ class _ResultOf:
         date = now()
         self.say(f"connect to {config.device}")
         with open_device(config.device) as device:
-            if not device.measures and config.budget.max_latency_ms is not None:
-                raise UserError(f"--max-latency-ms: {NO_LATENCY_UNDER_QEMU}; use a device")
+            if not device.measures:
+                config.refuse_demands_on_time(f"{NO_LATENCY_UNDER_QEMU}; use a device")
             budget = config.budget
-            if config.against is not None and device.measures:
+            if config.against is not None:
                 budget = compared_with(
                     budget,
                     config.against,

@@ -72,11 +72,11 @@ def validate_format(config: ValidateConfig, manifest: Manifest, say: Say) -> Val
             raise NoVerdictError(str(error)) from error
         load_ms = 1e3 * (perf_counter() - start)
         with session:
+            if session.stand_in:
+                config.refuse_demands_on_time(f"this bundle is {session.stand_in} here")
             result = _numbers(session, config, manifest, date, before, say)
             result = dataclasses.replace(result, placements=_placements(session, say))
             if session.stand_in:
-                if config.budget.max_latency_ms is not None:
-                    raise UserError(f"--max-latency-ms: this bundle is {session.stand_in} here")
                 result = dataclasses.replace(
                     result, no_latency=session.stand_in, stand_in=session.stand_in
                 )

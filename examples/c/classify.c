@@ -1,6 +1,7 @@
 /* Prints the likeliest class of an image that has the size of the model's input (binary PPM).
  * Build beside a bundle:  cc -I bundle classify.c bundle/libMODEL.so -Wl,-rpath,bundle -o classify
- * Run:  ffmpeg -i photo.jpg -vf scale=256:256,crop=224:224 photo.ppm && ./classify bundle photo.ppm
+ * Run:  ffmpeg -i photo.jpg -vf scale=256:256:force_original_aspect_ratio=increase,crop=224:224 \
+ *           photo.ppm && ./classify bundle photo.ppm
  */
 #include <gfrt.h>
 #include <stdio.h>

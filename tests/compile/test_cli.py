@@ -208,6 +208,8 @@ def test_quiet_prints_the_path_alone(run: Callable[..., Run]) -> None:
         ([*XS_FOR_HOST, "--image-size", "225"], ["divisible by 16, not 225", "224 and 240"]),
         ([*XS_FOR_HOST, "--image-size", "big"], ["--image-size", "'big'"]),
         ([*XS_FOR_HOST, "--fft", "fast"], ["--fft", "'fast'", "circular"]),
+        ([*XS_FOR_HOST, "--seed", "-1"], ["--seed", "-1 is not at least 0"]),
+        ([*XS_FOR_HOST, "--seed", "4294967296"], ["--seed", "not below 4294967296"]),
         ([*XS_FOR_HOST, "--checkpoint", "none.pth"], ["none.pth"]),
         ([*XS_FOR_HOST, "--labels", "none.txt"], ["none.txt"]),
         ([*XS_FOR_HOST, "--int8", "--calibration-data", "none"], ["none"]),

@@ -101,6 +101,9 @@ def test_what_was_asked_wrongly_ends_with_2(toy: Toy, capsys: Captured) -> None:
         (("--threads", "257"), "--threads 257: it takes 0 to 256"),
         (("--device", "boat"), "unknown device 'boat'"),
         (("--against", "nowhere.json"), "nowhere.json: No such file"),
+        (("--max-regression", "3"), "--max-regression is for --against"),
+        (("--against", "last", "--max-regression", "-1"), "--max-regression -1: it takes 0 to"),
+        (("--against", "last", "--max-regression", "nan"), "--max-regression nan: it takes 0"),
     ):
         assert validate(toy, *options) == 2, options
         assert words in capsys.readouterr().err
@@ -150,6 +153,11 @@ def test_a_bundle_without_golden_data_is_measured_and_says_so(
     assert validate(toy, "--min-agreement", "0.5") == 1
 
 
+def test_threads_of_zero_are_told_for_what_they_are(toy: Toy, capsys: Captured) -> None:
+    assert validate(toy, "--threads", "0") == 0
+    assert "to warm up, a thread for each big CPU" in capsys.readouterr().out
+
+
 def test_the_profile_shows_each_kernel_against_the_roofline(toy: Toy, capsys: Captured) -> None:
     kernels = [
         {"name": name, "flops": 6144, "bytes": 3000, "arithmetic": "float32"}
@@ -174,6 +182,14 @@ def test_the_profile_shows_each_kernel_against_the_roofline(toy: Toy, capsys: Ca
     assert cli.main(["profile", str(toy.folder), *QUICK, "--json"]) == 0
     assert {k["kernel"] for k in json.loads(capsys.readouterr().out)} == set(shown)
     assert history(toy.folder) == []
+
+
+def test_a_profile_of_a_cpu_that_qemu_imitates_is_refused_before_it_runs(
+    toy: Toy, capsys: Captured
+) -> None:
+    assert cli.main(["profile", str(toy.folder), "--device", "qemu:cortex-a72"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no profile, as QEMU shows" in line
 
 
 def test_a_program_that_lies_is_not_believed(toy: Toy, capsys: Captured) -> None:

@@ -300,6 +300,18 @@ def test_every_pruning_model_has_its_published_training() -> None:
         published_training("gfnet_xs")
 
 
+def test_the_help_tells_what_was_published(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "training images (default: 30 or 120)",
+        "patches kept, in the loss (default: 2 or 5 or 10)",
+        "1e-3 for 1024 images",
+    ):
+        assert words in told
+
+
 OPTIONS = ("--train-data", "data", "--epochs", "2", "--batch-size", "10", "--device", "cpu")
 
 

@@ -16,6 +16,7 @@ from gfcompile.compile.models.gfnet_specs import GFNetSpec
 from gfcompile.compile.pipeline import CompileConfig, compile_model
 from gfcompile.runtime.errors import UserError
 from gfcompile.runtime.images import Transform, normalize, preprocess, stand_in_photos
+from gfcompile.targets.coreml.options import CoremlOptions
 from gfcompile.targets.target import Gpu
 from gfcompile.targets.tvm.standin.build import build_standin
 from tools import need, need_arm64_sysroot
@@ -197,7 +198,9 @@ def test_what_cannot_be_is_said_before_any_work(tmp_path: Path) -> None:
         ({"model": "gfnet_sx"}, "gfnet_xs"),
         ({"target": "jetson-tx3"}, "jetson-tx2"),
         ({"image_size": 225}, "224"),
-        ({"fft": "native"}, "no FFT of its own"),
+        ({"fft": "native"}, "unknown fft 'native'; choose from auto, dft, circular"),
+        ({"precision": "int4"}, "unknown precision 'int4'; choose from float32, float16, int8"),
+        ({"coreml": CoremlOptions(ios=14)}, "unknown ios 14; choose from 15"),  # type: ignore[arg-type]
         ({"checkpoint": tmp_path / "none.pth"}, "no such checkpoint"),
         ({"precision": "int8", "calibration_data": tmp_path / "empty"}, "no calibration images"),
         ({"calibration_data": tmp_path}, "--int8"),

@@ -10,6 +10,7 @@ from small_models import SPEC, build
 from gfcompile.compile import cli
 from gfcompile.compile.bundle import Bundle
 from gfcompile.compile.pipeline import CompileConfig, compile_model
+from gfcompile.runtime import load
 from gfcompile.runtime.errors import NoVerdictError, UserError
 from gfcompile.runtime.litert_benchmark import BenchmarkOutput
 from gfcompile.runtime.results import Budget, ValidationResult, history, read_result
@@ -99,6 +100,11 @@ def test_a_tflite_bundle_is_measured_in_the_interpreter_that_is_here(
             quickly(tflite, device)
 
 
+def test_a_model_file_is_not_for_qemu(tflite: Bundle) -> None:
+    with pytest.raises(UserError, match="kind 'tflite' run with --device local alone"):
+        load(tflite.path, device="qemu")
+
+
 def test_a_coreml_bundle_off_a_mac_is_evaluated_and_claims_no_latency(tmp_path: Path) -> None:
     if os.uname().sysname == "Darwin":
         pytest.skip("a Mac has Core ML itself")
@@ -111,6 +117,8 @@ def test_a_coreml_bundle_off_a_mac_is_evaluated_and_claims_no_latency(tmp_path: 
     assert result.numbers is not None
     with pytest.raises(UserError, match="--max-latency-ms"):
         quickly(bundle, max_latency_ms=5.0)
+    with pytest.raises(UserError, match=r"--against: this bundle is evaluated"):
+        validate(ValidateConfig(bundle=bundle.path, against="last", runs=3))
 
 
 def test_a_tflite_bundle_is_measured_on_android_by_litert_itself(

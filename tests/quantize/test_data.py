@@ -53,6 +53,16 @@ def test_validation_classes_are_numbered_as_in_training(tmp_path: Path) -> None:
         read_images(folder_of(tmp_path / "other", a=1, d=1), classes=3, names=training.classes)
 
 
+def test_folders_beside_a_csv_of_numbers_count_as_they_do_alone(tmp_path: Path) -> None:
+    table = tmp_path / "list.csv"
+    table.write_text("a.png,2\nb.png,0\n")
+    training = read_images(table, classes=3)
+    folder = folder_of(tmp_path / "val", a=1, b=1, c=1)
+    assert read_images(folder, classes=3, names=training.classes).labels == (0, 1, 2)
+    with pytest.raises(UserError, match="3 class folders for a head of 4 classes"):
+        read_images(folder, classes=4, names=("",) * 4)
+
+
 @pytest.mark.parametrize(
     ("lines", "complaint"),
     [

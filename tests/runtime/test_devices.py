@@ -318,6 +318,8 @@ def test_qemu_shows_what_an_arm_library_computes_and_counts_instructions(
     assert again == pytest.approx(result.instructions, abs=10_000)
     with pytest.raises(UserError, match="not how fast"):
         validate(config(toy, "qemu:cortex-a72", budget=Budget(max_latency_ms=1)))
+    with pytest.raises(UserError, match=r"--against.*not how fast"):
+        validate(config(toy, "qemu:cortex-a72", against="last"))
 
 
 def test_a_damaged_bundle_is_not_sent(golden: Toy) -> None:

@@ -209,6 +209,12 @@ def test_an_unknown_device_is_refused(toy: Toy) -> None:
         load(toy.folder, device="moon")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("threads", [-1, 257])
+def test_too_many_threads_are_a_wrong_argument_not_a_wrong_bundle(toy: Toy, threads: int) -> None:
+    with pytest.raises(UserError, match=f"{threads} threads: give 1 to 256, or 0"):
+        load(toy.folder, threads=threads)
+
+
 def test_an_x86_bundle_is_not_for_qemu(toy: Toy) -> None:
     with pytest.raises(DeviceError, match="runs arm64 bundles, this one is for x86_64"):
         load(toy.folder, device="qemu")
