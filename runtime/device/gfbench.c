@@ -86,7 +86,7 @@ static long number(const char *option, const char *text) {
     char *end = NULL;
     long value = text ? strtol(text, &end, 10) : -1;
     if (!text || *text == 0 || *end != 0 || value < 0 || value > 1000000)
-        die(1, "%s takes a number from 0 to 1000000", option);
+        die(2, "%s takes a number from 0 to 1000000", option);
     return value;
 }
 
@@ -126,7 +126,7 @@ static options parse(char **argv) {
             found = true;
             const char *value = *++arg;
             if (!value)
-                die(1, "%s needs a value\n%s", name, USAGE);
+                die(2, "%s needs a value\n%s", name, USAGE);
             if (valued[i].number)
                 *valued[i].number = number(name, value);
             else

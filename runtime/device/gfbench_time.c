@@ -41,7 +41,7 @@ static void read_list(const char *text, cpu_set_t *set) {
         good = good && first <= last && last < CPU_SETSIZE;
         good = good && (*end == 0 || (*end == ',' && end[1] != 0));
         if (!good)
-            die(1, "--pin takes big, or CPUs such as 0,2-3; not %s", text);
+            die(2, "--pin takes big, or CPUs such as 0,2-3; not %s", text);
         for (long cpu = first; cpu <= last; cpu++)
             CPU_SET((int)cpu, set);
         at = *end ? end + 1 : end;
