@@ -1,7 +1,8 @@
 """A bundle, loaded and ready to run: `gfcompile.runtime.load`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -146,7 +147,11 @@ class Session:
         return self._engine.benchmark(self._sample(array), runs, warmup)
 
     def close(self) -> None:
-        """Frees the model."""
+        """Frees the model.
+
+        Raises:
+            DeviceError: another thread is running it.
+        """
         self._engine.close()
 
     def __enter__(self) -> Self:
@@ -268,37 +273,43 @@ class _Local:
         return [self._run(batch) for batch in batches]
 
     def _run(self, batch: Array) -> list[Array]:
-        try:
+        with _device_errors():
             return self._context.run(batch)
-        except gfrt.GfrtError as error:
-            raise DeviceError(str(error)) from None
 
     def trace(self, batches: list[Array]) -> list[list[TraceRecord]]:
         runs = []
         for batch in batches:
             records: list[TraceRecord] = []
-            try:
+            with _device_errors():
                 self._context.observe([batch], records.append)
-            except gfrt.GfrtError as error:
-                raise DeviceError(str(error)) from None
             runs.append(records)
         return runs
 
     def profile(self, batch: Array, runs: int) -> list[StepProfile]:
-        self._run(batch)
-        self._context.enable_profile()
-        for _ in range(runs):
-            self._run(batch)
-        steps = self._context.profile()
-        self._context.enable_profile(False)
+        with _device_errors():
+            self._context.run(batch)
+            self._context.enable_profile()
+            for _ in range(runs):
+                self._context.run(batch)
+            steps = self._context.profile()
+            self._context.enable_profile(False)
         return steps
 
     def benchmark(self, batch: Array, runs: int, warmup: int) -> Latency:
         return measure(lambda: self._run(batch), runs, warmup)
 
     def close(self) -> None:
-        self._context.close()
+        with _device_errors():
+            self._context.close()
         self._model.close()
+
+
+@contextmanager
+def _device_errors() -> Iterator[None]:
+    try:
+        yield
+    except gfrt.GfrtError as error:
+        raise DeviceError(str(error)) from None
 
 
 class _Process:

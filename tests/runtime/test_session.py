@@ -215,6 +215,15 @@ def test_too_many_threads_are_a_wrong_argument_not_a_wrong_bundle(toy: Toy, thre
         load(toy.folder, threads=threads)
 
 
+def test_what_is_asked_of_a_closed_session_is_a_device_error(toy: Toy) -> None:
+    with load(toy.folder) as session:
+        image = toy_images()
+    for use in (session.run, session.trace, session.profile):
+        with pytest.raises(DeviceError, match="the context is closed"):
+            use(image)
+    session.close()
+
+
 def test_an_x86_bundle_is_not_for_qemu(toy: Toy) -> None:
     with pytest.raises(DeviceError, match="runs arm64 bundles, this one is for x86_64"):
         load(toy.folder, device="qemu")
