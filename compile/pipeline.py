@@ -411,6 +411,8 @@ class _Job:
             keep_ratio=config.keep_ratio,
             seed=config.seed,
         )
+        # Before the work. A module of one's own says only what it returns, in the end.
+        self.labels(model.num_classes)
         kept = model.spec.dropping
         return _Loaded(
             module=model.module,
@@ -422,6 +424,20 @@ class _Job:
             pruning=Pruning(kept=kept, chosen_anew=model.spec.chooses_anew) if kept else None,
             spec=model.spec,
         )
+
+    def labels(self, classes: int) -> list[str]:
+        """The names of the classes, if any are given.
+
+        Raises:
+            UserError: they are not as many as there are classes.
+        """
+        path = self.config.labels
+        labels = [] if path is None else _read_labels(path)
+        if path is not None and len(labels) != classes:
+            raise UserError(
+                f"{path}: {len(labels)} labels for {classes} classes; one line per class"
+            )
+        return labels
 
     def graph(self, loaded: "_Loaded", golden: Golden) -> "Graph":
         from gfcompile.compile.graph import build_graph
@@ -465,16 +481,10 @@ class _Job:
     def emit(self, loaded: "_Loaded", graph: "Graph", golden: Golden, folder: Path) -> Manifest:
         """Fills the bundle's folder, verifies what was made, and describes it."""
         config, target = self.config, self.target
-        labels: list[str] = []
-        if config.labels is not None:
-            classes = graph.model.graph.outputs[0].shape
-            assert classes is not None
-            labels = _read_labels(config.labels)
-            if len(labels) != classes.numpy()[-1]:
-                raise UserError(
-                    f"{config.labels}: {len(labels)} labels for {classes.numpy()[-1]} classes; "
-                    "one line per class"
-                )
+        shape = graph.model.graph.outputs[0].shape
+        assert shape is not None
+        labels = self.labels(int(shape.numpy()[-1]))
+        if labels:
             (folder / "labels.txt").write_text("\n".join(labels) + "\n", encoding="utf-8")
         emission = self.emission(
             EmissionRequest(

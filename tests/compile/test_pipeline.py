@@ -210,3 +210,19 @@ def test_what_cannot_be_is_said_before_any_work(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words):
             compile_model(CompileConfig(**{**base, **change}))  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+def test_labels_for_another_head_are_refused_before_the_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gfcompile.compile.graph.build_graph", pytest.fail)
+    (tmp_path / "labels.txt").write_text("cat\ndog\n")
+    config = CompileConfig(
+        model="gfnet_ti",
+        target="host",
+        output=tmp_path / "out",
+        cache=False,
+        labels=tmp_path / "labels.txt",
+    )
+    with pytest.raises(UserError, match="2 labels for 1000 classes"):
+        compile_model(config)
