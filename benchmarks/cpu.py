@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -50,6 +50,7 @@ __all__ = [
     "interleave",
     "onnx_runtime",
     "undisturbed",
+    "versions",
 ]
 
 MODELS = ("gfnet_xs", "gfnet_h_ti", "deit_small", "dynamicvit_deit_s")
@@ -158,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = {
             "benchmark": "cpu",
             "machine": machine,
-            "versions": _versions(),
+            "versions": versions([*PACKAGES, *PEERS]),
             "peak_gops": peaks,
             "footprints": footprints,
             "rounds": rounds,
@@ -449,9 +450,10 @@ def describe_machine() -> Mapping[str, Any]:
     }
 
 
-def _versions() -> Mapping[str, str]:
+def versions(packages: Iterable[str]) -> Mapping[str, str]:
+    """Of those packages that are installed."""
     found = {}
-    for package in (*PACKAGES, *PEERS):
+    for package in packages:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -24,11 +24,10 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from cpu import describe_machine
+from cpu import describe_machine, versions
 from tvm import te
 
 import gfcompile
@@ -53,7 +52,8 @@ from gfcompile.targets.tvm.tuning.tasks import Task, tasks
 from gfcompile.targets.tvm.tuning.tuner import Budget, Tuner
 
 CALLS = 8
-PACKAGES = ("gfcompile", "apache-tvm", "numpy", "xgboost-cpu")
+LEARNER = "xgboost-cpu"
+PACKAGES = ("gfcompile", "apache-tvm", "numpy", LEARNER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,11 +121,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         print_kernels(result.kernels)
     print("\nratio: ours tuned, over what is to the left of it; below 1 tuning is the faster one")
+    found = versions(PACKAGES)
+    if LEARNER not in found:
+        print(f"without {LEARNER} TVM's search learns nothing: pip install -e '.[tune]' for it")
     if options.json:
         report = {
             "benchmark": "tune",
             "machine": machine,
-            "versions": {package: metadata.version(package) for package in PACKAGES},
+            "versions": found,
             "rounds": rounds,
             "results": [asdict(result) for result in results],
         }
