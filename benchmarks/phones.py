@@ -21,14 +21,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from cpu import describe_machine
+from cpu import describe_machine, versions
 from peer_filters import MatrixFilter, RfftnFilter, with_filters
 
 import gfcompile
@@ -142,8 +141,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = {
             "benchmark": "phones",
             "machine": machine,
-            "versions": {package: metadata.version(package) for package in PACKAGES}
-            | {"litert-torch": LITERT_TORCH if peer else None},
+            "versions": {
+                **versions(PACKAGES),
+                "litert-torch": LITERT_TORCH if peer else None,
+            },
             "bounds": {
                 "max_steps": MAX_STEPS,
                 "min_faster_conversion": MIN_FASTER_CONVERSION,

@@ -21,7 +21,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +35,7 @@ from cpu import (
     interleave,
     onnx_runtime,
     undisturbed,
+    versions,
 )
 
 import gfcompile
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = {
             "benchmark": "pruning",
             "machine": machine,
-            "versions": {package: metadata.version(package) for package in PACKAGES},
+            "versions": versions(PACKAGES),
             "min_speed_up": MIN_SPEED_UP,
             "peak_gops": peaks,
             "results": [asdict(result) for result in results],

@@ -17,11 +17,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cpu import PACKAGES, describe_machine
+from cpu import PACKAGES, describe_machine, versions
 
 from gfcompile.compile import command_line
 from gfcompile.compile.models import model_names, model_spec
@@ -137,7 +136,7 @@ def _write(path: Path, results: Sequence[Result]) -> None:
     report = {
         "benchmark": "zoo",
         "machine": describe_machine(),
-        "versions": {package: metadata.version(package) for package in PACKAGES},
+        "versions": versions(PACKAGES),
         "results": [asdict(result) for result in results],
     }
     text = json.dumps(report, indent=2) + "\n"
