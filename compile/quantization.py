@@ -11,7 +11,7 @@ from gfcompile.compile.models import load_model, model_spec
 from gfcompile.compile.progress import Progress, SilentProgress
 from gfcompile.compile.training_job import TrainingJob
 from gfcompile.quantize import QuantScheme, TrainConfig, is_quantized
-from gfcompile.quantize.scheme import AUTO
+from gfcompile.quantize.scheme import AUTO, automatic_layers
 from gfcompile.runtime.errors import UserError
 from gfcompile.runtime.images import imagenet_transform
 
@@ -138,7 +138,7 @@ def quantize_model(
     results: tuple[Sensitivity, ...] = ()
     with open_group(config.device) as group:
         scheme = subject.scheme(config)
-        if any(name.startswith("auto") for name in (*config.keep_float, *config.int8_filters)):
+        if automatic_layers(config.keep_float) is not None or "auto" in config.int8_filters:
             with progress.stage("analyse the layers"):
                 scheme, results = choose(scheme, subject.module, subject.sample())
         float_top1 = None
